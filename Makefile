@@ -1,0 +1,46 @@
+# Two commands for a newcomer: `make test` and `make demo`. Each needs only Python 3.10+ and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO_ARGS ?=
+
+.PHONY: help test demo lint types bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make test    make a virtual environment and run the tests"
+	@echo "make demo    train three small MoE language models and compare their routers (DEMO_ARGS='--steps 50')"
+	@echo "make lint    ruff, formatting included"
+	@echo "make types   mypy --strict"
+	@echo "make bench   time the engines against softmax + topk and a sequential DP"
+	@echo "make clean   remove the virtual environment and caches"
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "==> making a virtual environment in $(VENV) and installing circuitroute with its tests (a minute or two)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
+	@touch $@
+
+test: $(VENV)/.installed
+	@echo "==> running the tests"
+	@$(BIN)/python -m pytest -q -n auto
+
+demo: $(VENV)/.installed
+	@echo "==> training the demo models"
+	@$(BIN)/circuitroute demo $(DEMO_ARGS)
+
+lint: $(VENV)/.installed
+	@echo "==> ruff"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	@echo "==> mypy"
+	@$(BIN)/mypy
+
+bench: $(VENV)/.installed
+	@echo "==> benchmarks"
+	@$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist

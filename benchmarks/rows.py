@@ -1,0 +1,105 @@
+"""Rows: one JSON object per line, self-describing, appended; and the table that people read."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Row = dict[str, Any]
+
+# (heading, format of a row) of the printed table.
+COLUMNS: tuple[tuple[str, str], ...] = (
+    ("provider", "{provider}"),
+    ("pass", "{pass}"),
+    ("median ms", "{median_ms:.2f}"),
+    ("p20 - p80", "{p20_ms:.2f} - {p80_ms:.2f}"),
+    ("x topk", "{ratio_to_topk:.1f}"),
+    ("peak MiB", "{peak_mib:.0f}"),
+    ("max error", "{max_abs_error:.1e}"),
+)
+# The table needs this much room, also where the output is not a terminal.
+WIDTH = 110
+
+
+def environment(device: torch.device) -> Row:
+    """Where and with what the rows were measured."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu": cpu_model(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "circuitroute": _version(),
+        "utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def cpu_model() -> str:
+    """The processor's name as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _version() -> str:
+    import circuitroute
+
+    return str(circuitroute.__version__)
+
+
+def append(path: Path, rows: Sequence[Row]) -> None:
+    """Append the rows in one write, so that two runs never share a line and none is left in halves."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(handle, text.encode())
+    finally:
+        os.close(handle)
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def show(title: str, rows: Sequence[Row]) -> None:
+    """Print the rows as a table: with rich where it is installed, else plainly."""
+    headings = [heading for heading, _ in COLUMNS]
+    cells = [[_cell(row, form) for _, form in COLUMNS] for row in rows]
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        _show_plain(title, headings, cells)
+        return
+    table = Table(title=title)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if index < 2 else "right", no_wrap=True)
+    for line in cells:
+        table.add_row(*line)
+    console = Console()
+    Console(width=max(console.width, WIDTH)).print(table)
+
+
+def _cell(row: Row, form: str) -> str:
+    try:
+        return form.format(**row)
+    except TypeError:  # None: not measured
+        return "-"
+
+
+def _show_plain(title: str, headings: list[str], cells: list[list[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
+    print(title)
+    for line in [headings, *cells]:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))

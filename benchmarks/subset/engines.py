@@ -1,0 +1,46 @@
+"""circuitroute itself, once per engine: ``cr.route`` with ProbMoE's gates.
+
+Shapes: T tokens, N variables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import circuitroute as cr
+from benchmarks.registry import Forward, Outputs, UnavailableError, provider
+from benchmarks.subset.workload import SubsetCase
+from circuitroute.engines import ENGINES
+
+
+def _build(engine: str) -> Callable[[SubsetCase], Forward]:
+    def build(case: SubsetCase) -> Forward:
+        circuit = _circuit(case, engine)
+        key_T = cr.random_key(case.seed, torch.arange(case.tokens, device=case.device))
+
+        def forward(logits_TN: Tensor) -> Outputs:
+            routing = cr.route(logits_TN, circuit, combine="softmax", estimator="simple", key=key_T)
+            # log_prob needs log Z: together with the mask this asks for all that the sweep gives.
+            values = {"marginals": routing.marginals, "log_prob": routing.log_prob, "mask": routing.mask}
+            return Outputs(result=routing.gates, values=values)
+
+        return forward
+
+    return build
+
+
+def _circuit(case: SubsetCase, engine: str) -> cr.Circuit:
+    try:
+        return cr.compile(cr.Between(case.kmin, case.k), case.n).with_engine(engine)
+    except cr.CircuitRouteError as reason:
+        raise UnavailableError(str(reason)) from reason
+
+
+for _engine in ENGINES["subset"]:
+    # The naive engine is there to be obviously right: it runs when asked for.
+    provider("subset", f"circuitroute:{_engine}", engine=_engine, by_default=_engine != "naive")(
+        _build(_engine)
+    )

@@ -1,0 +1,25 @@
+"""Exact inference over constrained subsets.
+
+Declare a constraint, compile it to a circuit, call the circuit on logits: a distribution over the allowed
+subsets with exact marginals, samples and gradients. Mixture-of-experts routers are thin modules on top.
+"""
+
+from circuitroute.circuit import Circuit as Circuit
+from circuitroute.compilation import compile as compile
+from circuitroute.compilation import register_compiler as register_compiler
+from circuitroute.constraints import AtLeast as AtLeast
+from circuitroute.constraints import AtMost as AtMost
+from circuitroute.constraints import Between as Between
+from circuitroute.constraints import Constraint as Constraint
+from circuitroute.constraints import CountIn as CountIn
+from circuitroute.constraints import Exactly as Exactly
+from circuitroute.distribution import SubsetDistribution as SubsetDistribution
+from circuitroute.errors import CircuitPropertyError as CircuitPropertyError
+from circuitroute.errors import CircuitRouteError as CircuitRouteError
+from circuitroute.errors import CircuitTooLargeError as CircuitTooLargeError
+from circuitroute.errors import EngineError as EngineError
+from circuitroute.errors import InfeasibleError as InfeasibleError
+from circuitroute.errors import UnsupportedConstraintError as UnsupportedConstraintError
+from circuitroute.keys import random_key as random_key
+
+__version__ = "0.1.0"

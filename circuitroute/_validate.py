@@ -1,0 +1,39 @@
+"""Checks of arguments that several modules make, with messages that name argument, value and remedy."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+
+
+def as_int(name: str, value: object) -> int:
+    """``value`` as a Python int; bool and non-integers are refused."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: expected an integer, got a bool")
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name}={value!r}: expected an integer, got {type(value).__name__}") from None
+
+
+def int_at_least(name: str, value: object, lowest: int) -> int:
+    """``value`` as an int that is at least ``lowest``."""
+    number = as_int(name, value)
+    if number < lowest:
+        raise ValueError(f"{name}={number}: must be at least {lowest}")
+    return number
+
+
+def index_tuple(name: str, indices: Iterable[object]) -> tuple[int, ...]:
+    """Distinct, non-negative integers, at least one, in the order given."""
+    if isinstance(indices, (str, bytes)) or not isinstance(indices, Iterable):
+        raise TypeError(f"{name}={indices!r}: expected a sequence of variable indices")
+    result = tuple(int_at_least(f"{name}[{i}]", v, 0) for i, v in enumerate(indices))
+    if not result:
+        raise ValueError(f"{name}={list(result)}: give at least one variable index")
+    seen: set[int] = set()
+    for v in result:
+        if v in seen:
+            raise ValueError(f"{name}={list(result)}: variable {v} is given twice")
+        seen.add(v)
+    return result

@@ -1,0 +1,262 @@
+"""A compiled constraint: immutable, shared, and callable on logits.
+
+Legend: T tokens (all leading dimensions), N variables, K the largest allowed count, M nodes, E elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from circuitroute.circuit import graph as _graph
+from circuitroute.circuit.graph import Graph
+from circuitroute.circuit.properties import check, node_scopes
+from circuitroute.constraints import Constraint
+from circuitroute.errors import InfeasibleError
+
+if TYPE_CHECKING:
+    from circuitroute.distribution import SubsetDistribution
+
+
+class Circuit:
+    """A constraint over ``n`` variables, compiled.
+
+    Get one from :func:`circuitroute.compile`; compilers build one from a :class:`Graph`. Calling it on logits
+    gives the distribution over the allowed subsets.
+
+    Args:
+        graph: the arrays.
+        constraint: what was compiled.
+        counts: for a pure count constraint over all variables, the allowed counts in 0..n; such a circuit runs
+            on the fused ``subset`` engines. None for every other circuit.
+        engine: the name of a forced engine, or None to choose by device.
+
+    Raises:
+        InfeasibleError: ``counts`` is given and empty.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        constraint: Constraint,
+        counts: Sequence[int] | None = None,
+        engine: str | None = None,
+    ) -> None:
+        self._graph = graph
+        self._constraint = constraint
+        self._counts = None if counts is None else tuple(sorted(counts))
+        self._engine = engine
+        if self._counts == ():
+            raise InfeasibleError(f"{constraint!r} over {graph.n} variables: no allowed count in 0..{graph.n}")
+
+    @property
+    def graph(self) -> Graph:
+        """The arrays behind the circuit."""
+        return self._graph
+
+    @property
+    def constraint(self) -> Constraint:
+        """What was compiled."""
+        return self._constraint
+
+    @property
+    def n(self) -> int:
+        """Number of variables N."""
+        return self._graph.n
+
+    @property
+    def num_nodes(self) -> int:
+        """Literals, constants and sums: values held per token."""
+        return self._graph.num_nodes
+
+    @property
+    def num_edges(self) -> int:
+        """Products of two nodes: multiply-adds per token in one upward pass."""
+        return self._graph.num_edges
+
+    @property
+    def depth(self) -> int:
+        """Levels of sums between the literals and the root."""
+        return len(self._graph.levels)
+
+    @cached_property
+    def width(self) -> int:
+        """The most nodes that share one scope, i.e. the largest number of states at one tree node."""
+        scopes = node_scopes(self._graph)
+        return int(np.unique(np.array([hash(s) for s in scopes]), return_counts=True)[1].max())
+
+    @property
+    def counts(self) -> tuple[int, ...] | None:
+        """The allowed counts of a pure count constraint over all variables, increasing; None otherwise."""
+        return self._counts
+
+    @property
+    def op(self) -> str:
+        """``"subset"`` for a pure count constraint over all variables, else ``"layered"``."""
+        return "layered" if self._counts is None else "subset"
+
+    @cached_property
+    def _count_range(self) -> tuple[int, int]:
+        if self._counts is not None:
+            return self._counts[0], self._counts[-1]
+        return _graph.count_range(self._graph)
+
+    @property
+    def min_count(self) -> int:
+        """The smallest number of variables any allowed subset selects."""
+        return self._count_range[0]
+
+    @property
+    def max_count(self) -> int:
+        """The largest number of variables any allowed subset selects (K)."""
+        return self._count_range[1]
+
+    @cached_property
+    def _model_count(self) -> int:
+        return _graph.model_count(self._graph)
+
+    def model_count(self) -> int:
+        """Exact number of allowed subsets, a Python int of any size."""
+        return self._model_count
+
+    def satisfies(self, mask: Tensor) -> Tensor:
+        """Whether each subset is allowed.
+
+        Args:
+            mask: [..., N] bool, or numbers that are all 0 or 1.
+
+        Returns:
+            [...] bool.
+
+        Raises:
+            ValueError: the last dimension is not N, or a value is neither 0 nor 1.
+        """
+        selected = self.as_mask(mask)
+        if self._counts is not None:
+            allowed = torch.zeros(self.n + 1, dtype=torch.bool, device=selected.device)
+            allowed[list(self._counts)] = True
+            return allowed[selected.sum(-1)]
+        rows = selected.reshape(-1, self.n)
+        return self.holds(~rows, rows).reshape(selected.shape[:-1])
+
+    def as_mask(self, mask: Tensor, name: str = "mask") -> Tensor:
+        """``mask`` as bool [..., N], or a ValueError that names what is wrong with it."""
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"{name}={mask!r}: expected a tensor, got {type(mask).__name__}")
+        if mask.dim() == 0 or mask.shape[-1] != self.n:
+            raise ValueError(f"{name} has shape {tuple(mask.shape)}: its last dimension must be n={self.n}")
+        if mask.dtype == torch.bool:
+            return mask
+        selected = mask == 1
+        wrong = ~(selected | (mask == 0))
+        if bool(wrong.any()):
+            raise ValueError(f"{name} holds {mask[wrong][0].item()}: every value must be 0 or 1")
+        return selected
+
+    def holds(self, absent_TN: Tensor, present_TN: Tensor) -> Tensor:
+        """[T] bool: the circuit in Boolean arithmetic, on literals that are each given as true or false.
+
+        With exactly one of a variable's literals true this tells whether the subset is allowed; with both true
+        for the undecided ones, whether any completion is.
+        """
+        device = present_TN.device
+        kind = torch.as_tensor(self._graph.kind.astype(np.int64), device=device)[:, None]
+        variable = torch.as_tensor(np.maximum(self._graph.variable, 0).astype(np.int64), device=device)
+        literal_MT = torch.where(kind == _graph.NodeKind.ABSENT, absent_TN.t()[variable], present_TN.t()[variable])
+        holds_MT = literal_MT | (kind == _graph.NodeKind.TRUE)
+        for level in self._graph.levels:
+            arrays = (level.left, level.right, level.nodes, level.segment)
+            left, right, nodes, segment = (torch.as_tensor(a, device=device) for a in arrays)
+            both = (holds_MT[left] & holds_MT[right]).to(torch.int32)
+            hits = both.new_zeros(len(nodes), both.shape[1]).index_add_(0, segment, both)
+            holds_MT[nodes] = hits > 0
+        return holds_MT[-1]
+
+    def check(self) -> None:
+        """Verify that the circuit is smooth, decomposable and deterministic.
+
+        Raises:
+            CircuitPropertyError: it is not; the message names the node.
+        """
+        check(self._graph)
+
+    def summary(self) -> str:
+        """Sizes, depth, model count, op, engine, and the cost per token in multiply-adds and bytes."""
+        from circuitroute.engines import cost
+
+        estimate = cost(self)
+        count = self.model_count()
+        shown = str(count) if count < 10**15 else f"about {_scientific(count)}"
+        rows = [
+            ("constraint", repr(self.constraint)),
+            ("variables", f"{self.n}"),
+            ("models", shown),
+            ("counts", f"{self.min_count} to {self.max_count}"),
+            ("nodes", f"{self.num_nodes}"),
+            ("edges", f"{self.num_edges}"),
+            ("depth", f"{self.depth}"),
+            ("width", f"{self.width}"),
+            ("op", self.op),
+            ("engine on cpu", self.engine_for("cpu")),
+            ("multiply-adds per token", f"{estimate.multiply_adds} (marginals), {estimate.backward} (their gradient)"),
+            ("bytes per token", f"{estimate.bytes_moved} (logits in, marginals out, float32)"),
+        ]
+        pad = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{pad}}  {value}" for name, value in rows)
+
+    def engine_for(self, device: torch.device | str) -> str:
+        """The name of the engine that runs this circuit on ``device``."""
+        from circuitroute.engines import choose
+
+        return self._engine or choose(self, torch.device(device))
+
+    def with_engine(self, name: str) -> Circuit:
+        """The same circuit with its engine forced; shares all arrays.
+
+        Raises:
+            EngineError: there is no such engine, or it cannot run this circuit; says why.
+        """
+        from circuitroute.engines import require
+
+        require(self, name)
+        return Circuit(self._graph, self._constraint, self._counts, engine=name)
+
+    def __call__(
+        self,
+        logits: Tensor,
+        count_potential: Tensor | None = None,
+        validate_args: bool | None = None,
+    ) -> SubsetDistribution:
+        """The distribution p(S) ~ exp(sum of the logits of S + count_potential[|S|]) over the allowed subsets.
+
+        Args:
+            logits: [..., N] of any floating dtype; -inf forbids a variable, +inf forces it.
+            count_potential: [K + 1] or [..., K + 1], log potentials of the counts 0..K, for count constraints.
+            validate_args: None follows torch.distributions' default.
+
+        Raises:
+            ValueError: wrong shapes, NaN, or (when validating) rows whose evidence leaves nothing.
+        """
+        from circuitroute.distribution import SubsetDistribution
+
+        return SubsetDistribution(self, logits, count_potential, validate_args=validate_args)
+
+    def __repr__(self) -> str:
+        forced = f", engine={self._engine!r}" if self._engine else ""
+        return f"Circuit({self._constraint!r}, n={self.n}, nodes={self.num_nodes}, edges={self.num_edges}{forced})"
+
+    def __copy__(self) -> Circuit:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Circuit:
+        return self  # immutable; modules that hold one are copied often
+
+
+def _scientific(count: int) -> str:
+    digits = len(str(count)) - 1
+    return f"{str(count)[0]}.{str(count)[1:4]}e{digits}"

@@ -1,0 +1,173 @@
+"""The intermediate representation: a circuit as flat arrays, children before parents.
+
+Legend: M nodes, E elements (products), L levels.
+
+A node is the constant true, a literal (variable ``v`` absent or present) or a sum. A sum adds up its
+*elements*; an element is the product of two earlier nodes, ``left`` and ``right`` (the constant true when
+there is only one factor). The last node is the root. This is the "decision node with elements" form of
+structured circuits: the memory an evaluation needs is one value per node, never one per element.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray: TypeAlias = npt.NDArray[np.int64]
+Array: TypeAlias = npt.NDArray[Any]
+
+
+class NodeKind(enum.IntEnum):
+    """What a node is; the values stand in :attr:`Graph.kind`."""
+
+    TRUE = 0
+    ABSENT = 1
+    PRESENT = 2
+    SUM = 3
+
+
+@dataclass(frozen=True)
+class Level:
+    """The sums of one level: all their children lie in earlier levels.
+
+    Attributes:
+        nodes: [m] node indices, increasing.
+        left, right: [e] children of the elements, grouped by sum.
+        starts: [m] where each sum's elements begin in ``left`` and ``right``.
+        segment: [e] which of the ``m`` sums an element belongs to.
+    """
+
+    nodes: IntArray
+    left: IntArray
+    right: IntArray
+    starts: IntArray
+    segment: IntArray
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """A circuit as arrays.
+
+    Attributes:
+        n: number of variables.
+        kind: [M] uint8, a :class:`NodeKind` each.
+        variable: [M] int32, the literal's variable, -1 where the node is no literal.
+        first: [M + 1] int64; the elements of node i are ``first[i]`` to ``first[i + 1]``.
+        left, right: [E] int32, the factors of each element; both smaller than the element's sum.
+    """
+
+    n: int
+    kind: npt.NDArray[np.uint8]
+    variable: npt.NDArray[np.int32]
+    first: IntArray
+    left: npt.NDArray[np.int32]
+    right: npt.NDArray[np.int32]
+
+    def __post_init__(self) -> None:
+        for array in (self.kind, self.variable, self.first, self.left, self.right):
+            array.setflags(write=False)
+
+    @property
+    def num_nodes(self) -> int:
+        """Literals, constants and sums: the values an evaluation holds."""
+        return len(self.kind)
+
+    @property
+    def num_edges(self) -> int:
+        """Elements, i.e. products of two nodes: the multiply-adds of an evaluation."""
+        return len(self.left)
+
+    @cached_property
+    def level_of(self) -> IntArray:
+        """[M] 0 for literals and constants, else one more than the deepest child."""
+        level = np.zeros(self.num_nodes, dtype=np.int64)
+        first = self.first.tolist()
+        for node in np.flatnonzero(self.kind == NodeKind.SUM).tolist():
+            span = slice(first[node], first[node + 1])
+            if span.start < span.stop:
+                level[node] = 1 + max(level[self.left[span]].max(), level[self.right[span]].max())
+        return level
+
+    @cached_property
+    def levels(self) -> tuple[Level, ...]:
+        """The sums, level by level, from the literals up."""
+        sums = np.flatnonzero(self.kind == NodeKind.SUM)
+        depth = self.level_of[sums]
+        return tuple(self._level(sums[depth == d]) for d in range(1, int(depth.max(initial=0)) + 1))
+
+    def _level(self, nodes: IntArray) -> Level:
+        sizes = self.first[nodes + 1] - self.first[nodes]
+        starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
+        segment = np.repeat(np.arange(len(nodes)), sizes)
+        elements = np.arange(len(segment)) - starts[segment] + self.first[nodes][segment]
+        return Level(
+            nodes=nodes,
+            left=self.left[elements].astype(np.int64),
+            right=self.right[elements].astype(np.int64),
+            starts=starts,
+            segment=segment,
+        )
+
+    def fold(
+        self,
+        leaves: Array,
+        multiply: Callable[[Array, Array], Array],
+        add: np.ufunc,
+    ) -> Array:
+        """Evaluate bottom-up in any semiring.
+
+        Args:
+            leaves: [M] values; those of literals and constants are read.
+            multiply: the product of two arrays of values, elementwise.
+            add: the ufunc whose ``reduceat`` adds up the elements of a sum.
+
+        Returns:
+            [M] the value of every node.
+        """
+        values = leaves.copy()
+        for level in self.levels:
+            products = multiply(values[level.left], values[level.right])
+            values[level.nodes] = add.reduceat(products, level.starts)
+        return values
+
+
+def model_count(graph: Graph) -> int:
+    """Number of satisfying assignments, as a Python int of any size (needs a smooth, deterministic graph)."""
+    ones = np.ones(graph.num_nodes, dtype=object)
+    return int(graph.fold(ones, np.multiply, np.add)[-1])
+
+
+def count_range(graph: Graph) -> tuple[int, int]:
+    """Smallest and largest number of selected variables in any satisfying assignment."""
+    present = (graph.kind == NodeKind.PRESENT).astype(np.int64)
+    fewest = graph.fold(present, np.add, np.minimum)[-1]
+    most = graph.fold(present, np.add, np.maximum)[-1]
+    return int(fewest), int(most)
+
+
+def enumerate_models(graph: Graph) -> npt.NDArray[np.bool_]:
+    """All satisfying assignments, [model_count, n], in lexicographic order of (z_0, z_1, ...)."""
+    none = np.zeros((1, graph.n), dtype=np.bool_)
+    worlds: list[npt.NDArray[np.bool_]] = []
+    for node in range(graph.num_nodes):
+        if graph.kind[node] != NodeKind.SUM:
+            world = none.copy()
+            if graph.kind[node] == NodeKind.PRESENT:
+                world[0, graph.variable[node]] = True
+            worlds.append(world)
+            continue
+        span = range(int(graph.first[node]), int(graph.first[node + 1]))
+        parts = [_cross(worlds[graph.left[e]], worlds[graph.right[e]]) for e in span]
+        worlds.append(np.concatenate(parts))
+    models = worlds[-1]
+    return models[np.lexsort(models.T[::-1])]
+
+
+def _cross(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    return (a[:, None, :] | b[None, :, :]).reshape(-1, a.shape[1])

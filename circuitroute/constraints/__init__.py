@@ -1,0 +1,11 @@
+"""What is allowed: immutable, hashable constraints and the protocol to write new ones."""
+
+from circuitroute.constraints.base import Constraint as Constraint
+from circuitroute.constraints.base import Over as Over
+from circuitroute.constraints.base import State as State
+from circuitroute.constraints.counts import AtLeast as AtLeast
+from circuitroute.constraints.counts import AtMost as AtMost
+from circuitroute.constraints.counts import Between as Between
+from circuitroute.constraints.counts import Count as Count
+from circuitroute.constraints.counts import CountIn as CountIn
+from circuitroute.constraints.counts import Exactly as Exactly

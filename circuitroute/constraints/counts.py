@@ -1,0 +1,149 @@
+"""Constraints on the number of selected variables: exactly k, at most, at least, between, one of a set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from circuitroute._validate import index_tuple, int_at_least
+from circuitroute.constraints.base import Constraint, Over, State
+
+
+class Count(Constraint):
+    """A constraint on the number of selected variables; the state of a block is its count.
+
+    Subclasses say which counts are allowed in :meth:`allows` and give :attr:`largest`, beyond which a block
+    is dead (``None``: no limit).
+    """
+
+    @property
+    def largest(self) -> int | None:
+        """The largest allowed count, or None when every large count is allowed."""
+        raise NotImplementedError
+
+    def allows(self, count: int) -> bool:
+        """Whether ``count`` selected variables are allowed."""
+        raise NotImplementedError
+
+    def leaf(self, var: int) -> tuple[State | None, State | None]:
+        return 0, (None if self.largest == 0 else 1)
+
+    def merge(self, left: State, right: State) -> State | None:
+        total = int(left) + int(right)  # type: ignore[call-overload]
+        return None if self.largest is not None and total > self.largest else total
+
+    def accepts(self, state: State) -> bool:
+        return self.allows(int(state))  # type: ignore[call-overload]
+
+    def over(self, indices: Iterable[int]) -> Constraint:
+        # A count does not depend on the order, so equal scopes make equal constraints.
+        return Over(self, tuple(sorted(index_tuple("indices", indices))))
+
+
+@dataclass(frozen=True, repr=False)
+class Exactly(Count):
+    """Exactly ``k`` variables are selected."""
+
+    k: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "k", int_at_least("k", self.k, 0))
+
+    @property
+    def largest(self) -> int:
+        return self.k
+
+    def allows(self, count: int) -> bool:
+        return count == self.k
+
+    def __repr__(self) -> str:
+        return f"Exactly({self.k})"
+
+
+@dataclass(frozen=True, repr=False)
+class AtMost(Count):
+    """At most ``k`` variables are selected."""
+
+    k: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "k", int_at_least("k", self.k, 0))
+
+    @property
+    def largest(self) -> int:
+        return self.k
+
+    def allows(self, count: int) -> bool:
+        return count <= self.k
+
+    def __repr__(self) -> str:
+        return f"AtMost({self.k})"
+
+
+@dataclass(frozen=True, repr=False)
+class AtLeast(Count):
+    """At least ``k`` variables are selected."""
+
+    k: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "k", int_at_least("k", self.k, 0))
+
+    @property
+    def largest(self) -> None:
+        return None
+
+    def allows(self, count: int) -> bool:
+        return count >= self.k
+
+    def __repr__(self) -> str:
+        return f"AtLeast({self.k})"
+
+
+@dataclass(frozen=True, repr=False)
+class Between(Count):
+    """Between ``kmin`` and ``kmax`` variables are selected, both included."""
+
+    kmin: int
+    kmax: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kmin", int_at_least("kmin", self.kmin, 0))
+        object.__setattr__(self, "kmax", int_at_least("kmax", self.kmax, 0))
+        if self.kmax < self.kmin:
+            raise ValueError(f"kmax={self.kmax}: must be at least kmin={self.kmin}")
+
+    @property
+    def largest(self) -> int:
+        return self.kmax
+
+    def allows(self, count: int) -> bool:
+        return self.kmin <= count <= self.kmax
+
+    def __repr__(self) -> str:
+        return f"Between({self.kmin}, {self.kmax})"
+
+
+@dataclass(frozen=True, repr=False, init=False)
+class CountIn(Count):
+    """The number of selected variables is one of ``counts``."""
+
+    counts: frozenset[int]
+
+    def __init__(self, counts: Iterable[int]) -> None:
+        if isinstance(counts, (str, bytes)) or not isinstance(counts, Iterable):
+            raise TypeError(f"counts={counts!r}: expected a set of integers such as {{2, 4, 8}}")
+        values = frozenset(int_at_least("counts", c, 0) for c in counts)
+        if not values:
+            raise ValueError("counts=set(): give at least one allowed count")
+        object.__setattr__(self, "counts", values)
+
+    @property
+    def largest(self) -> int:
+        return max(self.counts)
+
+    def allows(self, count: int) -> bool:
+        return count in self.counts
+
+    def __repr__(self) -> str:
+        return f"CountIn({{{', '.join(map(str, sorted(self.counts)))}}})"

@@ -1,0 +1,116 @@
+"""What is measured on the held-out text.
+
+Shapes: B sequences, S positions, T = B S tokens, E experts, L layers, M all validation tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import circuitroute as cr
+
+from .config import DemoConfig
+from .model import LanguageModel, token_losses
+
+
+class Interrupted(Exception):  # noqa: N818  a request of the user's, not an error
+    """Raised where work can stop with nothing half done."""
+
+
+Stop = Callable[[], bool]
+
+
+def stop_if(stop: Stop) -> None:
+    if stop():
+        raise Interrupted
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One pass over the held-out windows after `step` steps, the router taking its mode."""
+
+    step: int
+    bits_per_byte: float
+    executed: float  # mean experts per token and layer
+    load_entropy: float  # mean over layers
+    max_violation: float  # mean over layers
+    utilization: list[list[float]]  # [L, E]: fraction of tokens that use the expert
+    executed_counts: list[int]  # [E + 1]: tokens, over all layers, that execute so many experts
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@torch.no_grad()
+def evaluate(model: LanguageModel, batches: Sequence[Tensor], step: int, stop: Stop) -> Evaluation:
+    """Leaves the model in training mode. Raises Interrupted between batches."""
+    model.eval()
+    nats: list[Tensor] = []
+    masks: list[list[Tensor]] = []
+    try:
+        for tokens in batches:
+            stop_if(stop)
+            logits_BSV, routings = model(tokens[:, :-1])
+            nats.append(token_losses(logits_BSV, tokens[:, 1:]).double().mean(dim=-1))
+            masks.append([routing.mask for routing in routings])
+    finally:
+        model.train()
+    bits = float(torch.cat(nats).mean()) / math.log(2)
+    return _summary(step, bits, [torch.cat(layer) for layer in zip(*masks, strict=True)])
+
+
+def _summary(step: int, bits: float, masks_ME: Sequence[Tensor]) -> Evaluation:
+    counts_LM = torch.stack([mask_ME.sum(dim=-1) for mask_ME in masks_ME])
+    experts = masks_ME[0].shape[-1]
+    return Evaluation(
+        step=step,
+        bits_per_byte=bits,
+        executed=float(counts_LM.double().mean()),
+        load_entropy=fmean(float(cr.metrics.load_entropy(mask_ME)) for mask_ME in masks_ME),
+        max_violation=fmean(float(cr.metrics.max_violation(mask_ME)) for mask_ME in masks_ME),
+        utilization=[cr.metrics.utilization(mask_ME).tolist() for mask_ME in masks_ME],
+        executed_counts=counts_LM.flatten().bincount(minlength=experts + 1).tolist(),
+    )
+
+
+def swap_correlation(model: LanguageModel, config: DemoConfig, tokens: Tensor, stop: Stop) -> float | None:
+    """How well the middle layer's router gradient foretells the loss when one chosen expert is swapped for
+    another.
+
+    Every other layer takes its mode, so the swap is all that differs. tokens: [B, S + 1] int64. Returns the
+    rank correlation, None where it is undefined. Raises Interrupted between the model's runs.
+    """
+    layer = config.layers // 2
+    router = model.blocks[layer].experts.router
+    tokens = tokens[: config.oracle_sequences]
+
+    def losses_of(routing: cr.Routing) -> Tensor:
+        stop_if(stop)
+        logits_BSV, _ = model(tokens[:, :-1], overrides={layer: lambda _: routing})
+        return token_losses(logits_BSV, tokens[:, 1:]).mean(dim=-1)
+
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits_TE = model(tokens[:, :-1])[1][layer].logits
+        result = cr.metrics.swap_oracle(
+            losses_of,
+            logits_TE,
+            router.circuit,
+            combine=router.combine,
+            estimator=router.estimator,
+            swaps=config.oracle_swaps,
+            seed=config.seed,
+        )
+    finally:
+        model.train()
+    correlation = float(result.correlation)
+    return correlation if math.isfinite(correlation) else None

@@ -1,0 +1,143 @@
+"""A small decoder-only mixture-of-experts transformer over bytes.
+
+Shapes: B sequences, S positions, T = B S tokens, H hidden size, E experts, V = 256 byte values, A attention
+heads, D = H / A.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import circuitroute as cr
+
+from .config import HEAD_SIZE, DemoConfig
+
+VOCABULARY = 256
+Override = Callable[[Tensor], cr.Routing]
+
+
+@dataclass(frozen=True)
+class RouterKind:
+    """One router of the comparison: how to build it, and which auxiliary losses suit it."""
+
+    build: Callable[[DemoConfig], nn.Module]
+    probabilities: str  # what the balance loss averages: the stock router has no marginals
+    free_count: bool  # whether the router chooses how many, so that its expected count needs a price
+
+
+KINDS = {
+    "top-k": RouterKind(lambda c: cr.TopKRouter(c.hidden, c.experts, c.k), "softmax", False),
+    "exact-k": RouterKind(lambda c: cr.ExactKRouter(c.hidden, c.experts, c.k), "marginal", False),
+    "range-k": RouterKind(lambda c: cr.DynamicKRouter(c.hidden, c.experts, *c.k_range), "marginal", True),
+}
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions: [B, S, H] -> [B, S, H]."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.project_in = nn.Linear(hidden, 3 * hidden, bias=False)
+        self.project_out = nn.Linear(hidden, hidden, bias=False)
+
+    def forward(self, hidden_BSH: Tensor) -> Tensor:
+        batch, length, width = hidden_BSH.shape
+        heads = self.project_in(hidden_BSH).view(batch, length, 3, width // HEAD_SIZE, HEAD_SIZE)
+        query_BASD, key_BASD, value_BASD = heads.permute(2, 0, 3, 1, 4).unbind(0)
+        out_BASD = functional.scaled_dot_product_attention(
+            _rotate(query_BASD), _rotate(key_BASD), value_BASD, is_causal=True
+        )
+        return self.project_out(out_BASD.transpose(1, 2).reshape(batch, length, width))
+
+
+def _rotate(x_BASD: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al., 2021)."""
+    length, half = x_BASD.shape[-2], x_BASD.shape[-1] // 2
+    frequencies = 1000.0 ** -(torch.arange(half, device=x_BASD.device) / half)
+    angles = torch.arange(length, device=x_BASD.device)[:, None] * frequencies
+    a, b = x_BASD.chunk(2, dim=-1)
+    return torch.cat((a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()), dim=-1)
+
+
+class Block(nn.Module):
+    """Attention, then a mixture of experts, each on a normalised residual stream."""
+
+    def __init__(self, config: DemoConfig, router: nn.Module) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.hidden)
+        self.attention = Attention(config.hidden)
+        self.experts_norm = nn.RMSNorm(config.hidden)
+        self.experts = cr.MoE(router, nn.ModuleList(_expert(config.hidden) for _ in range(config.experts)))
+
+    def forward(
+        self, hidden_BSH: Tensor, key_T: Tensor | None, override: Override | None
+    ) -> tuple[Tensor, cr.Routing]:
+        hidden_BSH = hidden_BSH + self.attention(self.attention_norm(hidden_BSH))
+        normed_BSH = self.experts_norm(hidden_BSH)
+        routing = None if override is None else override(self.experts.router.logits(normed_BSH.flatten(0, 1)))
+        out_BSH, routing = self.experts(normed_BSH, key=key_T, routing=routing)
+        return hidden_BSH + out_BSH, routing
+
+
+def _expert(hidden: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(hidden, hidden, bias=False), nn.GELU(), nn.Linear(hidden, hidden, bias=False)
+    )
+
+
+class LanguageModel(nn.Module):
+    """Bytes [B, S] int64 -> next-byte logits [B, S, V] and the routing of every layer. Forward keeps no
+    state.
+
+    keys: one int64 [T] per layer, for a router that samples (in training mode).
+    overrides: layer -> function from that layer's router logits [T, E] to the Routing to use instead.
+    """
+
+    def __init__(self, config: DemoConfig, router: str) -> None:
+        super().__init__()
+        kind = KINDS[router]
+        self.embedding = nn.Embedding(VOCABULARY, config.hidden)
+        self.blocks = nn.ModuleList(Block(config, kind.build(config)) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.hidden)
+        self.head = nn.Linear(config.hidden, VOCABULARY, bias=False)
+
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        keys: Sequence[Tensor] | None = None,
+        overrides: Mapping[int, Override] | None = None,
+    ) -> tuple[Tensor, list[cr.Routing]]:
+        hidden_BSH = self.embedding(tokens_BS)
+        routings = []
+        for layer, block in enumerate(self.blocks):
+            key_T = None if keys is None else keys[layer]
+            hidden_BSH, routing = block(hidden_BSH, key_T, (overrides or {}).get(layer))
+            routings.append(routing)
+        return self.head(self.norm(hidden_BSH)), routings
+
+
+def build_model(config: DemoConfig, router: str) -> LanguageModel:
+    """A model whose weights depend on the seed and their own names alone: equal across routers where shapes
+    agree, with torch's global generator left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        model = LanguageModel(config, router)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2:
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed}/{name}".encode()))
+                scale = 0.02 if name == "embedding.weight" else weight.shape[1] ** -0.5
+                weight.normal_(0.0, scale, generator=generator)
+    return model
+
+
+def token_losses(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
+    """Cross-entropy of every position in nats, [B, S] float32."""
+    return functional.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten(), reduction="none").view_as(
+        targets_BS
+    )

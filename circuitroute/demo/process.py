@@ -1,0 +1,50 @@
+"""What a run borrows from its process and gives back: torch's threads and the handling of Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+
+from .config import DemoError
+from .evaluation import Stop
+
+MAX_THREADS = 4  # the model is too small to gain from more
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    if count is not None and count < 1:
+        raise DemoError(f"must be at least 1, got {count}", "threads")
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, MAX_THREADS) if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def interruptible() -> Iterator[Stop]:
+    """Gives a function that turns true with the first Ctrl-C, so that work stops where its state is whole. A
+    second Ctrl-C raises KeyboardInterrupt at once. Elsewhere than in the main thread, where Python delivers
+    no signals, nothing changes."""
+    asked = threading.Event()
+
+    def on_interrupt(_signal: int, _frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)

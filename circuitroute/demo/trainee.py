@@ -1,0 +1,146 @@
+"""A model in training and the checkpoint it can be taken up from, exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checkpoint
+from .config import DemoConfig, DemoError
+from .corpus import Corpus
+from .evaluation import Evaluation
+from .model import LanguageModel, build_model
+
+BETAS = (0.9, 0.95)
+
+
+@dataclass
+class Record:
+    """All that is known about one router's run but its tensors: what a checkpoint's JSON holds."""
+
+    router: str
+    step: int = 0
+    losses: list[float] = field(default_factory=list)  # one per step, nats per byte
+    evaluations: list[Evaluation] = field(default_factory=list)
+    swap_correlation: float | None = None
+    finished: bool = False
+    training_seconds: float = 0.0
+    seconds: float = 0.0  # with validation and the swap oracle
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "evaluations": [evaluation.to_json() for evaluation in self.evaluations]}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Record:
+        """The inverse of to_json. Raises TypeError or KeyError on values that it did not write."""
+        evaluations = [Evaluation(**evaluation) for evaluation in values["evaluations"]]
+        return cls(**{**values, "evaluations": evaluations})
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all routers of a run share."""
+
+    config: DemoConfig
+    corpus: Corpus
+    device: torch.device
+    checkpoints: Path
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with to be taken up."""
+        return {"config": self.config.to_json(), "text": self.corpus.digest}
+
+
+@dataclass
+class Trainee:
+    """A model, its optimizer and its record, which change together: a checkpoint is only written between
+    steps."""
+
+    setting: Setting
+    model: LanguageModel
+    optimizer: torch.optim.Optimizer
+    record: Record
+
+    def save(self) -> None:
+        """Raises DemoError where the disk refuses."""
+        tensors = {f"model.{name}": weight for name, weight in self.model.named_parameters()}
+        for name, weight in self.model.named_parameters():
+            state = self.optimizer.state.get(weight, {})  # empty for an expert that no token has used yet
+            tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
+        state = {**self.setting.identity, "record": self.record.to_json()}
+        checkpoint.save(self.setting.checkpoints, self.record.router, tensors, state)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes up a checkpoint. Raises DemoError when it is damaged or holds another model's tensors."""
+        tensors = checkpoint.load_tensors(self.setting.checkpoints, state)
+        weights = dict(self.model.named_parameters())
+        if {f"model.{name}" for name in weights} != {name for name in tensors if name.startswith("model.")}:
+            raise DemoError(
+                "the checkpoint holds another model's tensors: start again without --resume", "resume"
+            )
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(tensors[f"model.{name}"])
+        self.optimizer.load_state_dict(_optimizer_state(self.optimizer, weights, tensors))
+        self.record = record_of(state)
+
+
+def start(setting: Setting, router: str, resume: bool) -> Trainee:
+    """A trainee at step 0, or where its checkpoint left it."""
+    model = build_model(setting.config, router).to(setting.device)
+    matrices = [weight for weight in model.parameters() if weight.dim() >= 2]
+    others = [weight for weight in model.parameters() if weight.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": setting.config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    fused = setting.device.type in ("cpu", "cuda")  # one kernel instead of a dozen per tensor
+    trainee = Trainee(setting, model, torch.optim.AdamW(groups, betas=BETAS, fused=fused), Record(router))
+    state = saved_state(setting, router) if resume else None
+    if state is not None:
+        trainee.restore(state)
+    return trainee
+
+
+def saved_state(setting: Setting, router: str) -> dict[str, Any] | None:
+    """A router's checkpoint without its tensors, None where there is none yet. Raises DemoError when it is
+    damaged or belongs to a run with another configuration or text."""
+    path = setting.checkpoints / f"{router}.json"
+    if not path.exists():
+        return None
+    state = checkpoint.read_json(path)
+    for part, wanted in setting.identity.items():
+        if state.get(part) != wanted:
+            raise DemoError(f"{path} was written with another {part}: start again without --resume", "resume")
+    return state
+
+
+def record_of(state: dict[str, Any]) -> Record:
+    """Raises DemoError when a checkpoint's record is not one."""
+    try:
+        return Record.from_json(state["record"])
+    except (KeyError, TypeError) as error:
+        raise DemoError(
+            f"a checkpoint's record is damaged ({error!r}): start again without --resume", "resume"
+        ) from None
+
+
+def _optimizer_state(
+    optimizer: torch.optim.Optimizer, weights: dict[str, torch.nn.Parameter], tensors: dict[str, Tensor]
+) -> dict[str, Any]:
+    """The optimizer's state_dict with the checkpoint's tensors in it, keyed by parameter number as torch
+    does."""
+    names = {weight: name for name, weight in weights.items()}
+    ordered = [names[weight] for group in optimizer.param_groups for weight in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for number, name in enumerate(ordered):
+        prefix = f"optimizer.{name}."
+        found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        if found:
+            state[number] = found
+    return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}

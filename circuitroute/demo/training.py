@@ -1,0 +1,139 @@
+"""Training one model: a step, and the loop that validates and writes checkpoints.
+
+Shapes: B sequences, S positions, T = B S tokens, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+import circuitroute as cr
+
+from .config import DemoConfig
+from .evaluation import Evaluation, Interrupted, Stop, evaluate, stop_if, swap_correlation
+from .model import KINDS, token_losses
+from .trainee import Trainee
+
+WARMUP = 0.05  # of all steps
+FINAL_RATE = 0.1  # of the learning rate
+CLIP = 1.0
+
+
+class Progress(Protocol):
+    """Told how training goes."""
+
+    def begin(self, router: str, done: int, total: int) -> None: ...
+    def step(self, step: int, loss: float, tokens_per_second: float) -> None: ...
+    def validated(self, evaluation: Evaluation) -> None: ...
+    def measuring_swaps(self) -> None: ...
+    def finished(self) -> None: ...
+
+
+def train(trainee: Trainee, progress: Progress, stop: Stop) -> None:
+    """Trains to the end, validating on the way, then measures the swap oracle; a checkpoint after each.
+
+    Raises Interrupted, with a checkpoint written, soon after `stop()` turns true. After any other exception
+    the last checkpoint stands.
+    """
+    record, setting = trainee.record, trainee.setting
+    progress.begin(record.router, record.step, setting.config.steps)
+    batches = [tokens_BS.to(setting.device) for tokens_BS in setting.corpus.validation(setting.config)]
+    try:
+        while _validation_due(trainee) or record.step < setting.config.steps:
+            _advance(trainee, batches, progress, stop)
+        if not record.finished:
+            progress.measuring_swaps()
+            with _clock(trainee):
+                record.swap_correlation = swap_correlation(trainee.model, setting.config, batches[0], stop)
+            record.finished = True
+            trainee.save()
+        progress.finished()
+    except Interrupted:
+        trainee.save()
+        raise
+
+
+def _validation_due(trainee: Trainee) -> bool:
+    record, config = trainee.record, trainee.setting.config
+    done = record.evaluations[-1].step if record.evaluations else 0
+    return done < record.step and (record.step % config.validation_every == 0 or record.step == config.steps)
+
+
+def _advance(trainee: Trainee, batches: Sequence[Tensor], progress: Progress, stop: Stop) -> None:
+    """A validation where one is due, otherwise a step: each leaves a state to stop in and resume from."""
+    record = trainee.record
+    if _validation_due(trainee):
+        with _clock(trainee):
+            record.evaluations.append(evaluate(trainee.model, batches, record.step, stop))
+        trainee.save()
+        progress.validated(record.evaluations[-1])
+        return
+    stop_if(stop)
+    began = time.perf_counter()
+    with _clock(trainee):
+        record.losses.append(training_step(trainee))
+        record.step += 1
+    record.training_seconds += (took := time.perf_counter() - began)
+    progress.step(record.step, record.losses[-1], trainee.setting.config.tokens_per_step / took)
+
+
+@contextmanager
+def _clock(trainee: Trainee) -> Iterator[None]:
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        trainee.record.seconds += time.perf_counter() - began
+
+
+def training_step(trainee: Trainee) -> float:
+    """One update; returns the language-model loss before it, in nats per byte. Batch, learning rate and the
+    routers' randomness depend on the seed and the step's number alone."""
+    config, step = trainee.setting.config, trainee.record.step
+    tokens = trainee.setting.corpus.batch(config, step).to(trainee.setting.device)
+    positions_T = torch.arange(config.tokens_per_step, device=tokens.device)
+    keys_LT = [cr.random_key(config.seed, step, layer, positions_T) for layer in range(config.layers)]
+    logits_BSV, routings = trainee.model(tokens[:, :-1], keys=keys_LT)
+    loss = token_losses(logits_BSV, tokens[:, 1:]).mean()
+    total = loss + auxiliary_loss(routings, config, trainee.record.router)
+    trainee.optimizer.zero_grad(set_to_none=True)
+    total.backward()
+    nn.utils.clip_grad_norm_(trainee.model.parameters(), CLIP)
+    for group in trainee.optimizer.param_groups:
+        group["lr"] = learning_rate(config, step)
+    trainee.optimizer.step()
+    return float(loss.detach())
+
+
+def auxiliary_loss(routings: Sequence[cr.Routing], config: DemoConfig, router: str) -> Tensor:
+    """Balanced load, small logits and, where the router chooses how many experts, k of them on average: a
+    scalar.
+
+    More experts always fit the text better, so without the last term a range router drifts to its upper bound
+    and the comparison with k experts means little.
+    """
+    kind = KINDS[router]
+    terms = []
+    for routing in routings:
+        balance = cr.losses.load_balance(routing, probabilities=kind.probabilities)
+        term = config.balance_weight * balance + config.z_weight * cr.losses.z_loss(routing)
+        if kind.free_count:
+            term = term + config.count_weight * (cr.losses.expected_count(routing) / config.k - 1).square()
+        terms.append(term)
+    return torch.stack(terms).mean()
+
+
+def learning_rate(config: DemoConfig, step: int) -> float:
+    """Linear warm-up, then a cosine."""
+    warmup = max(1, round(WARMUP * config.steps))
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, config.steps - warmup)
+    return config.learning_rate * (FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * done)))

@@ -1,0 +1,63 @@
+"""What an engine is asked for, and what it answers; the same for every op.
+
+Legend: T tokens, N variables, K the largest allowed count, J = K + 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Inference:
+    """The outcome of one sweep.
+
+    Attributes:
+        log_partition: [T] log Z.
+        marginals: [T, N] P(i in S).
+        count_probs: [T, J] P(|S| = j); None where the op gives none.
+        shift: [T] float64, the constant s the sweep took off the logits; no gradient.
+        log_root: [T] float64, log of the sum over allowed S of exp(potential) P_s(S) e^(s |S|), where P_s draws
+            variables as independent coins with logits theta - s; no gradient. log Z is log_root plus the coins'
+            log normaliser. Written relative to it, log-probabilities keep their accuracy at any scale.
+        mask: [T, N] bool, the sample if a key was given.
+    """
+
+    log_partition: Tensor
+    marginals: Tensor
+    count_probs: Tensor | None
+    shift: Tensor
+    log_root: Tensor
+    mask: Tensor | None = None
+
+
+class Engine(Protocol):
+    """Runs one circuit on rows of logits. Rows nothing satisfies come back as NaN (masks as all False)."""
+
+    name: str
+
+    def infer(self, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor | None = None) -> Inference:
+        """Log-partition, marginals and count posterior, with a sample when ``key_T`` [T] int64 is given.
+
+        The results carry no gradient; see :meth:`attach`.
+
+        Args:
+            logits_TN: [T, N] float32 or float64 without NaN; infinite values are evidence.
+            potential: [J] or [T, J] log potentials of the counts (-inf where not allowed); None for circuits
+                that are no pure count constraint.
+        """
+        ...
+
+    def attach(self, inference: Inference, logits_TN: Tensor, potential: Tensor | None) -> Inference:
+        """The same results as functions of logits and potential, for autograd.
+
+        Each call makes graph nodes of its own, so results can be differentiated one by one.
+        """
+        ...
+
+    def sample(self, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor) -> Tensor:
+        """[T, N] bool, the subset that is a pure function of each row's logits, potential and key."""
+        ...

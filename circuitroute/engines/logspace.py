@@ -1,0 +1,52 @@
+"""What the naive engines share: literals as log-probabilities of independent coins, in float64.
+
+Legend: T tokens, N variables.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Finite stand-in for log 0: sums of a few never overflow, and logsumexp of them has no NaN gradient.
+LOG_ZERO = -1e300
+
+
+def is_zero(log_values: Tensor) -> Tensor:
+    """Whether log values stand for zero."""
+    return log_values < LOG_ZERO / 2
+
+
+def as_input(x: Tensor) -> Tensor:
+    """``x`` in float64 as something autograd can differentiate by; the caller's own graph is kept."""
+    if x.is_inference():
+        x = x.clone()
+    return x.double() if x.requires_grad else x.detach().double().requires_grad_()
+
+
+def _finite(logits: Tensor) -> Tensor:
+    """Infinite logits replaced by zero, for branches that are masked out afterwards."""
+    return torch.where(torch.isinf(logits), 0.0, logits)
+
+
+def log_literals(logits_TN: Tensor, shift_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (absent, present) of coins with logits theta - s, each [N, T]; evidence is certain."""
+    centred = (_finite(logits_TN) - shift_T[:, None]).t()
+    forced, forbidden = (logits_TN == math.inf).t(), (logits_TN == -math.inf).t()
+    absent = torch.where(forced, LOG_ZERO, torch.where(forbidden, 0.0, F.logsigmoid(-centred)))
+    present = torch.where(forbidden, LOG_ZERO, torch.where(forced, 0.0, F.logsigmoid(centred)))
+    return absent, present
+
+
+def log_coins(logits_TN: Tensor, shift_T: Tensor) -> Tensor:
+    """[T] log normaliser of those coins; decided variables have none."""
+    each = F.softplus(_finite(logits_TN) - shift_T[:, None], threshold=50)
+    return torch.where(torch.isinf(logits_TN), 0.0, each).sum(1)
+
+
+def nan_rows(empty_T: Tensor, values: Tensor) -> Tensor:
+    """``values`` [T, ...] with NaN in the rows that nothing satisfies."""
+    return torch.where(empty_T.reshape(-1, *[1] * (values.dim() - 1)), math.nan, values)

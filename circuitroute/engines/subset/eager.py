@@ -1,0 +1,372 @@
+"""The engine ``torch`` of the count family: batched eager tensor operations, any device.
+
+Legend: T tokens, B tokens of one block, N variables, K the largest allowed count, J = K + 1.
+
+Per block of tokens, laid out tokens last: solve the shift, multiply the tree of Poisson-binomial polynomials up,
+weigh the root by potential and shift, and send the adjoint down. With theta the logits and phi the count
+potential,
+
+    m = d log Z / d theta,    q = d log Z / d phi,
+
+and for upstream gradients (u, v) of (m, q) the backward pass is the second derivative of log Z applied to them,
+i.e. the derivative of (m, q) along (u, v): dual numbers through the same sweep, no N x N matrix. In particular
+dm/dtheta is Cov(z). That is the SIMPLE estimator's backward pass (Ahmed et al. 2023, arXiv:2210.01941).
+
+Tokens whose weight underflows (count potentials that fight the logits by dozens of nats) and tokens whose sample
+float32 cannot decide go to the naive engine, row by row; both are properties of the row alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from circuitroute.engines.base import Inference
+from circuitroute.engines.subset import sampling, tree
+from circuitroute.engines.subset.naive import NaiveSubset, allowed_range
+from circuitroute.engines.subset.shift import Evidence, Shift, solve_shift
+
+# Below this root weight (its largest possible value is 1) coefficients may have underflowed on the way.
+SMALLEST_ROOT = {torch.float32: 1e-20, torch.float64: 1e-200}
+# Logits per block of tokens: few enough to stay near the cache, enough to drown the cost of launching operations.
+BLOCK_ELEMENTS = {"cpu": 1 << 18}
+BLOCK_ELEMENTS_ELSEWHERE = 1 << 24
+
+
+class TorchSubset:
+    """Eager torch inference for the count family; float32 for float32 logits, float64 for float64."""
+
+    name = "torch"
+
+    @torch.no_grad()
+    def infer(self, logits_TN: Tensor, potential: Tensor, key_T: Tensor | None = None) -> Inference:
+        """See :class:`circuitroute.engines.base.Engine`."""
+        sweep = _Sweep.empty(logits_TN, potential, with_marginals=True, with_sample=key_T is not None)
+        for rows in _blocks(logits_TN):
+            _forward_block(sweep, rows, logits_TN, potential, key_T)
+        _mend(sweep, logits_TN, potential, key_T)
+        return sweep.inference()
+
+    def attach(self, inference: Inference, logits_TN: Tensor, potential: Tensor) -> Inference:
+        """See :class:`circuitroute.engines.base.Engine`."""
+        log_partition, marginals, count_probs = _Moments.apply(logits_TN, potential, inference)
+        return replace(inference, log_partition=log_partition, marginals=marginals, count_probs=count_probs)
+
+    @torch.no_grad()
+    def sample(self, logits_TN: Tensor, potential: Tensor, key_T: Tensor) -> Tensor:
+        """See :class:`circuitroute.engines.base.Engine`."""
+        sweep = _Sweep.empty(logits_TN, potential, with_marginals=False, with_sample=True)
+        for rows in _blocks(logits_TN):
+            _forward_block(sweep, rows, logits_TN, potential, key_T)
+        _mend(sweep, logits_TN, potential, key_T)
+        if sweep.mask is None:
+            raise RuntimeError("a sweep with a key fills its mask")  # cannot happen: asked for above
+        return sweep.mask
+
+
+@dataclass
+class _Sweep:
+    """The results of a sweep as they are filled in, block by block."""
+
+    log_partition: Tensor
+    marginals: Tensor | None
+    count_probs: Tensor | None
+    log_root: Tensor
+    shift: Shift
+    mask: Tensor | None
+    underflow: Tensor
+    uncertain: Tensor
+
+    @staticmethod
+    def empty(logits_TN: Tensor, potential: Tensor, with_marginals: bool, with_sample: bool) -> _Sweep:
+        T = logits_TN.shape[0]
+        row = logits_TN.new_empty(T)
+        flags = torch.zeros(T, dtype=torch.bool, device=logits_TN.device)
+        return _Sweep(
+            log_partition=row,
+            marginals=torch.empty_like(logits_TN, memory_format=torch.contiguous_format) if with_marginals else None,
+            count_probs=logits_TN.new_empty(T, potential.shape[-1]) if with_marginals else None,
+            log_root=torch.empty_like(row, dtype=torch.float64),
+            shift=Shift(torch.empty_like(row), torch.empty_like(row)),
+            mask=torch.empty_like(logits_TN, dtype=torch.bool, memory_format=torch.contiguous_format)
+            if with_sample
+            else None,
+            underflow=flags,
+            uncertain=flags.clone(),
+        )
+
+    def inference(self) -> Inference:
+        """The finished results."""
+        if self.marginals is None:
+            raise RuntimeError("this sweep has no marginals")  # cannot happen: only sample() goes without
+        return Inference(
+            self.log_partition, self.marginals, self.count_probs, self.shift.exact(), self.log_root, self.mask
+        )
+
+
+class _Moments(torch.autograd.Function):
+    """(logits, potential) -> (log Z, marginals, count posterior), whose values are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_TN: Tensor, potential: Tensor, inference: Inference) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(logits_TN, potential)
+        ctx.inference = inference
+        ctx.set_materialize_grads(False)
+        values = (inference.log_partition, inference.marginals, inference.count_probs)
+        return tuple(x.detach() for x in values if x is not None)
+
+    @staticmethod
+    def backward(
+        ctx: Any, w_T: Tensor | None, u_TN: Tensor | None, v_TJ: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        logits, potential = ctx.saved_tensors
+        backward = _differentiable_backward if torch.is_grad_enabled() else _backward
+        grad_logits, grad_phi = backward(logits, potential, ctx.inference, w_T, u_TN, v_TJ)
+        wanted = ctx.needs_input_grad
+        return grad_logits if wanted[0] else None, grad_phi if wanted[1] else None, None
+
+
+def _blocks(logits_TN: Tensor) -> list[slice]:
+    T, N = logits_TN.shape
+    size = max(1, BLOCK_ELEMENTS.get(logits_TN.device.type, BLOCK_ELEMENTS_ELSEWHERE) // N)
+    return [slice(i, min(i + size, T)) for i in range(0, T, size)]
+
+
+def _forward_block(sweep: _Sweep, rows: slice, logits_TN: Tensor, potential: Tensor, key_T: Tensor | None) -> None:
+    """Fill ``rows`` of the sweep."""
+    logits_NB = logits_TN[rows].t().contiguous()
+    phi_JB = _potential_block(potential, rows)
+    evidence = Evidence.of(logits_NB)
+    shift = _solve(logits_NB, phi_JB, evidence)
+    absent, present = _coins(logits_NB, shift, evidence)
+    levels = tree.up(tree.leaves(absent, present), phi_JB.shape[0] - 1)
+    root_JB = _root(levels, phi_JB.shape[0])
+    weights_JB, largest = _root_weights(phi_JB, shift, evidence, root_JB.dtype)
+    weighted_JB = weights_JB * root_JB
+    total = weighted_JB.sum(0)
+
+    sweep.shift.high[rows], sweep.shift.low[rows] = shift.high, shift.low
+    sweep.underflow[rows] = ~(total >= SMALLEST_ROOT[total.dtype])
+    sweep.log_root[rows] = largest + total.double().log()
+    sweep.log_partition[rows] = (
+        sweep.log_root[rows] + _log_coins(logits_NB, shift, absent, present, evidence)
+    ).to(total.dtype)
+    probs_JB = weighted_JB / total
+    if sweep.marginals is not None and sweep.count_probs is not None:
+        adjoint = (weights_JB / total).unsqueeze(1)
+        below = tree.down(levels, adjoint[: levels[-1].shape[0]])[: present.shape[0]]
+        sweep.marginals[rows] = below.mul_(present).t()
+        sweep.count_probs[rows] = probs_JB.t()
+    if sweep.mask is not None and key_T is not None:
+        mask_NB, sweep.uncertain[rows] = _sample_block(levels, probs_JB, potential, key_T[rows])
+        sweep.mask[rows] = mask_NB[: present.shape[0]].t()
+
+
+def _sample_block(levels: list[Tensor], probs_JB: Tensor, potential: Tensor, key_B: Tensor) -> tuple[Tensor, Tensor]:
+    counts, uncertain = sampling.draw_count(probs_JB.clone(), key_B)
+    if len(levels) == 1:  # a single variable: its count is its mask
+        return counts > 0, uncertain
+    mask, doubt = sampling.split_counts(levels, counts, key_B)
+    return mask, uncertain | doubt
+
+
+def _potential_block(potential: Tensor, rows: slice) -> Tensor:
+    """[J, B], or [J, 1] where all tokens share it."""
+    return potential[:, None] if potential.dim() == 1 else potential[rows].t()
+
+
+def _solve(logits_NB: Tensor, phi_JB: Tensor, evidence: Evidence | None) -> Shift:
+    low, high = allowed_range(phi_JB.t())
+    B = logits_NB.shape[1]
+    if bool((low == high).all()):
+        low = low.expand(B)
+        return solve_shift(logits_NB, evidence, low, low, torch.zeros_like(low))
+    at_low = phi_JB.gather(0, low.long()[None])[0]
+    at_high = phi_JB.gather(0, high.long()[None])[0]
+    slope = (at_high - at_low) / (high - low)
+    slope = torch.where(torch.isfinite(slope), slope, 0.0)
+    return solve_shift(logits_NB, evidence, low.expand(B), high.expand(B), slope.expand(B))
+
+
+def _coins(logits_NB: Tensor, shift: Shift, evidence: Evidence | None) -> tuple[Tensor, Tensor]:
+    """Probabilities (absent, present) of coins with logits theta - s, each [N, B]."""
+    centred = shift.centred(logits_NB)
+    odds_against = centred.neg().clamp_(max=83.0 if centred.dtype == torch.float32 else 700.0).exp_()
+    present = (odds_against + 1.0).reciprocal_()
+    absent = odds_against.mul_(present)
+    if evidence is not None:
+        present.masked_fill_(centred == -torch.inf, 0.0)
+    return absent, present
+
+
+def _log_coins(
+    logits_NB: Tensor, shift: Shift, absent: Tensor, present: Tensor, evidence: Evidence | None
+) -> Tensor:
+    """[B] float64 log normaliser of the coins, the sum of max(x, 0) - log(max(sigmoid(x), sigmoid(-x))).
+
+    The first part is summed as the logits above s, less s times their number: the logits are exact and most of
+    s cancels against the root's s |S|, where a sum of rounded differences would keep their errors.
+    """
+    above = present > absent
+    if evidence is not None:
+        above &= torch.isfinite(logits_NB)
+    excess = torch.where(above, logits_NB, 0.0).sum(0, dtype=torch.float64) - shift.exact() * above.sum(0)
+    return excess - torch.maximum(present, absent).log_().sum(0, dtype=torch.float64)
+
+
+def _root(levels: list[Tensor], J: int) -> Tensor:
+    """[J, B] coefficients of the root."""
+    root = levels[-1][:, 0]
+    if root.shape[0] >= J:
+        return root[:J]
+    return torch.cat([root, root.new_zeros(J - root.shape[0], root.shape[1])])
+
+
+def _root_weights(phi_JB: Tensor, shift: Shift, evidence: Evidence | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """exp(potential + s (count - forced)) scaled to at most 1 [J, B], and the log of the scale [B] float64."""
+    count = torch.arange(phi_JB.shape[0], device=phi_JB.device, dtype=torch.float64)[:, None]
+    free = count if evidence is None else count - evidence.forced
+    log_weights = phi_JB.double() + shift.exact() * free
+    largest = log_weights.amax(0)
+    return (log_weights - largest).exp_().to(dtype), largest
+
+
+def _mend(sweep: _Sweep, logits_TN: Tensor, potential: Tensor, key_T: Tensor | None) -> None:
+    """Redo with the naive engine the rows that underflowed, and redraw those whose sample is in doubt."""
+    naive = NaiveSubset()
+    under = sweep.underflow.nonzero().squeeze(1)
+    if len(under):
+        exact = naive.infer(logits_TN[under], _rows_of(potential, under))
+        sweep.log_partition[under] = exact.log_partition
+        sweep.log_root[under] = exact.log_root
+        shift = Shift.from_exact(exact.shift, logits_TN.dtype)
+        sweep.shift.high[under], sweep.shift.low[under] = shift.high, shift.low
+        if sweep.marginals is not None and sweep.count_probs is not None and exact.count_probs is not None:
+            sweep.marginals[under] = exact.marginals
+            sweep.count_probs[under] = exact.count_probs
+    if sweep.mask is not None and key_T is not None:
+        doubtful = (sweep.uncertain | sweep.underflow).nonzero().squeeze(1)
+        if len(doubtful):
+            sweep.mask[doubtful] = naive.sample(logits_TN[doubtful], _rows_of(potential, doubtful), key_T[doubtful])
+
+
+def _rows_of(potential: Tensor, rows: Tensor) -> Tensor:
+    return potential if potential.dim() == 1 else potential[rows]
+
+
+
+def _backward(
+    logits_TN: Tensor,
+    potential: Tensor,
+    inference: Inference,
+    w_T: Tensor | None,
+    u_TN: Tensor | None,
+    v_TJ: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients in logits and potential for upstream (w, u, v) of (log Z, m, q): w m + dm and w q + dq."""
+    marginals_TN, count_probs_TJ = inference.marginals, inference.count_probs
+    if count_probs_TJ is None:
+        raise RuntimeError("the count family has count probabilities")  # cannot happen
+    if u_TN is None and v_TJ is None:
+        grad_logits, grad_phi = torch.zeros_like(marginals_TN), torch.zeros_like(count_probs_TJ)
+    else:
+        u = torch.zeros_like(marginals_TN) if u_TN is None else u_TN
+        v = torch.zeros_like(count_probs_TJ) if v_TJ is None else v_TJ
+        grad_logits, grad_phi = torch.empty_like(marginals_TN), torch.empty_like(count_probs_TJ)
+        underflow = torch.zeros_like(inference.log_partition, dtype=torch.bool)
+        for rows in _blocks(logits_TN):
+            shift = Shift.from_exact(inference.shift[rows], logits_TN.dtype)
+            fits = _second_derivative_block(logits_TN, potential, shift, u, v, rows, grad_logits, grad_phi)
+            underflow[rows] = ~fits
+        under = underflow.nonzero().squeeze(1)
+        if len(under):
+            parts = _naive_second_derivative(logits_TN[under], _rows_of(potential, under), u[under], v[under])
+            grad_logits[under], grad_phi[under] = parts
+    if w_T is not None:
+        grad_logits.addcmul_(marginals_TN, w_T[:, None])
+        grad_phi.addcmul_(count_probs_TJ, w_T[:, None])
+    # Infinite logits are evidence: nothing is a function of them.
+    grad_logits.masked_fill_(torch.isinf(logits_TN), 0.0)
+    return grad_logits, grad_phi if potential.dim() == 2 else grad_phi.sum(0)
+
+
+def _second_derivative_block(
+    logits_TN: Tensor,
+    potential: Tensor,
+    shift: Shift,
+    u_TN: Tensor,
+    v_TJ: Tensor,
+    rows: slice,
+    dm_TN: Tensor,
+    dq_TJ: Tensor,
+) -> Tensor:
+    """Fill ``rows`` of the derivative of (m, q) along (u, v); returns [B] where nothing underflowed.
+
+    With weights w_i = exp(theta_i - s), d w_i = w_i u_i; a leaf (absent, present) is (1, w_i) up to a constant that
+    cancels, so its tangent is (0, present_i u_i). The root's adjoint is A_j = g_j / Z with g_j the weight of count
+    j; dg_j = g_j v_j, hence dA_j = A_j (v_j - d log Z).
+    """
+    logits_NB = logits_TN[rows].t().contiguous()
+    phi_JB = _potential_block(potential, rows)
+    N, J = logits_NB.shape[0], phi_JB.shape[0]
+    evidence = Evidence.of(logits_NB)
+    absent, present = _coins(logits_NB, shift, evidence)
+    levels = tree.up(tree.leaves(absent, present), J - 1)
+    tangent = torch.zeros_like(levels[0])
+    torch.mul(present, u_TN[rows].t(), out=tangent[1, :N])
+    moved_NB = tangent[1, :N].clone()
+    tangents = tree.dual_up(levels, tangent)
+    root, d_root = _root(levels, J), _root(tangents, J)
+    weights, _ = _root_weights(phi_JB, shift, evidence, root.dtype)
+    total = (weights * root).sum(0)
+    adjoint = weights / total
+    v_JB = v_TJ[rows].t()
+    d_log_partition = (adjoint * (d_root + v_JB * root)).sum(0)
+    d_adjoint = adjoint * (v_JB - d_log_partition)
+    a, da = tree.dual_down(levels, tangents, adjoint.unsqueeze(1), d_adjoint.unsqueeze(1))
+    dm_TN[rows] = (da[:N] * present).addcmul_(a[:N], moved_NB).t()
+    dq_TJ[rows] = (adjoint * d_root + d_adjoint * root).t()
+    return total >= SMALLEST_ROOT[total.dtype]
+
+
+def _naive_second_derivative(logits: Tensor, potential: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by autograd through the naive engine, for the few rows that underflow."""
+    with torch.enable_grad():
+        logits = logits.detach().double().requires_grad_()
+        phi = potential.detach().double().expand(len(logits), -1).contiguous().requires_grad_()
+        _, marginals, count_probs = NaiveSubset().moments(logits, phi)
+        dm, dq = torch.autograd.grad((marginals * u).sum() + (count_probs * v).sum(), (logits, phi))
+    return dm.to(u.dtype), dq.to(u.dtype)
+
+
+def _differentiable_backward(
+    logits: Tensor,
+    potential: Tensor,
+    inference: Inference,
+    w: Tensor | None,
+    u: Tensor | None,
+    v: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients that can be differentiated again (create_graph=True).
+
+    Those of log Z are this engine's own differentiable marginals; second derivatives go through the naive engine.
+    """
+    grads: list[Tensor | None] = [None, None]
+    if u is not None or v is not None:
+        _, marginals, count_probs = NaiveSubset().moments(logits, potential)
+        inner = logits.new_zeros(())
+        inner = inner if u is None else inner + (marginals * u).sum()
+        inner = inner if v is None else inner + (count_probs * v).sum()
+        inputs = [x for x in (logits, potential) if x.requires_grad]
+        found = iter(torch.autograd.grad(inner, inputs, create_graph=True))
+        grads = [next(found) if x.requires_grad else None for x in (logits, potential)]
+    if w is not None:
+        _, marginals, count_probs = _Moments.apply(logits, potential, inference)
+        by_logits = (marginals * w[:, None]).masked_fill(torch.isinf(logits), 0.0)
+        by_phi = count_probs * w[:, None]
+        by_phi = by_phi if potential.dim() == 2 else by_phi.sum(0)
+        grads = [x if g is None else x + g for g, x in zip(grads, (by_logits, by_phi), strict=True)]
+    return grads[0], grads[1]

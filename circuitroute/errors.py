@@ -1,0 +1,30 @@
+"""The errors circuitroute raises for reasons of its own; all derive from :class:`CircuitRouteError`.
+
+Bad arguments raise plain ``ValueError`` / ``TypeError``, as anywhere in Python.
+"""
+
+from __future__ import annotations
+
+
+class CircuitRouteError(Exception):
+    """Base class of the errors that are specific to circuitroute."""
+
+
+class InfeasibleError(CircuitRouteError, ValueError):
+    """No subset satisfies the constraint."""
+
+
+class CircuitTooLargeError(CircuitRouteError, ValueError):
+    """The compiled circuit would exceed the size limit; names the estimated width and the culprit."""
+
+
+class UnsupportedConstraintError(CircuitRouteError, TypeError):
+    """No compiler is registered for the constraint's type."""
+
+
+class CircuitPropertyError(CircuitRouteError, ValueError):
+    """A circuit is not smooth, decomposable or deterministic; names the offending node."""
+
+
+class EngineError(CircuitRouteError, ValueError):
+    """An engine was asked for that does not exist or cannot run this circuit here; says why."""

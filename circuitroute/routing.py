@@ -1,0 +1,219 @@
+"""One routing decision per token, and its three projections.
+
+Legend: T tokens, E experts, K slots of a padded projection; z the 0/1 mask of the chosen experts.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from circuitroute._validate import int_at_least
+from circuitroute.circuit import Circuit
+from circuitroute.distribution import SubsetDistribution
+from circuitroute.estimators import Estimator, as_estimator
+from circuitroute.evidence import rows_text
+
+Combine: TypeAlias = Literal["softmax", "normalized", "sigmoid", "marginal"]
+Pad: TypeAlias = Literal["distinct", "sentinel", "minus_one"]
+
+# An unchosen expert's weight relative to the chosen ones enters a gradient only; e^30 keeps that finite.
+MAX_RELATIVE_LOGIT = 30.0
+
+
+class Routing:
+    """The chosen experts of T tokens, with what training, serving and replay need of the choice.
+
+    Attributes:
+        distribution: what the decision was drawn from, a :class:`SubsetDistribution` with batch [T].
+        mask: [T, E] bool, the chosen experts.
+        gates: [T, E] float32, combination weights; 0 off the chosen set in value, with the estimator's gradient.
+    """
+
+    def __init__(self, distribution: SubsetDistribution, mask: Tensor, gates: Tensor) -> None:
+        self.distribution = distribution
+        self.mask = mask
+        self.gates = gates
+
+    @property
+    def logits(self) -> Tensor:
+        """[T, E] float32 router logits."""
+        return self.distribution.logits
+
+    @property
+    def marginals(self) -> Tensor:
+        """[T, E] exact probability of each expert to be chosen; differentiable."""
+        return self.distribution.marginals
+
+    @cached_property
+    def log_prob(self) -> Tensor:
+        """[T] exact log-probability of the decision; differentiable."""
+        return self.distribution.log_prob(self.mask)
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """[T] int64, number of chosen experts."""
+        return self.mask.sum(-1)
+
+    def padded(self, width: int | None = None, pad: Pad = "distinct") -> tuple[Tensor, Tensor]:
+        """The decision in K slots per token: chosen experts first, by decreasing logit, then padding.
+
+        Args:
+            width: K; the circuit's largest count by default.
+            pad: what fills unused slots, always with weight 0 and without gradient: ``"distinct"`` experts that
+                were not chosen (safe everywhere, computed in vain), the index E (``"sentinel"``), or -1.
+
+        Returns:
+            (weights [T, K] float32, indices [T, K] int64).
+
+        Raises:
+            ValueError: an unknown ``pad``, ``width`` outside 1..E, or a token with more experts than ``width``.
+        """
+        if pad not in get_args(Pad):
+            raise ValueError(f"pad={pad!r}: choose one of {', '.join(map(repr, get_args(Pad)))}")
+        experts = self.mask.shape[-1]
+        largest = self.distribution.circuit.max_count
+        slots = max(1, largest) if width is None else int_at_least("width", width, 1)
+        if slots > experts:
+            raise ValueError(f"width={slots}: there are only {experts} experts")
+        if slots < largest and self.counts.numel() and int(self.counts.max()) > slots:
+            raise ValueError(f"width={slots}: a token has {int(self.counts.max())} experts; widen it")
+        # Chosen experts first: among equals of the first sort the second, stable one keeps the logit order.
+        by_logit = self.logits.detach().argsort(dim=-1, descending=True, stable=True)
+        chosen_first = self.mask.gather(-1, by_logit).to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+        indices = by_logit.gather(-1, chosen_first)[:, :slots]
+        used = self.mask.gather(-1, indices)
+        weights = torch.where(used, self.gates.gather(-1, indices), 0.0)
+        if pad == "sentinel":
+            indices = torch.where(used, indices, experts)
+        elif pad == "minus_one":
+            indices = torch.where(used, indices, -1)
+        return weights, indices
+
+    def ragged(self, by: Literal["token", "expert"] = "token") -> tuple[Tensor, Tensor, Tensor]:
+        """The decision as a list of (token, expert, weight), one entry per chosen expert.
+
+        Args:
+            by: sort by token and then expert, or by expert and then token (what a sparse dispatch wants).
+
+        Returns:
+            (token_index [S], expert_index [S], weight [S]) with S the total number of chosen experts.
+        """
+        if by not in ("token", "expert"):
+            raise ValueError(f"by={by!r}: choose 'token' or 'expert'")
+        if by == "token":
+            token, expert = self.mask.nonzero(as_tuple=True)
+        else:
+            expert, token = self.mask.t().nonzero(as_tuple=True)
+        return token, expert, self.gates[token, expert]
+
+    def __repr__(self) -> str:
+        tokens, experts = self.mask.shape
+        return f"Routing({tokens} tokens, {experts} experts, {self.distribution.circuit.constraint!r})"
+
+
+def route(
+    logits: Tensor,
+    circuit: Circuit,
+    *,
+    combine: Combine = "softmax",
+    estimator: str | Estimator = "simple",
+    training: bool = True,
+    key: Tensor | int | None = None,
+    replay: Tensor | None = None,
+    count_potential: Tensor | None = None,
+    validate_args: bool | None = None,
+) -> Routing:
+    """Decide which experts each token uses.
+
+    Args:
+        logits: [T, E], any floating dtype; computed in float32. Infinite logits force or forbid experts.
+        circuit: the compiled constraint over E experts.
+        combine: how chosen experts are weighted, g being the estimator's mask: ``"softmax"``, g times the softmax
+            over all experts (ProbMoE); ``"normalized"``, the softmax over the chosen ones; ``"sigmoid"``, g times
+            sigmoid(logits); ``"marginal"``, g times the exact marginals.
+        estimator: how gradients cross the sample: ``"simple"``, ``"score"``, ``"none"`` or an
+            :class:`~circuitroute.estimators.Estimator`.
+        training: sample when True; take the mode, deterministically, when False.
+        key: sampling keys, int64 broadcastable to [T]; a decision is a pure function of (logits row, key row).
+            Give every token its own, e.g. ``cr.random_key(seed, step, layer, torch.arange(T))``. None draws from
+            torch's global generator.
+        replay: a recorded mask [T, E]: the decision is this one, with its gates, log-probability and gradients.
+        count_potential: [K + 1] or [T, K + 1], see :class:`SubsetDistribution`.
+        validate_args: whether to check values; None follows torch.distributions.
+
+    Raises:
+        ValueError: logits that are not [T, E], an unknown option, NaN or unsatisfiable rows, or a replayed mask that
+            the constraint or the evidence excludes, named by row.
+    """
+    if combine not in get_args(Combine):
+        raise ValueError(f"combine={combine!r}: choose one of {', '.join(map(repr, get_args(Combine)))}")
+    crossing = as_estimator(estimator)
+    if isinstance(logits, Tensor) and logits.dim() != 2:
+        raise ValueError(f"logits have shape {tuple(logits.shape)}: expected [tokens, experts]; flatten the tokens")
+    distribution = SubsetDistribution(circuit, logits, count_potential, validate_args=validate_args)
+    mask = _decide(distribution, training, key, replay)
+    with torch.autocast(logits.device.type, enabled=False):
+        g = crossing(mask.to(distribution.logits.dtype), distribution)
+        gates = _weigh(g, mask, distribution, combine)
+    return Routing(distribution, mask, gates)
+
+
+def _decide(distribution: SubsetDistribution, training: bool, key: Tensor | int | None, replay: Tensor | None) -> Tensor:
+    """[T, E] bool."""
+    if replay is not None:
+        return _replayed(distribution, replay)
+    if training:
+        return distribution.sample_in_sweep(key)
+    return distribution.mode_mask()
+
+
+def _replayed(distribution: SubsetDistribution, replay: Tensor) -> Tensor:
+    mask = distribution.circuit.as_mask(replay, "replay").to(distribution.logits.device)
+    if mask.shape != distribution.logits.shape:
+        raise ValueError(
+            f"replay has shape {tuple(mask.shape)}: it must be that of the logits, {tuple(distribution.logits.shape)}"
+        )
+    allowed = distribution.circuit.satisfies(mask)
+    infinite = torch.isinf(distribution.logits)
+    allowed &= ((distribution.logits > 0) == mask).logical_or_(~infinite).all(-1)
+    if not bool(allowed.all()):
+        raise ValueError(
+            f"replay holds a subset that {distribution.circuit.constraint!r} or the infinite logits exclude, in "
+            f"{rows_text(~allowed)}"
+        )
+    return mask
+
+
+def _weigh(g: Tensor, mask: Tensor, distribution: SubsetDistribution, combine: Combine) -> Tensor:
+    """[T, E] gates: the estimator's mask times each expert's weight."""
+    logits = distribution.logits
+    if combine == "softmax":
+        return g * _softmax(logits)
+    if combine == "sigmoid":
+        return g * torch.sigmoid(logits)
+    if combine == "marginal":
+        return g * distribution.marginals
+    return _normalized(g, mask, logits)
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """Softmax over all experts; forced ones (+inf) share all of it."""
+    forced = logits == torch.inf
+    if not bool(forced.any()):
+        return torch.softmax(logits, -1)
+    some = forced.any(-1, keepdim=True)
+    return torch.softmax(torch.where(some, torch.where(forced, 0.0, -torch.inf), logits), -1)
+
+
+def _normalized(g: Tensor, mask: Tensor, logits: Tensor) -> Tensor:
+    """Softmax over the chosen experts, written with g so that its gradient reaches the unchosen ones."""
+    finite = torch.where(logits == torch.inf, torch.finfo(logits.dtype).max, logits)
+    top = torch.where(mask, finite, -torch.inf).amax(-1, keepdim=True).detach()
+    top = torch.where(torch.isinf(top), 0.0, top)  # nothing chosen
+    weights = g * (finite - top).clamp(max=MAX_RELATIVE_LOGIT).exp()
+    total = weights.sum(-1, keepdim=True)
+    return weights / torch.where(mask.any(-1, keepdim=True), total, 1.0)

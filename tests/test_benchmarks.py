@@ -1,0 +1,215 @@
+"""The benchmark runner writes whole rows, and its baselines compute what they claim. Nothing here is timed.
+
+Shapes: T tokens, N variables, K largest count.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import registry, rows
+from benchmarks.__main__ import main
+from benchmarks.registry import Forward, Outputs, Provider, UnavailableError
+from benchmarks.runner import run_case
+from benchmarks.subset.workload import SubsetCase, true_gradient
+from tests.truth import count_gradient, count_truth
+
+TINY = ["--tokens", "16", "--sizes", "8:2", "--repeats", "1"]
+FIELDS = {
+    "op",
+    "provider",
+    "engine",
+    "T",
+    "n",
+    "kmin",
+    "k",
+    "counts",
+    "dtype",
+    "pass",
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+}
+FIELDS |= {"ratio_to_topk", "peak_mib", "max_abs_error", "threads", "repeats", "clock"}
+FIELDS |= {"device", "cpu", "python", "torch", "circuitroute", "utc"}
+
+
+def _run(tmp_path: Path, *arguments: str) -> list[rows.Row]:
+    out = tmp_path / "rows" / "tiny.jsonl"
+    assert main([*TINY, "--out", str(out), *arguments]) == 0
+    return rows.read(out)
+
+
+@pytest.mark.parametrize(
+    "name", ["sequential_dp", "sequential_dp:tuned", "circuitroute:torch", "circuitroute:naive"]
+)
+def test_rows_are_complete(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = _run(tmp_path, "--providers", name, "--range", "1:3")
+    assert name in capsys.readouterr().out
+    # The baseline comes along unasked; two cases, two providers, two passes.
+    assert [(row["provider"], row["pass"]) for row in found] == [
+        (provider, name_of_pass) for provider in ("topk", name) for name_of_pass in registry.PASSES
+    ] * 2
+    assert [row["counts"] for row in found] == ["2"] * 4 + ["1..3"] * 4
+    for row in found:
+        assert set(row) == FIELDS
+        assert row["T"] == 16
+        assert 0 <= row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+        assert row["ratio_to_topk"] > 0
+        assert (row["max_abs_error"] is None) == (row["provider"] == "topk")
+        assert row["max_abs_error"] is None or row["max_abs_error"] < 5e-6
+
+
+def test_default_providers_run_and_rows_are_appended(tmp_path: Path) -> None:
+    first = _run(tmp_path)
+    assert {"topk", "sequential_dp", "circuitroute:torch"} <= {row["provider"] for row in first}
+    assert "circuitroute:naive" not in {row["provider"] for row in first}
+    assert _run(tmp_path)[: len(first)] == first
+
+
+@pytest.mark.parametrize("name", ["sequential_dp", "sequential_dp:tuned"])
+@pytest.mark.parametrize(("kmin", "k"), [(3, 3), (0, 4), (2, 9), (9, 9)])
+def test_sequential_dp_agrees_with_the_truth(name: str, kmin: int, k: int) -> None:
+    case = SubsetCase(tokens=40, n=9, kmin=kmin, k=k)
+    logits = case.logits.clone().requires_grad_()
+    outputs = _forward(name, case)(logits)
+    truth = count_truth(case.logits, case.potential())
+    marginals = outputs.values["marginals"]
+    np.testing.assert_allclose(marginals.detach().numpy(), truth.marginals, atol=2e-6)
+    np.testing.assert_allclose(
+        outputs.values["log_partition"].detach().numpy(), truth.log_partition, rtol=1e-5
+    )
+    counts = outputs.values["mask"].sum(-1)
+    assert kmin <= counts.min()
+    assert counts.max() <= k
+
+    u = torch.randn(case.logits.shape, generator=torch.Generator().manual_seed(5))
+    (gradient,) = torch.autograd.grad(marginals, logits, u, retain_graph=True)
+    expected = count_gradient(case.logits, case.potential(), u).marginals
+    np.testing.assert_allclose(gradient.numpy(), expected, atol=5e-6)
+
+
+@pytest.mark.parametrize("name", ["sequential_dp", "sequential_dp:tuned"])
+def test_sequential_dp_samples_its_marginals(name: str) -> None:
+    torch.manual_seed(0)
+    tokens, case = 20000, SubsetCase(tokens=20000, n=6, kmin=1, k=4)
+    logits = torch.tensor([1.0, -0.5, 0.3, 2.0, -1.5, 0.0]).expand(tokens, 6).clone().requires_grad_()
+    values = _forward(name, case)(logits).values
+    marginals = values["marginals"][0].detach()
+    spread = (marginals * (1 - marginals) / tokens).sqrt()
+    assert ((values["mask"].mean(0) - marginals).abs() < 5 * spread).all()
+    sizes = torch.bincount(values["mask"].sum(-1).long(), minlength=7)[:7] / tokens
+    truth = count_truth(logits[:1], case.potential()).count_probs[0]
+    np.testing.assert_allclose(sizes.numpy(), truth, atol=5 * math.sqrt(0.25 / tokens))
+
+
+def test_the_true_gradient_is_that_of_the_gates() -> None:
+    case = SubsetCase(tokens=5, n=7, kmin=2, k=4)
+    mask = (case.logits > 0).double()
+    logits = case.logits.double().requires_grad_()
+    marginals = torch.func.vmap(torch.func.grad(_log_partition(case)))
+    gates = torch.softmax(logits, -1) * (mask - marginals(logits).detach() + marginals(logits))
+    (expected,) = torch.autograd.grad(gates, logits, case.upstream(gates).double())
+    np.testing.assert_allclose(true_gradient(case, mask.numpy()), expected.numpy(), atol=1e-7)
+
+
+def _log_partition(case: SubsetCase) -> Callable[[torch.Tensor], torch.Tensor]:
+    worlds = torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * case.n)
+    allowed = worlds[(worlds.sum(1) >= case.kmin) & (worlds.sum(1) <= case.k)]
+    return lambda logits_N: torch.logsumexp(allowed @ logits_N, 0)
+
+
+def _forward(name: str, case: SubsetCase) -> Forward:
+    (found,) = [provider for provider in registry.providers("subset", [name]) if provider.name == name]
+    return found.build(case)
+
+
+def test_threads_are_given_back() -> None:
+    before, case = torch.get_num_threads(), SubsetCase(tokens=4, n=4, kmin=1, k=1)
+    found = run_case(registry.get_op("subset"), case, registry.providers("subset", []), repeats=1, threads=2)
+    assert torch.get_num_threads() == before
+    assert {(row["threads"], row["clock"]) for row in found} == {(2, "wall")}
+
+
+def _stub(build: Callable[[SubsetCase], Forward]) -> list[Provider]:
+    return [*registry.providers("subset", []), Provider("subset", "stub", "none", build, by_default=True)]
+
+
+def test_an_unavailable_provider_is_reported_or_refused() -> None:
+    def build(case: SubsetCase) -> Forward:
+        raise UnavailableError("no such hardware")
+
+    op, case, said = registry.get_op("subset"), SubsetCase(tokens=4, n=4, kmin=1, k=1), []
+    found = run_case(op, case, _stub(build), repeats=1, report=said.append)
+    assert {row["provider"] for row in found} == {"topk"}
+    assert said == ["skipped stub: no such hardware"]
+    with pytest.raises(UnavailableError, match="no such hardware"):
+        run_case(op, case, _stub(build), repeats=1, skip_unavailable=False)
+
+
+@pytest.mark.parametrize(
+    ("fill", "message"), [(math.nan, "error against the truth is nan"), (0.0, "size outside")]
+)
+def test_a_provider_that_returns_nonsense_gets_no_row(fill: float, message: str) -> None:
+    def build(case: SubsetCase) -> Forward:
+        def forward(logits: torch.Tensor) -> Outputs:
+            mask = torch.eye(4) if math.isnan(fill) else torch.zeros(4, 4)
+            values = {"marginals": logits * fill, "log_partition": logits[:, 0], "mask": mask}
+            return Outputs(logits * 1, values)
+
+        return forward
+
+    case = SubsetCase(tokens=4, n=4, kmin=1, k=1)
+    with pytest.raises(ValueError, match=message):
+        run_case(registry.get_op("subset"), case, _stub(build), repeats=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--providers", "nonesuch"], "no provider nonesuch"),
+        (["--sizes", "8"], "expected two numbers"),
+        (["--sizes", "8:9"], "kmin <= k <= n"),
+        (["--range", "3:2"], "kmin <= k <= n"),
+        (["--repeats", "0"], "'0' is not a whole number of at least 1"),
+    ],
+)
+def test_bad_arguments_are_named(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*TINY, *arguments])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_registering_twice_is_an_error() -> None:
+    with pytest.raises(ValueError, match="has a provider named 'topk' already"):
+        registry.provider("subset", "topk")(lambda case: Outputs)
+    with pytest.raises(ValueError, match="an op named 'subset' already"):
+        registry.op(type(registry.get_op("subset")))
+
+
+def test_the_table_needs_no_rich(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    row = {"provider": "p", "pass": "forward", "median_ms": 1.234, "p20_ms": 1.0, "p80_ms": 2.0}
+    rows.show("a title", [row | {"ratio_to_topk": 3.0, "peak_mib": None, "max_abs_error": 1e-7}])
+    title, headings, line = capsys.readouterr().out.splitlines()
+    assert title == "a title"
+    assert headings.split()[:2] == ["provider", "pass"]
+    assert line.split() == ["p", "forward", "1.23", "1.00", "-", "2.00", "3.0", "-", "1.0e-07"]
+
+
+def test_rows_are_json_lines(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "rows.jsonl"
+    rows.append(path, [{"a": 1}, {"a": None}])
+    rows.append(path, [{"a": 2.5}])
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"a": 1}, {"a": None}, {"a": 2.5}]

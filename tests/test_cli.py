@@ -1,0 +1,107 @@
+"""The command line's surface: exit codes and messages."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import circuitroute as cr
+from circuitroute.cli import main
+
+
+def test_no_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"circuitroute {cr.__version__}\n"
+
+
+def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for option in (
+        "--steps",
+        "--seed",
+        "--experts",
+        "--out",
+        "--device",
+        "--text",
+        "--resume",
+        "--routers",
+        "--k",
+    ):
+        assert option in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option", "says"),
+    [
+        (["--steps", "many"], "--steps", "'many'"),
+        (["--steps", "0"], "--steps", "at least 1, got 0"),
+        (["--seed", "-1"], "--seed", "at least 0, got -1"),
+        (["--seed", str(2**31)], "--seed", "below 2**31"),
+        (["--experts", "1"], "--experts", "at least 2"),
+        (["--k", "9", "--experts", "8"], "--k", "at most the number of experts, 8, got 9"),
+        (["--hidden", "40"], "--hidden", "multiple of 32"),
+        (["--seq-len", "1"], "--seq-len", "at least 8, got 1"),
+        (["--batch-size", "0"], "--batch-size", "at least 1, got 0"),
+        (["--layers", "0"], "--layers", "at least 1, got 0"),
+        (["--routers", "top-k", "best-k"], "--routers", "'best-k'"),
+        (["--routers", "top-k", "top-k"], "--routers", "twice"),
+        (["--threads", "0"], "--threads", "at least 1, got 0"),
+        (["--device", "abacus"], "--device", "'abacus' is not usable here"),
+        (["--text", "no-such-file"], "--text", "cannot read 'no-such-file'"),
+        (["--text", "."], "--text", "cannot read '.'"),
+        (["--resume"], "--resume", "no run in"),
+    ],
+)
+def test_bad_arguments(
+    arguments: list[str], option: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["demo", "--out", str(out), *arguments]) == 2
+    message = capsys.readouterr().err
+    assert f"error: argument {option}" in message
+    assert says in message
+    assert not out.exists(), "a refused command leaves nothing behind"
+
+
+def test_text_too_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("brief")
+    assert main(["demo", "--out", str(tmp_path / "out"), "--text", str(text)]) == 2
+    message = capsys.readouterr().err
+    assert "argument --text" in message
+    assert "too small" in message
+    assert "--seq-len" in message
+
+
+def test_out_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "taken"
+    out.write_text("mine")
+    assert main(["demo", "--out", str(out)]) == 2
+    assert "argument --out: cannot make the directory" in capsys.readouterr().err
+    assert out.read_text() == "mine"
+
+
+def test_a_missing_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "rich", None)  # what import does for a module that is not there
+    assert main(["demo", "--out", str(tmp_path / "out")]) == 1
+    assert "pip install 'circuitroute[demo]'" in capsys.readouterr().err
+
+
+def test_import_leaves_the_extras_alone() -> None:
+    program = (
+        "import sys, circuitroute, circuitroute.cli\n"
+        "print(sorted({'matplotlib', 'rich', 'safetensors'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
