@@ -93,9 +93,7 @@ def op(cls: OpClass) -> OpClass:
     return cls
 
 
-def provider(
-    op: str, name: str, *, engine: str = "eager", by_default: bool = True
-) -> Callable[[Build], Build]:
+def provider(op: str, name: str, *, engine: str = "eager", by_default: bool = True) -> Callable[[Build], Build]:
     """Decorator for ``build(case) -> forward``; ``by_default=False`` runs it only when it is named."""
 
     def register(build: Build) -> Build:

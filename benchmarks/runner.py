@@ -70,9 +70,7 @@ def _prepare(
     return [entry for entry in entries if entry is not None]
 
 
-def _entry(
-    provider: Provider, case: Case, skip_unavailable: bool, report: Callable[[str], None]
-) -> Entry | None:
+def _entry(provider: Provider, case: Case, skip_unavailable: bool, report: Callable[[str], None]) -> Entry | None:
     try:
         return Entry(provider, provider.build(case))
     except UnavailableError as reason:

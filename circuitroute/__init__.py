@@ -4,6 +4,8 @@ Declare a constraint, compile it to a circuit, call the circuit on logits: a dis
 subsets with exact marginals, samples and gradients. Mixture-of-experts routers are thin modules on top.
 """
 
+from circuitroute import losses as losses
+from circuitroute import metrics as metrics
 from circuitroute.circuit import Circuit as Circuit
 from circuitroute.compilation import compile as compile
 from circuitroute.compilation import register_compiler as register_compiler
@@ -20,6 +22,14 @@ from circuitroute.errors import CircuitTooLargeError as CircuitTooLargeError
 from circuitroute.errors import EngineError as EngineError
 from circuitroute.errors import InfeasibleError as InfeasibleError
 from circuitroute.errors import UnsupportedConstraintError as UnsupportedConstraintError
+from circuitroute.estimators import Estimator as Estimator
 from circuitroute.keys import random_key as random_key
+from circuitroute.moe import MoE as MoE
+from circuitroute.routers import DynamicKRouter as DynamicKRouter
+from circuitroute.routers import ExactKRouter as ExactKRouter
+from circuitroute.routers import Router as Router
+from circuitroute.routers import TopKRouter as TopKRouter
+from circuitroute.routing import Routing as Routing
+from circuitroute.routing import route as route
 
 __version__ = "0.1.0"

@@ -204,7 +204,9 @@ class SubsetDistribution(Distribution):
         engine = engine_of(self.circuit, self.logits.device)
         # Out of inference mode, since autograd is how the columns Cov(z) e_i are computed.
         with torch.inference_mode(False), torch.enable_grad():
-            logits, potential = (x if x is None else x.detach().clone() for x in self._engine_inputs())
+            logits, potential = self._engine_inputs()
+            logits = logits.detach().clone()
+            potential = None if potential is None else potential.detach().clone()
             rows = logits.repeat_interleave(n, 0).requires_grad_()
             if potential is not None and potential.dim() > 1:
                 potential = potential.repeat_interleave(n, 0)
@@ -245,7 +247,7 @@ class SubsetDistribution(Distribution):
 
     # ------------------------------------------------------------------ samples
 
-    def sample(self, sample_shape: Iterable[int] = (), key: Tensor | int | None = None) -> Tensor:  # type: ignore[override]
+    def sample(self, sample_shape: Iterable[int] = (), key: Tensor | int | None = None) -> Tensor:
         """[*sample_shape, ..., N] masks of exactly 0 and 1 in the dtype of ``logits`` (NaN in invalid rows).
 
         Args:
@@ -294,7 +296,7 @@ class SubsetDistribution(Distribution):
             mask = mask.masked_fill(empty[:, None], math.nan)
         return mask.reshape(shape + self._batch_shape + self._event_shape)
 
-    def rsample(self, sample_shape: Iterable[int] = (), key: Tensor | int | None = None) -> Tensor:  # type: ignore[override]
+    def rsample(self, sample_shape: Iterable[int] = (), key: Tensor | int | None = None) -> Tensor:
         """:meth:`sample` with the SIMPLE gradient: forward the mask z, backward that of the marginals m.
 
         z + m - stopgrad(m), the straight-through estimator of Ahmed et al. 2023 (arXiv:2210.01941).
@@ -424,7 +426,9 @@ class SubsetDistribution(Distribution):
         """
         logits, lost = condition_logits(self.circuit, self.logits, include, exclude)
         if self._validate_args and bool(lost.any()):
-            raise ValueError(f"include or exclude contradicts the infinite logits in {rows_text(lost)}: no subset is left")
+            raise ValueError(
+                f"include or exclude contradicts the infinite logits in {rows_text(lost)}: no subset is left"
+            )
         return SubsetDistribution(self.circuit, logits, self.count_potential, validate_args=self._validate_args)
 
     def __repr__(self) -> str:
@@ -447,9 +451,7 @@ def _as_logits(logits: Tensor, n: int) -> Tensor:
 
 def _as_potential(potential: Tensor, circuit: Circuit, logits: Tensor) -> Tensor:
     if circuit.counts is None:
-        raise ValueError(
-            f"count_potential is for count constraints over all variables; {circuit.constraint!r} is none"
-        )
+        raise ValueError(f"count_potential is for count constraints over all variables; {circuit.constraint!r} is none")
     if not isinstance(potential, Tensor):
         raise TypeError(f"count_potential={potential!r}: expected a tensor, got {type(potential).__name__}")
     J = circuit.max_count + 1
@@ -507,15 +509,13 @@ def _count_mode(logits_TN: Tensor, potential: Tensor) -> Tensor:
     return torch.zeros_like(taken).scatter(-1, order.indices, taken)
 
 
-@register_kl(SubsetDistribution, SubsetDistribution)
+@register_kl(SubsetDistribution, SubsetDistribution)  # type: ignore[untyped-decorator]
 def _kl_subset_subset(p: SubsetDistribution, q: SubsetDistribution) -> Tensor:
     """KL(p || q) on one circuit: (theta - theta') . m + (phi - phi') . q - log Z + log Z'; +inf where q excludes
     something that p allows. Differentiable."""
     same = p.circuit is q.circuit or (p.circuit.constraint == q.circuit.constraint and p.circuit.n == q.circuit.n)
     if not same:
-        raise NotImplementedError(
-            f"KL between distributions on different circuits: {p.circuit!r} and {q.circuit!r}"
-        )
+        raise NotImplementedError(f"KL between distributions on different circuits: {p.circuit!r} and {q.circuit!r}")
     m = p.marginals
     difference = _finite(p.logits) - _finite(q.logits)
     result = (difference * m).sum(-1) - p.log_partition + q.log_partition

@@ -60,9 +60,7 @@ def utilization_heatmaps(
     panels_LE = {name: np.asarray(values, dtype=float) for name, values in utilization.items()}
     for name, values_LE in panels_LE.items():
         if values_LE.ndim != 2:
-            raise ValueError(
-                f"utilization[{name!r}] must have shape [layers, experts], got {list(values_LE.shape)}"
-            )
+            raise ValueError(f"utilization[{name!r}] must have shape [layers, experts], got {list(values_LE.shape)}")
     layers, experts = np.max([values_LE.shape for values_LE in panels_LE.values()], axis=0)
     figure = _figure(2.0 + 0.38 * max(experts, 8), len(panels_LE) * (0.9 + 0.3 * layers) + 0.6)
     all_axes = figure.subplots(len(panels_LE), 1, squeeze=False)[:, 0]
@@ -78,9 +76,7 @@ def utilization_heatmaps(
     return _save(figure, path)
 
 
-def executed_histogram(
-    counts: Mapping[str, Array], path: str | os.PathLike[str], *, title: str | None = None
-) -> Path:
+def executed_histogram(counts: Mapping[str, Array], path: str | os.PathLike[str], *, title: str | None = None) -> Path:
     """How many experts tokens execute, a group of bars per count: name -> [K + 1], the tokens with 0, 1, ...,
     K.
 

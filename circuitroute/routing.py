@@ -48,7 +48,7 @@ class Routing:
         """[T, E] exact probability of each expert to be chosen; differentiable."""
         return self.distribution.marginals
 
-    @cached_property
+    @property
     def log_prob(self) -> Tensor:
         """[T] exact log-probability of the decision; differentiable."""
         return self.distribution.log_prob(self.mask)
@@ -130,7 +130,8 @@ def route(
     """Decide which experts each token uses.
 
     Args:
-        logits: [T, E], any floating dtype; computed in float32. Infinite logits force or forbid experts.
+        logits: [T, E], any floating dtype; computed in float32. Infinite logits force or forbid experts. More
+            leading dimensions are flattened into one of tokens (those of ``key`` and ``replay`` with them).
         circuit: the compiled constraint over E experts.
         combine: how chosen experts are weighted, g being the estimator's mask: ``"softmax"``, g times the softmax
             over all experts (ProbMoE); ``"normalized"``, the softmax over the chosen ones; ``"sigmoid"``, g times
@@ -146,14 +147,14 @@ def route(
         validate_args: whether to check values; None follows torch.distributions.
 
     Raises:
-        ValueError: logits that are not [T, E], an unknown option, NaN or unsatisfiable rows, or a replayed mask that
-            the constraint or the evidence excludes, named by row.
+        ValueError: logits whose last dimension is not E, an unknown option, NaN or unsatisfiable rows, or a
+            replayed mask that the constraint or the evidence excludes, named by row.
     """
     if combine not in get_args(Combine):
         raise ValueError(f"combine={combine!r}: choose one of {', '.join(map(repr, get_args(Combine)))}")
     crossing = as_estimator(estimator)
-    if isinstance(logits, Tensor) and logits.dim() != 2:
-        raise ValueError(f"logits have shape {tuple(logits.shape)}: expected [tokens, experts]; flatten the tokens")
+    if isinstance(logits, Tensor) and logits.dim() > 0:
+        logits, count_potential, key = _flatten(logits, count_potential, key)
     distribution = SubsetDistribution(circuit, logits, count_potential, validate_args=validate_args)
     mask = _decide(distribution, training, key, replay)
     with torch.autocast(logits.device.type, enabled=False):
@@ -162,7 +163,22 @@ def route(
     return Routing(distribution, mask, gates)
 
 
-def _decide(distribution: SubsetDistribution, training: bool, key: Tensor | int | None, replay: Tensor | None) -> Tensor:
+def _flatten(
+    logits: Tensor, count_potential: Tensor | None, key: Tensor | int | None
+) -> tuple[Tensor, Tensor | None, Tensor | int | None]:
+    """All leading dimensions become one of tokens."""
+    batch = logits.shape[:-1]
+    if len(batch) != 1:
+        if count_potential is not None and count_potential.dim() > 1:
+            count_potential = count_potential.expand(*batch, -1).reshape(-1, count_potential.shape[-1])
+        if isinstance(key, Tensor) and key.dim() > 0:
+            key = key.expand(batch).reshape(-1)
+    return logits.reshape(-1, logits.shape[-1]), count_potential, key
+
+
+def _decide(
+    distribution: SubsetDistribution, training: bool, key: Tensor | int | None, replay: Tensor | None
+) -> Tensor:
     """[T, E] bool."""
     if replay is not None:
         return _replayed(distribution, replay)
@@ -173,6 +189,7 @@ def _decide(distribution: SubsetDistribution, training: bool, key: Tensor | int 
 
 def _replayed(distribution: SubsetDistribution, replay: Tensor) -> Tensor:
     mask = distribution.circuit.as_mask(replay, "replay").to(distribution.logits.device)
+    mask = mask.reshape(-1, mask.shape[-1])
     if mask.shape != distribution.logits.shape:
         raise ValueError(
             f"replay has shape {tuple(mask.shape)}: it must be that of the logits, {tuple(distribution.logits.shape)}"
@@ -201,12 +218,11 @@ def _weigh(g: Tensor, mask: Tensor, distribution: SubsetDistribution, combine: C
 
 
 def _softmax(logits: Tensor) -> Tensor:
-    """Softmax over all experts; forced ones (+inf) share all of it."""
+    """Softmax over all experts; forced ones (+inf) share all of it, and a row of -inf is left uniform."""
     forced = logits == torch.inf
-    if not bool(forced.any()):
-        return torch.softmax(logits, -1)
-    some = forced.any(-1, keepdim=True)
-    return torch.softmax(torch.where(some, torch.where(forced, 0.0, -torch.inf), logits), -1)
+    some, none = forced.any(-1, keepdim=True), (logits == -torch.inf).all(-1, keepdim=True)
+    logits = torch.where(some, torch.where(forced, 0.0, -torch.inf), logits)
+    return torch.softmax(torch.where(none, 0.0, logits), -1)
 
 
 def _normalized(g: Tensor, mask: Tensor, logits: Tensor) -> Tensor:

@@ -48,9 +48,7 @@ def _run(tmp_path: Path, *arguments: str) -> list[rows.Row]:
     return rows.read(out)
 
 
-@pytest.mark.parametrize(
-    "name", ["sequential_dp", "sequential_dp:tuned", "circuitroute:torch", "circuitroute:naive"]
-)
+@pytest.mark.parametrize("name", ["sequential_dp", "sequential_dp:tuned", "circuitroute:torch", "circuitroute:naive"])
 def test_rows_are_complete(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = _run(tmp_path, "--providers", name, "--range", "1:3")
     assert name in capsys.readouterr().out
@@ -84,9 +82,7 @@ def test_sequential_dp_agrees_with_the_truth(name: str, kmin: int, k: int) -> No
     truth = count_truth(case.logits, case.potential())
     marginals = outputs.values["marginals"]
     np.testing.assert_allclose(marginals.detach().numpy(), truth.marginals, atol=2e-6)
-    np.testing.assert_allclose(
-        outputs.values["log_partition"].detach().numpy(), truth.log_partition, rtol=1e-5
-    )
+    np.testing.assert_allclose(outputs.values["log_partition"].detach().numpy(), truth.log_partition, rtol=1e-5)
     counts = outputs.values["mask"].sum(-1)
     assert kmin <= counts.min()
     assert counts.max() <= k
@@ -155,9 +151,7 @@ def test_an_unavailable_provider_is_reported_or_refused() -> None:
         run_case(op, case, _stub(build), repeats=1, skip_unavailable=False)
 
 
-@pytest.mark.parametrize(
-    ("fill", "message"), [(math.nan, "error against the truth is nan"), (0.0, "size outside")]
-)
+@pytest.mark.parametrize(("fill", "message"), [(math.nan, "error against the truth is nan"), (0.0, "size outside")])
 def test_a_provider_that_returns_nonsense_gets_no_row(fill: float, message: str) -> None:
     def build(case: SubsetCase) -> Forward:
         def forward(logits: torch.Tensor) -> Outputs:
@@ -182,9 +176,7 @@ def test_a_provider_that_returns_nonsense_gets_no_row(fill: float, message: str)
         (["--repeats", "0"], "'0' is not a whole number of at least 1"),
     ],
 )
-def test_bad_arguments_are_named(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([*TINY, *arguments])
     assert caught.value.code == 2

@@ -34,7 +34,7 @@ TINY = DemoConfig(
     validations=2,
     validation_batches=2,
     oracle_sequences=2,
-    oracle_swaps=2,
+    oracle_rounds=2,
 )
 SIZES = {
     "steps": 6,
@@ -188,9 +188,7 @@ def test_range_router_pays_for_its_expected_count(setting: trainee.Setting) -> N
     _, routings = model(tokens, keys=keys)
     free = replace(setting.config, count_weight=0.0)
     dear = replace(setting.config, count_weight=1.0)
-    price = training.auxiliary_loss(routings, dear, "range-k") - training.auxiliary_loss(
-        routings, free, "range-k"
-    )
+    price = training.auxiliary_loss(routings, dear, "range-k") - training.auxiliary_loss(routings, free, "range-k")
     expected = [(float(routing.marginals.detach().sum(-1).mean()) / 2 - 1) ** 2 for routing in routings]
     assert float(price.detach()) == pytest.approx(sum(expected) / 2, abs=1e-5)
 
@@ -310,9 +308,7 @@ def edit_json(**changes: Any) -> Callable[[Path], None]:
         (lambda directory: (directory / "top-k.json").write_text("[]"), "not a JSON object"),
     ],
 )
-def test_a_bad_checkpoint_is_refused(
-    harm: Callable[[Path], Any], says: str, trained: trainee.Setting
-) -> None:
+def test_a_bad_checkpoint_is_refused(harm: Callable[[Path], Any], says: str, trained: trainee.Setting) -> None:
     harm(trained.checkpoints)
     with pytest.raises(DemoError, match=says) as refusal:
         trainee.start(trained, "top-k", resume=True)

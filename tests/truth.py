@@ -301,9 +301,7 @@ def _potential(phi: Any, theta_TN: Array) -> Array:
         return np.zeros((tokens, n + 1), dtype=np.longdouble)
     given = _long(phi)
     if given.shape[-1] > n + 1:
-        raise ValueError(
-            f"a count potential over {n} variables has at most {n + 1} entries, got {given.shape[-1]}"
-        )
+        raise ValueError(f"a count potential over {n} variables has at most {n + 1} entries, got {given.shape[-1]}")
     phi_TC = np.full((tokens, n + 1), -np.inf, dtype=np.longdouble)
     phi_TC[:, : given.shape[-1]] = given
     return phi_TC

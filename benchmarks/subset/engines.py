@@ -23,8 +23,8 @@ def _build(engine: str) -> Callable[[SubsetCase], Forward]:
 
         def forward(logits_TN: Tensor) -> Outputs:
             routing = cr.route(logits_TN, circuit, combine="softmax", estimator="simple", key=key_T)
-            # log_prob needs log Z: together with the mask this asks for all that the sweep gives.
-            values = {"marginals": routing.marginals, "log_prob": routing.log_prob, "mask": routing.mask}
+            log_partition_T = routing.distribution.log_partition
+            values = {"marginals": routing.marginals, "log_partition": log_partition_T, "mask": routing.mask}
             return Outputs(result=routing.gates, values=values)
 
         return forward
@@ -41,6 +41,4 @@ def _circuit(case: SubsetCase, engine: str) -> cr.Circuit:
 
 for _engine in ENGINES["subset"]:
     # The naive engine is there to be obviously right: it runs when asked for.
-    provider("subset", f"circuitroute:{_engine}", engine=_engine, by_default=_engine != "naive")(
-        _build(_engine)
-    )
+    provider("subset", f"circuitroute:{_engine}", engine=_engine, by_default=_engine != "naive")(_build(_engine))

@@ -113,16 +113,8 @@ def _value_error(case: SubsetCase, outputs: Outputs) -> float:
     truth = count_truth(case.logits[:CHECKED_TOKENS], case.potential())
     errors = np.abs(_checked(outputs.values["marginals"]) - truth.marginals).max(initial=0)
     scale_T = np.maximum(1, np.abs(truth.log_partition))
-    difference_T = _log_partition(case, outputs) - truth.log_partition
+    difference_T = _checked(outputs.values["log_partition"]) - truth.log_partition
     return float(max(errors, np.abs(difference_T / scale_T).max()))
-
-
-def _log_partition(case: SubsetCase, outputs: Outputs) -> Array:
-    """log Z as given, or from the sample's log-probability."""
-    if "log_partition" in outputs.values:
-        return _checked(outputs.values["log_partition"])
-    score_T: Array = (_checked(case.logits) * _checked(outputs.values["mask"])).sum(axis=1)
-    return score_T - _checked(outputs.values["log_prob"])
 
 
 def _gradient_error(case: SubsetCase, outputs: Outputs, gradient: Tensor) -> float:

@@ -58,9 +58,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def save(directory: Path, name: str, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
     """Writes `name`.json and the tensor file it names, then removes older tensor files of that name."""
-    serialised: bytes = optional("safetensors.torch").save(
-        {key: t.detach().cpu() for key, t in tensors.items()}
-    )
+    serialised: bytes = optional("safetensors.torch").save({key: t.detach().cpu() for key, t in tensors.items()})
     digest = hashlib.sha256(serialised).hexdigest()
     tensor_file = directory / f"{name}-{digest[:12]}.safetensors"
     directory.mkdir(parents=True, exist_ok=True)
@@ -88,6 +86,4 @@ def load_tensors(directory: Path, state: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _damaged(path: Path, reason: str) -> DemoError:
-    return DemoError(
-        f"checkpoint {path} is damaged or missing ({reason}): start again without --resume", "resume"
-    )
+    return DemoError(f"checkpoint {path} is damaged or missing ({reason}): start again without --resume", "resume")

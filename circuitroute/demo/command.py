@@ -49,19 +49,11 @@ def add_parser(commands: Any) -> None:
     for name, kind, text in OPTIONS:
         default = getattr(DemoConfig, name.replace("-", "_"))
         suffix = "" if default is None else f" (default {default})"
-        parser.add_argument(
-            f"--{name}", type=kind, metavar="FILE" if kind is str else "N", help=text + suffix
-        )
-    parser.add_argument(
-        "--routers", nargs="+", metavar="NAME", help=f"which to compare (default {' '.join(ROUTERS)})"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/demo"), help="where results go (default runs/demo)"
-    )
+        parser.add_argument(f"--{name}", type=kind, metavar="FILE" if kind is str else "N", help=text + suffix)
+    parser.add_argument("--routers", nargs="+", metavar="NAME", help=f"which to compare (default {' '.join(ROUTERS)})")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where results go (default runs/demo)")
     parser.add_argument("--device", default="cpu", help="a torch device (default cpu)")
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help=f"CPU threads (default at most {MAX_THREADS})"
-    )
+    parser.add_argument("--threads", type=int, metavar="N", help=f"CPU threads (default at most {MAX_THREADS})")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its options")
     parser.set_defaults(run=run)
 
@@ -104,9 +96,7 @@ def _run(options: argparse.Namespace, command: str, stop: Stop) -> int:
         interrupted = True
     write_report(setting, options.out, command, console)
     if interrupted:
-        console.print(
-            f"Interrupted. To go on: circuitroute demo --resume --out {options.out}", highlight=False
-        )
+        console.print(f"Interrupted. To go on: circuitroute demo --resume --out {options.out}", highlight=False)
     return INTERRUPTED if interrupted else 0
 
 

@@ -45,7 +45,7 @@ class DemoConfig:
     validations: int = 10
     validation_batches: int = 6
     oracle_sequences: int = 8
-    oracle_swaps: int = 32
+    oracle_rounds: int = 32
 
     def __post_init__(self) -> None:
         for name in ("steps", "layers", "experts", "k", "batch_size"):
@@ -58,8 +58,7 @@ class DemoConfig:
             raise DemoError("must be at least 2 for there to be something to route, got 1", "experts")
         if self.k > self.experts:
             raise DemoError(
-                f"must be at most the number of experts, {self.experts}, got {self.k}: "
-                "a smaller --k or more --experts",
+                f"must be at most the number of experts, {self.experts}, got {self.k}: a smaller --k or more --experts",
                 "k",
             )
         if self.hidden < HEAD_SIZE or self.hidden % HEAD_SIZE:

@@ -39,18 +39,14 @@ class Corpus:
         """Training windows of one step, [B, S + 1] int64: a pure function of (text, seed, step), so resuming
         needs no generator state."""
         generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed}/{step}".encode()))
-        starts_B = torch.randint(
-            self.train.numel() - config.seq_len, (config.batch_size,), generator=generator
-        )
+        starts_B = torch.randint(self.train.numel() - config.seq_len, (config.batch_size,), generator=generator)
         return _windows(self.train, starts_B, config.seq_len)
 
     def validation(self, config: DemoConfig) -> list[Tensor]:
         """The same held-out windows for every router and step: batches [B, S + 1] int64, evenly spread."""
         count = config.validation_batches * config.batch_size
         starts = torch.linspace(0, self.valid.numel() - config.seq_len - 1, count, dtype=torch.float64).long()
-        return [
-            _windows(self.valid, starts_B, config.seq_len) for starts_B in starts.split(config.batch_size)
-        ]
+        return [_windows(self.valid, starts_B, config.seq_len) for starts_B in starts.split(config.batch_size)]
 
 
 def load_corpus(config: DemoConfig) -> Corpus:
@@ -113,9 +109,7 @@ def _corpus(train: bytes, valid: bytes, source: str) -> Corpus:
 def _as_tensor(data: bytes) -> Tensor:
     if not data:
         return torch.empty(0, dtype=torch.uint8)
-    return torch.frombuffer(
-        bytearray(data), dtype=torch.uint8
-    )  # a bytearray, for a tensor that may be written to
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)  # a bytearray, for a tensor that may be written to
 
 
 def _windows(text: Tensor, starts_B: Tensor, length: int) -> Tensor:

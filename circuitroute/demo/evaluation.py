@@ -107,7 +107,7 @@ def swap_correlation(model: LanguageModel, config: DemoConfig, tokens: Tensor, s
             router.circuit,
             combine=router.combine,
             estimator=router.estimator,
-            swaps=config.oracle_swaps,
+            rounds=config.oracle_rounds,
             seed=config.seed,
         )
     finally:

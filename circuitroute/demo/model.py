@@ -75,9 +75,7 @@ class Block(nn.Module):
         self.experts_norm = nn.RMSNorm(config.hidden)
         self.experts = cr.MoE(router, nn.ModuleList(_expert(config.hidden) for _ in range(config.experts)))
 
-    def forward(
-        self, hidden_BSH: Tensor, key_T: Tensor | None, override: Override | None
-    ) -> tuple[Tensor, cr.Routing]:
+    def forward(self, hidden_BSH: Tensor, key_T: Tensor | None, override: Override | None) -> tuple[Tensor, cr.Routing]:
         hidden_BSH = hidden_BSH + self.attention(self.attention_norm(hidden_BSH))
         normed_BSH = self.experts_norm(hidden_BSH)
         routing = None if override is None else override(self.experts.router.logits(normed_BSH.flatten(0, 1)))
@@ -86,9 +84,7 @@ class Block(nn.Module):
 
 
 def _expert(hidden: int) -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(hidden, hidden, bias=False), nn.GELU(), nn.Linear(hidden, hidden, bias=False)
-    )
+    return nn.Sequential(nn.Linear(hidden, hidden, bias=False), nn.GELU(), nn.Linear(hidden, hidden, bias=False))
 
 
 class LanguageModel(nn.Module):

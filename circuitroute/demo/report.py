@@ -71,10 +71,12 @@ def write_report(setting: Setting, out: Path, command: str, console: Any) -> Non
 
 def table_of(rows: Sequence[dict[str, Any]], steps: int) -> Any:
     """A rich.table.Table; a router that was stopped early says after how many steps."""
-    table = optional("rich.table").Table(title="Validation, by router", box=optional("rich.box").SIMPLE_HEAD)
+    table = optional("rich.table").Table(
+        title="Validation, by router", box=optional("rich.box").SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     table.add_column("router")
     for heading, _, _ in COLUMNS:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         name = row["router"] if row["steps"] == steps else f"{row['router']} (step {row['steps']}/{steps})"
         cells = ["-" if row[key] is None else format(row[key], form) for _, key, form in COLUMNS]
@@ -86,18 +88,12 @@ def draw_figures(records: Sequence[Record], out: Path) -> list[Path]:
     """The three figures, for records with at least one evaluation each."""
     if not records:
         return []
-    curves = {
-        r.router: ([e.step for e in r.evaluations], [e.bits_per_byte for e in r.evaluations]) for r in records
-    }
+    curves = {r.router: ([e.step for e in r.evaluations], [e.bits_per_byte for e in r.evaluations]) for r in records}
     curves_png, utilization_png, executed_png = (out / name for name in FIGURES)
     return [
         plots.validation_curves(curves, curves_png, ylabel="validation bits per byte"),
-        plots.utilization_heatmaps(
-            {r.router: r.evaluations[-1].utilization for r in records}, utilization_png
-        ),
-        plots.executed_histogram(
-            {r.router: r.evaluations[-1].executed_counts for r in records}, executed_png
-        ),
+        plots.utilization_heatmaps({r.router: r.evaluations[-1].utilization for r in records}, utilization_png),
+        plots.executed_histogram({r.router: r.evaluations[-1].executed_counts for r in records}, executed_png),
     ]
 
 

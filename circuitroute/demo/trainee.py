@@ -80,9 +80,7 @@ class Trainee:
         tensors = checkpoint.load_tensors(self.setting.checkpoints, state)
         weights = dict(self.model.named_parameters())
         if {f"model.{name}" for name in weights} != {name for name in tensors if name.startswith("model.")}:
-            raise DemoError(
-                "the checkpoint holds another model's tensors: start again without --resume", "resume"
-            )
+            raise DemoError("the checkpoint holds another model's tensors: start again without --resume", "resume")
         with torch.no_grad():
             for name, weight in weights.items():
                 weight.copy_(tensors[f"model.{name}"])

@@ -20,6 +20,8 @@ from circuitroute.errors import EngineError
 # Names in order of preference, by op.
 ENGINES: dict[str, tuple[str, ...]] = {"subset": ("torch", "naive"), "layered": ("naive",)}
 
+_SUBSET: dict[str, Engine] = {"torch": TorchSubset(), "naive": NaiveSubset()}
+
 
 def choose(circuit: Circuit, device: torch.device) -> str:
     """The preferred engine for a circuit on a device."""
@@ -40,10 +42,9 @@ def require(circuit: Circuit, name: str) -> None:
 
 def engine_of(circuit: Circuit, device: torch.device) -> Engine:
     """The engine that runs ``circuit`` on ``device``, ready for use."""
-    name = circuit.engine_for(device)
     if circuit.op == "layered":
         return layered_engine(circuit)
-    return TorchSubset() if name == "torch" else NaiveSubset()
+    return _SUBSET[circuit.engine_for(device)]
 
 
 def layered_engine(circuit: Circuit) -> NaiveLayered:

@@ -61,3 +61,10 @@ class Engine(Protocol):
     def sample(self, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor) -> Tensor:
         """[T, N] bool, the subset that is a pure function of each row's logits, potential and key."""
         ...
+
+
+def given(potential: Tensor | None) -> Tensor:
+    """The count potential that every engine of the count family is called with."""
+    if potential is None:
+        raise ValueError("potential=None: the count family needs the log potentials of its counts")
+    return potential

@@ -53,8 +53,8 @@ class _Plan:
         first = len(leaves)
         for level in graph.levels:
             arrays = (place[level.left], place[level.right], level.segment, level.starts)
-            tensors = [torch.as_tensor(a, device=device) for a in arrays]
-            self.steps.append(_Step(*tensors, sums=len(level.nodes), first=first))
+            left, right, segment, starts = (torch.as_tensor(a, device=device) for a in arrays)
+            self.steps.append(_Step(left, right, segment, starts, len(level.nodes), first))
             first += len(level.nodes)
 
     def upward(self, leaves: Tensor, combine: Callable[[_Step, Tensor], Tensor]) -> Tensor:

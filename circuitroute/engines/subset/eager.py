@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from circuitroute.engines.base import Inference
+from circuitroute.engines.base import Inference, given
 from circuitroute.engines.subset import sampling, tree
 from circuitroute.engines.subset.naive import NaiveSubset, allowed_range
 from circuitroute.engines.subset.shift import Evidence, Shift, solve_shift
@@ -42,22 +42,24 @@ class TorchSubset:
     name = "torch"
 
     @torch.no_grad()
-    def infer(self, logits_TN: Tensor, potential: Tensor, key_T: Tensor | None = None) -> Inference:
+    def infer(self, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor | None = None) -> Inference:
         """See :class:`circuitroute.engines.base.Engine`."""
+        potential = given(potential)
         sweep = _Sweep.empty(logits_TN, potential, with_marginals=True, with_sample=key_T is not None)
         for rows in _blocks(logits_TN):
             _forward_block(sweep, rows, logits_TN, potential, key_T)
         _mend(sweep, logits_TN, potential, key_T)
         return sweep.inference()
 
-    def attach(self, inference: Inference, logits_TN: Tensor, potential: Tensor) -> Inference:
+    def attach(self, inference: Inference, logits_TN: Tensor, potential: Tensor | None) -> Inference:
         """See :class:`circuitroute.engines.base.Engine`."""
-        log_partition, marginals, count_probs = _Moments.apply(logits_TN, potential, inference)
+        log_partition, marginals, count_probs = _moments(logits_TN, given(potential), inference)
         return replace(inference, log_partition=log_partition, marginals=marginals, count_probs=count_probs)
 
     @torch.no_grad()
-    def sample(self, logits_TN: Tensor, potential: Tensor, key_T: Tensor) -> Tensor:
+    def sample(self, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor) -> Tensor:
         """See :class:`circuitroute.engines.base.Engine`."""
+        potential = given(potential)
         sweep = _Sweep.empty(logits_TN, potential, with_marginals=False, with_sample=True)
         for rows in _blocks(logits_TN):
             _forward_block(sweep, rows, logits_TN, potential, key_T)
@@ -129,6 +131,12 @@ class _Moments(torch.autograd.Function):
         return grad_logits if wanted[0] else None, grad_phi if wanted[1] else None, None
 
 
+def _moments(logits: Tensor, potential: Tensor, inference: Inference) -> tuple[Tensor, Tensor, Tensor]:
+    """The known values as differentiable functions of their inputs."""
+    moments: tuple[Tensor, Tensor, Tensor] = _Moments.apply(logits, potential, inference)  # type: ignore[no-untyped-call]
+    return moments
+
+
 def _blocks(logits_TN: Tensor) -> list[slice]:
     T, N = logits_TN.shape
     size = max(1, BLOCK_ELEMENTS.get(logits_TN.device.type, BLOCK_ELEMENTS_ELSEWHERE) // N)
@@ -151,9 +159,9 @@ def _forward_block(sweep: _Sweep, rows: slice, logits_TN: Tensor, potential: Ten
     sweep.shift.high[rows], sweep.shift.low[rows] = shift.high, shift.low
     sweep.underflow[rows] = ~(total >= SMALLEST_ROOT[total.dtype])
     sweep.log_root[rows] = largest + total.double().log()
-    sweep.log_partition[rows] = (
-        sweep.log_root[rows] + _log_coins(logits_NB, shift, absent, present, evidence)
-    ).to(total.dtype)
+    sweep.log_partition[rows] = (sweep.log_root[rows] + _log_coins(logits_NB, shift, absent, present, evidence)).to(
+        total.dtype
+    )
     probs_JB = weighted_JB / total
     if sweep.marginals is not None and sweep.count_probs is not None:
         adjoint = (weights_JB / total).unsqueeze(1)
@@ -202,9 +210,7 @@ def _coins(logits_NB: Tensor, shift: Shift, evidence: Evidence | None) -> tuple[
     return absent, present
 
 
-def _log_coins(
-    logits_NB: Tensor, shift: Shift, absent: Tensor, present: Tensor, evidence: Evidence | None
-) -> Tensor:
+def _log_coins(logits_NB: Tensor, shift: Shift, absent: Tensor, present: Tensor, evidence: Evidence | None) -> Tensor:
     """[B] float64 log normaliser of the coins, the sum of max(x, 0) - log(max(sigmoid(x), sigmoid(-x))).
 
     The first part is summed as the logits above s, less s times their number: the logits are exact and most of
@@ -255,7 +261,6 @@ def _mend(sweep: _Sweep, logits_TN: Tensor, potential: Tensor, key_T: Tensor | N
 
 def _rows_of(potential: Tensor, rows: Tensor) -> Tensor:
     return potential if potential.dim() == 1 else potential[rows]
-
 
 
 def _backward(
@@ -364,7 +369,7 @@ def _differentiable_backward(
         found = iter(torch.autograd.grad(inner, inputs, create_graph=True))
         grads = [next(found) if x.requires_grad else None for x in (logits, potential)]
     if w is not None:
-        _, marginals, count_probs = _Moments.apply(logits, potential, inference)
+        _, marginals, count_probs = _moments(logits, potential, inference)
         by_logits = (marginals * w[:, None]).masked_fill(torch.isinf(logits), 0.0)
         by_phi = count_probs * w[:, None]
         by_phi = by_phi if potential.dim() == 2 else by_phi.sum(0)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from circuitroute.engines.base import Inference
+from circuitroute.engines.base import Inference, given
 from circuitroute.engines.logspace import LOG_ZERO, as_input, is_zero, log_coins, log_literals, nan_rows
 from circuitroute.engines.subset.tree import even
 from circuitroute.keys import uniform
@@ -30,8 +30,9 @@ class NaiveSubset:
 
     name = "naive"
 
-    def infer(self, logits_TN: Tensor, potential: Tensor, key_T: Tensor | None = None) -> Inference:
+    def infer(self, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor | None = None) -> Inference:
         """See :class:`circuitroute.engines.base.Engine`."""
+        potential = given(potential)
         log_partition, marginals, count_probs = (x.detach() for x in self.moments(logits_TN, potential))
         with torch.no_grad():
             logits, phi_TJ = logits_TN.double(), potential.double().expand(len(logits_TN), -1)
@@ -42,9 +43,9 @@ class NaiveSubset:
             mask = None if key_T is None else _descend(levels, logits, phi_TJ, shift, key_T)
         return Inference(log_partition, marginals, count_probs, shift, log_root, mask)
 
-    def attach(self, inference: Inference, logits_TN: Tensor, potential: Tensor) -> Inference:
+    def attach(self, inference: Inference, logits_TN: Tensor, potential: Tensor | None) -> Inference:
         """See :class:`circuitroute.engines.base.Engine`; the graph of the naive engine is its own computation."""
-        log_partition, marginals, count_probs = self.moments(logits_TN, potential)
+        log_partition, marginals, count_probs = self.moments(logits_TN, given(potential))
         return replace(inference, log_partition=log_partition, marginals=marginals, count_probs=count_probs)
 
     def moments(self, logits_TN: Tensor, potential: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,10 +70,10 @@ class NaiveSubset:
         return log_partition, marginals, count_probs
 
     @torch.no_grad()
-    def sample(self, logits_TN: Tensor, potential: Tensor, key_T: Tensor) -> Tensor:
+    def sample(self, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor) -> Tensor:
         """See :class:`circuitroute.engines.base.Engine`."""
         logits = logits_TN.double()
-        phi_TJ = potential.double().expand(logits.shape[0], -1)
+        phi_TJ = given(potential).double().expand(logits.shape[0], -1)
         shift = choose_shift(logits, phi_TJ)
         return _descend(log_tree(logits, shift, phi_TJ.shape[1] - 1), logits, phi_TJ, shift, key_T)
 

@@ -122,7 +122,7 @@ class _Search:
 
     def step(self, F: Tensor, V: Tensor, target: Tensor) -> None:
         """One safeguarded Newton step from the expected count F and its variance V at ``s``."""
-        above = F > target
+        above = target < F
         self.low = torch.where(above, self.s, self.low)
         self.high = torch.where(above, self.high, self.s)
         newton = self.s + (F / target).log() * F / V

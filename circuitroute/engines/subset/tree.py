@@ -11,6 +11,8 @@ absent_i + present_i = 1 (Chen & Liu 1997); everything is a sum of positive term
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -103,7 +105,7 @@ def down(levels: list[Tensor], adjoint: Tensor) -> Tensor:
 def dual_up(levels: list[Tensor], tangent: Tensor) -> list[Tensor]:
     """Tangents of all levels, given the leaves' [2, even(N), T]: d(ab) = da b + a db."""
     tangents = [tangent]
-    for level, parent in zip(levels[:-1], levels[1:], strict=True):
+    for level, parent in pairwise(levels):
         half = level.shape[1] // 2
         below, out = tangents[-1], torch.zeros_like(parent)
         _multiply_into(out[:, :half], below[:, :half], level[:, half:])

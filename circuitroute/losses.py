@@ -1,0 +1,54 @@
+"""Auxiliary losses of routing, from the exact marginals and the set that was actually sampled.
+
+Legend: T tokens, E experts; m the exact marginals, z the chosen mask.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from circuitroute.routing import Routing
+
+Probabilities = Literal["marginal", "softmax"]
+
+
+def load_balance(routing: Routing, probabilities: Probabilities = "marginal") -> Tensor:
+    """E sum_e f_e P_e: f the share of the executed load, P the share of probability; 1 at perfect balance.
+
+    The loss of Switch Transformer (Fedus et al. 2021, eq. 4) with its two shares taken from the decision itself:
+    f from the sampled set z (no gradient) and P from the exact marginals m, both normalised over experts.
+
+    Args:
+        routing: T decisions.
+        probabilities: ``"marginal"``, or ``"softmax"`` for the stock form that top-k routers use.
+
+    Returns:
+        A scalar; zero when there are no tokens, or none of them uses an expert.
+    """
+    if probabilities not in get_args(Probabilities):
+        raise ValueError(f"probabilities={probabilities!r}: choose one of {get_args(Probabilities)}")
+    chosen = routing.mask.to(routing.logits.dtype)
+    if probabilities == "marginal":
+        expected = routing.marginals
+    else:
+        expected = torch.softmax(routing.logits, -1)
+    load, mass = chosen.sum(0), expected.sum(0)
+    share = load / load.sum().clamp(min=1)
+    return routing.mask.shape[-1] * (share * mass / mass.sum().clamp(min=torch.finfo(mass.dtype).tiny)).sum()
+
+
+def z_loss(routing: Routing) -> Tensor:
+    """Mean over tokens of logsumexp(logits)^2 (ST-MoE, Zoph et al. 2022, eq. 5), over finite logits; a scalar."""
+    finite = torch.where(routing.logits == torch.inf, -torch.inf, routing.logits)
+    usable = (finite > -torch.inf).any(-1)
+    # A token with nothing but evidence has no logits to keep small.
+    log_sum = torch.logsumexp(torch.where(usable[:, None], finite, 0.0), -1)
+    return torch.where(usable, log_sum.square(), 0.0).sum() / max(1, len(log_sum))
+
+
+def expected_count(routing: Routing) -> Tensor:
+    """Mean over tokens of the expected number of experts, sum_e m_e; a differentiable scalar."""
+    return routing.marginals.sum() / max(1, routing.mask.shape[0])

@@ -1,0 +1,70 @@
+"""A small sparse mixture-of-experts layer around any router.
+
+Legend: T tokens, H hidden size, E experts, S chosen (token, expert) pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from circuitroute.routers import Router
+from circuitroute.routing import Routing
+
+
+class MoE(nn.Module):
+    """Runs every token through its chosen experts and adds up their outputs, weighted by the gates.
+
+    The pairs are sorted by expert, each expert sees its tokens as one batch, and the results are added back in
+    place: S expert evaluations in all, none for padding, and no loop over tokens.
+
+    Args:
+        router: gives a :class:`Routing` for hidden states.
+        experts: E modules, each [S_e, H] -> [S_e, H].
+
+    Raises:
+        ValueError: the number of experts is not the router's.
+    """
+
+    def __init__(self, router: Router, experts: Sequence[nn.Module] | nn.ModuleList) -> None:
+        super().__init__()
+        self.router = router
+        self.experts = experts if isinstance(experts, nn.ModuleList) else nn.ModuleList(experts)
+        if len(self.experts) != router.num_experts:
+            raise ValueError(
+                f"experts has {len(self.experts)} modules, but the router chooses among {router.num_experts}"
+            )
+
+    def forward(
+        self,
+        hidden: Tensor,
+        key: Tensor | int | None = None,
+        replay: Tensor | None = None,
+        routing: Routing | None = None,
+    ) -> tuple[Tensor, Routing]:
+        """Apply the layer.
+
+        Args:
+            hidden: [..., H].
+            key, replay: handed to the router.
+            routing: a decision made elsewhere, over the same T tokens; the router is not called then.
+
+        Returns:
+            (output [..., H] in the dtype of ``hidden``, the routing decision).
+        """
+        if routing is None:
+            routing = self.router(hidden, key=key, replay=replay)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        if routing.mask.shape[0] != len(rows):
+            raise ValueError(f"routing is for {routing.mask.shape[0]} tokens, hidden has {len(rows)}")
+        token, expert, weight = routing.ragged(by="expert")
+        loads = torch.bincount(expert, minlength=len(self.experts)).tolist()
+        batches = rows[token].split(loads)
+        outputs = [module(batch) for module, batch in zip(self.experts, batches, strict=True) if len(batch)]
+        if not outputs:
+            return torch.zeros_like(hidden), routing
+        weighted = torch.cat(outputs) * weight.unsqueeze(-1).to(outputs[0].dtype)
+        combined = torch.zeros_like(rows, dtype=weighted.dtype).index_add(0, token, weighted)
+        return combined.to(hidden.dtype).reshape(hidden.shape), routing
