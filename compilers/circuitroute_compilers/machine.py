@@ -20,7 +20,7 @@ import numpy.typing as npt
 from circuitroute import Circuit, CircuitTooLargeError, Constraint, InfeasibleError, register_compiler
 from circuitroute.circuit import Graph, NodeKind
 from circuitroute.compilation import unsupported
-from circuitroute.constraints import State
+from circuitroute.constraints import Over, State
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
@@ -45,7 +45,10 @@ def build_graph(constraint: Constraint, n: int, max_nodes: int) -> Graph:
     """
     _require_machine(constraint)
     builder = _Builder(constraint, n, max_nodes)
-    root = builder.up(0, n)
+    try:
+        root = builder.up(0, n)
+    except _Unhashable as error:
+        raise TypeError(f"{constraint!r}: states must be hashable, such as integers and tuples ({error})") from None
     accepted = np.array([bool(constraint.accepts(s)) for s in builder.states[root.states]], dtype=np.bool_)
     if not accepted.any():
         raise InfeasibleError(f"no subset of {n} variables satisfies {constraint!r}")
@@ -55,6 +58,8 @@ def build_graph(constraint: Constraint, n: int, max_nodes: int) -> Graph:
 
 
 def _require_machine(constraint: Constraint) -> None:
+    if isinstance(constraint, Over):
+        _require_machine(constraint.constraint)
     kind = type(constraint)
     if any(getattr(kind, name) is getattr(Constraint, name) for name in ("leaf", "merge", "accepts")):
         raise unsupported(constraint)
@@ -82,6 +87,18 @@ class _Block:
     useful: BoolArray = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
 
 
+class _Unhashable(Exception):
+    """A state cannot be hashed; carries Python's own words."""
+
+
+def _distinct(states: Sequence[State]) -> tuple[State, ...]:
+    """The different states, in order of first appearance."""
+    try:
+        return tuple(dict.fromkeys(states))
+    except TypeError as error:
+        raise _Unhashable(str(error)) from None
+
+
 class _Builder:
     """Passes one and two: reachable states upward, useful states downward."""
 
@@ -101,8 +118,8 @@ class _Builder:
     def up(self, low: int, high: int) -> _Block:
         """The block of variables [low, high) with everything below it."""
         if high - low == 1:
-            leaf = dict.fromkeys(s for s in self.constraint.leaf(low) if s is not None)
-            return self._counted(_Block(low, high, self._intern(tuple(leaf))))
+            leaf = _distinct([s for s in self.constraint.leaf(low) if s is not None])
+            return self._counted(_Block(low, high, self._intern(leaf)))
         middle = (low + high + 1) // 2
         left, right = self.up(low, middle), self.up(middle, high)
         table = self._table(left.states, right.states)
@@ -118,10 +135,7 @@ class _Builder:
         return block
 
     def _intern(self, states: tuple[State, ...]) -> int:
-        try:
-            known = self._ids.setdefault(states, len(self.states))
-        except TypeError as error:
-            raise TypeError(f"{self.constraint!r}: states must be hashable ({error})") from None
+        known = self._ids.setdefault(states, len(self.states))
         if known == len(self.states):
             self.states.append(states)
         return known
@@ -134,15 +148,16 @@ class _Builder:
     def _merge_all(self, lefts: Sequence[State], rights: Sequence[State]) -> _Table:
         if len(lefts) * len(rights) > 4 * EDGES_PER_NODE * self.max_nodes:
             raise self._too_large(f"{len(lefts)} x {len(rights)} pairs of states at one tree node")
-        index: dict[State, int] = {}
-        pairs: list[tuple[int, int, int]] = []
-        for a, left in enumerate(lefts):
-            for b, right in enumerate(rights):
-                state = self.constraint.merge(left, right)
-                if state is not None:
-                    pairs.append((a, b, index.setdefault(state, len(index))))
-        array = np.array(pairs, dtype=np.int64).reshape(-1, 3)
-        return _Table(array[:, 0], array[:, 1], array[:, 2], self._intern(tuple(index)))
+        merged = [
+            (a, b, state)
+            for a, left in enumerate(lefts)
+            for b, right in enumerate(rights)
+            if (state := self.constraint.merge(left, right)) is not None
+        ]
+        states = _distinct([state for _, _, state in merged])
+        index = {state: i for i, state in enumerate(states)}
+        array = np.array([(a, b, index[state]) for a, b, state in merged], dtype=np.int64).reshape(-1, 3)
+        return _Table(array[:, 0], array[:, 1], array[:, 2], self._intern(states))
 
     def down(self, block: _Block, useful: BoolArray) -> None:
         """Mark the states that take part in some accepted assignment of all variables."""

@@ -1,0 +1,272 @@
+"""Compilation: the circuits against all 2^n worlds, the registry, the cache, and every error."""
+
+import math
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_constraints import allowed, count_constraints
+from truth import enumerate_worlds
+
+import circuitroute as cr
+from circuitroute import compilation
+
+
+@dataclass(frozen=True)
+class Parity(cr.Constraint):
+    """An even number of selected variables: a user's constraint, by the protocol alone."""
+
+    def leaf(self, var):
+        return 0, 1
+
+    def merge(self, left, right):
+        return (left + right) % 2
+
+    def accepts(self, state):
+        return state == 0
+
+
+@dataclass(frozen=True)
+class NoNeighbours(cr.Constraint):
+    """No two neighbouring variables both selected: the order of merges matters, and states are tuples."""
+
+    def leaf(self, var):
+        return (False, False), (True, True)
+
+    def merge(self, left, right):
+        return None if left[1] and right[0] else (left[0], right[1])
+
+    def accepts(self, state):
+        return True
+
+
+def compile_or_check_infeasible(constraint, n, accept):
+    if accept.any():
+        return cr.compile(constraint, n)
+    with pytest.raises(cr.InfeasibleError, match=repr(constraint).split("(")[0]):
+        cr.compile(constraint, n)
+    return None
+
+
+def hold_to_worlds(circuit, accept, n):
+    worlds = torch.from_numpy(enumerate_worlds(n))
+    assert circuit.model_count() == int(accept.sum())
+    assert torch.equal(circuit.satisfies(worlds), torch.from_numpy(accept))
+    chosen = enumerate_worlds(n)[accept].sum(1)
+    assert (circuit.min_count, circuit.max_count) == (chosen.min(), chosen.max())
+    circuit.check()
+
+
+@settings(max_examples=60)
+@given(count_constraints(), st.integers(1, 9))
+def test_count_circuits_are_the_constraint(constraint, n):
+    accept = np.array([allowed(constraint, int(w.sum())) for w in enumerate_worlds(n)])
+    circuit = compile_or_check_infeasible(constraint, n, accept)
+    if circuit is not None:
+        assert circuit.op == "subset"
+        hold_to_worlds(circuit, accept, n)
+
+
+@settings(max_examples=60)
+@given(count_constraints(), st.data())
+def test_scoped_circuits_are_the_constraint(constraint, data):
+    n = data.draw(st.integers(1, 8))
+    scope = sorted(data.draw(st.sets(st.integers(0, n - 1), min_size=1)))
+    worlds = enumerate_worlds(n)
+    accept = np.array([allowed(constraint, int(w[scope].sum())) for w in worlds])
+    circuit = compile_or_check_infeasible(constraint.over(scope), n, accept)
+    if circuit is not None:
+        assert circuit.op == ("subset" if len(scope) == n else "layered")
+        hold_to_worlds(circuit, accept, n)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 6, 9])
+@pytest.mark.parametrize("constraint", [Parity(), NoNeighbours(), NoNeighbours().over([0, 2, 1]), Parity().over([0])])
+def test_user_defined_machines_compile(constraint, n):
+    if isinstance(constraint, cr.constraints.Over) and max(constraint.indices) >= n:
+        with pytest.raises(ValueError, match=f"but n={n}"):
+            cr.compile(constraint, n)
+        return
+    inner = constraint.constraint if isinstance(constraint, cr.constraints.Over) else constraint
+    scope = sorted(constraint.indices) if inner is not constraint else list(range(n))
+    worlds = enumerate_worlds(n)[:, scope]
+    if isinstance(inner, Parity):
+        accept = worlds.sum(1) % 2 == 0
+    else:
+        accept = ~(worlds[:, 1:] & worlds[:, :-1]).any(1)
+    hold_to_worlds(cr.compile(constraint, n), accept, n)
+
+
+@pytest.mark.parametrize(("n", "k"), [(64, 8), (60, 4), (257, 100), (512, 32)])
+def test_large_model_counts_are_binomial(n, k):
+    circuit = cr.compile(cr.Exactly(k), n)
+    assert circuit.model_count() == math.comb(n, k)
+    assert circuit.depth == math.ceil(math.log2(n))
+    assert circuit.max_count == circuit.min_count == k
+
+
+def test_wide_ranges_count_right():
+    assert cr.compile(cr.AtLeast(3), 40).model_count() == sum(math.comb(40, j) for j in range(3, 41))
+    assert cr.compile(cr.Between(0, 30), 30).model_count() == 2**30
+
+
+def test_memoised_on_constraint_and_size():
+    circuit = cr.compile(cr.Exactly(3), 17)
+    assert cr.compile(cr.Exactly(3), 17) is circuit
+    assert cr.compile(cr.Exactly(3), 18) is not circuit
+    compilation.clear_cache()
+    assert cr.compile(cr.Exactly(3), 17) is not circuit
+
+
+@pytest.mark.parametrize("constraint", [cr.Exactly(9), cr.AtLeast(9), cr.Between(9, 20), cr.CountIn({10, 11})])
+def test_more_than_there_are_is_infeasible(constraint):
+    with pytest.raises(cr.InfeasibleError, match="8"):
+        cr.compile(constraint, 8)
+
+
+def test_infeasible_scope_and_machine():
+    with pytest.raises(cr.InfeasibleError, match="0 to 2"):
+        cr.compile(cr.Exactly(3).over([1, 5]), 8)
+
+    @dataclass(frozen=True)
+    class Never(Parity):
+        def accepts(self, state):
+            return False
+
+    with pytest.raises(cr.InfeasibleError, match="Never"):
+        cr.compile(Never(), 4)
+
+
+def test_too_large_names_width_and_culprit_and_leaves_the_cache_usable():
+    with pytest.raises(cr.CircuitTooLargeError, match=r"Exactly\(8\) over 64.*max_nodes=100.*width 9"):
+        cr.compile(cr.Exactly(8), 64, max_nodes=100)
+    circuit = cr.compile(cr.Exactly(8), 64)
+    with pytest.raises(cr.CircuitTooLargeError, match="max_nodes=100"):
+        cr.compile(cr.Exactly(8), 64, max_nodes=100)
+    assert cr.compile(cr.Exactly(8), 64, max_nodes=circuit.num_nodes) is circuit
+
+
+def test_a_machine_that_explodes_is_stopped_early():
+    @dataclass(frozen=True)
+    class Remember(cr.Constraint):
+        def leaf(self, var):
+            return (0,), (1,)
+
+        def merge(self, left, right):
+            return left + right
+
+        def accepts(self, state):
+            return True
+
+    with pytest.raises(cr.CircuitTooLargeError, match="Remember"):
+        cr.compile(Remember(), 64, max_nodes=1000)
+
+
+def test_scope_beyond_n_is_named():
+    with pytest.raises(ValueError, match="uses variable 9, but n=8"):
+        cr.compile(cr.Exactly(1).over([0, 9]), 8)
+
+
+@pytest.mark.parametrize(("n", "error"), [(0, ValueError), (-1, ValueError), (2.5, TypeError), ("8", TypeError)])
+def test_bad_n(n, error):
+    with pytest.raises(error, match="n="):
+        cr.compile(cr.Exactly(1), n)
+
+
+def test_bad_max_nodes():
+    with pytest.raises(ValueError, match="max_nodes=0"):
+        cr.compile(cr.Exactly(1), 4, max_nodes=0)
+
+
+def test_unhashable_constraints_and_states_are_refused_with_a_remedy():
+    class Unhashable(Parity):
+        __hash__ = None
+
+    with pytest.raises(TypeError, match="frozen dataclass"):
+        cr.compile(Unhashable(), 4)
+
+    @dataclass(frozen=True)
+    class ListStates(Parity):
+        def leaf(self, var):
+            return [0], [1]
+
+    with pytest.raises(TypeError, match=r"ListStates.*hashable"):
+        cr.compile(ListStates(), 4)
+
+
+def test_unsupported_constraint_says_what_to_write():
+    @dataclass(frozen=True)
+    class Odd(cr.Constraint):
+        pass
+
+    for constraint in (Odd(), Odd().over([0, 1])):
+        with pytest.raises(cr.UnsupportedConstraintError, match=r"@cr.register_compiler\(.*Odd\)") as caught:
+            cr.compile(constraint, 4)
+        assert "leaf(var)" in str(caught.value)
+    with pytest.raises(cr.UnsupportedConstraintError, match="int is not a constraint"):
+        cr.compile(3, 4)
+
+
+def test_register_compiler_by_type_and_subclass():
+    @dataclass(frozen=True)
+    class Mine(cr.Constraint):
+        k: int
+
+    class MineToo(Mine):
+        pass
+
+    @cr.register_compiler(Mine)
+    def compile_mine(constraint, n, max_nodes):
+        return cr.compile(cr.Exactly(constraint.k), n, max_nodes)
+
+    assert cr.compile(Mine(2), 6).model_count() == 15
+    assert cr.compile(MineToo(2), 7).model_count() == 21
+    with pytest.raises(ValueError, match=r"Mine already has a compiler: .*compile_mine"):
+        cr.register_compiler(Mine)(compile_mine)
+    with pytest.raises(TypeError, match="expected a subclass"):
+        cr.register_compiler(int)
+
+
+def test_all_errors_share_a_base():
+    for name in ("InfeasibleError", "CircuitTooLargeError", "UnsupportedConstraintError", "EngineError"):
+        assert issubclass(getattr(cr, name), cr.CircuitRouteError)
+
+
+def test_a_broken_plugin_is_named_where_it_is_missed():
+    code = """
+    import importlib.metadata as metadata, warnings
+    import circuitroute as cr
+    from circuitroute import compilation
+    class Entry:
+        module = "no_such_plugin_module"
+    compilation.entry_points = lambda group: [Entry()]
+    class Odd(cr.Constraint):
+        pass
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            cr.compile(Odd(), 3)
+        except cr.UnsupportedConstraintError as error:
+            assert "no_such_plugin_module could not be imported" in str(error)
+        else:
+            raise SystemExit("no error")
+    assert any("no_such_plugin_module" in str(w.message) for w in caught)
+    assert cr.compile(cr.Exactly(1), 3).model_count() == 3
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, env=_env())
+
+
+def _env():
+    import os
+
+    import circuitroute
+    import circuitroute_compilers
+
+    paths = [os.path.dirname(os.path.dirname(m.__file__)) for m in (circuitroute, circuitroute_compilers)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
