@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from circuitroute.circuit import Circuit
 from circuitroute.engines import Inference, engine_of, layered_engine
 from circuitroute.engines.logspace import nan_rows
+from circuitroute.engines.subset.mode import mode as subset_mode
 from circuitroute.evidence import condition_logits, rows_text, unsatisfiable_rows
 from circuitroute.keys import fold_in
 
@@ -326,7 +327,7 @@ class SubsetDistribution(Distribution):
             logits, potential = self._engine_inputs()
             if potential is None:
                 return self._as_batch(layered_engine(self.circuit).mode(logits))
-            return self._as_batch(_count_mode(logits, potential))
+            return self._as_batch(subset_mode(logits, potential))
 
     # ------------------------------------------------------------------ densities
 
@@ -492,21 +493,6 @@ def _with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
     if not surrogate.requires_grad:
         return value
     return value.detach() + (surrogate - surrogate.detach())
-
-
-def _count_mode(logits_TN: Tensor, potential: Tensor) -> Tensor:
-    """[T, N] bool: for every count the top logits are best, so only the count is searched."""
-    order = logits_TN.sort(dim=-1, descending=True, stable=True)
-    forced = (logits_TN == math.inf).sum(-1, keepdim=True)
-    gains = torch.where(order.values == math.inf, 0.0, order.values.double())
-    totals = F.pad(gains.cumsum(-1), (1, 0))[:, : potential.shape[-1]]
-    count = torch.arange(totals.shape[-1], device=totals.device)
-    scores = torch.where(count < forced, -math.inf, totals + potential.double())
-    best = scores.amax(-1, keepdim=True)
-    chosen = torch.where(scores == best, count, totals.shape[-1]).amin(-1, keepdim=True)
-    taken = (torch.arange(logits_TN.shape[-1], device=totals.device) < chosen).expand_as(logits_TN)
-    taken = taken & (best > -math.inf)
-    return torch.zeros_like(taken).scatter(-1, order.indices, taken)
 
 
 @register_kl(SubsetDistribution, SubsetDistribution)  # type: ignore[untyped-decorator]

@@ -30,7 +30,8 @@ class Simple:
 
     def __call__(self, mask: Tensor, distribution: SubsetDistribution) -> Tensor:
         """See :class:`Estimator`."""
-        if not (torch.is_grad_enabled() and distribution.logits.requires_grad):
+        inputs = (distribution.logits, distribution.count_potential)
+        if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
             return mask
         marginals = distribution.marginals
         return mask + (marginals - marginals.detach())

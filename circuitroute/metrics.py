@@ -102,26 +102,33 @@ def swap_oracle(
         loss_fn: the loss for a given routing of this layer, everything else fixed: a scalar, or [G] losses of
             groups of T / G consecutive tokens that do not influence one another (sequences of a batch). With
             groups, one swap per group is evaluated in each call.
-        logits: [T, E] router logits; not changed.
+        logits: [T, E] router logits; not changed. Experts they force or forbid are not swapped.
         circuit: the router's; only swaps that satisfy it are tried.
         combine, estimator, training, key: as in :func:`circuitroute.route`.
         rounds: calls of ``loss_fn`` with swaps, each giving up to G swaps.
         seed: which swaps are tried.
 
     Raises:
-        ValueError: losses that are not finite or not a scalar or [G] with G dividing T; no swap is possible.
+        TypeError: a loss that is not a tensor.
+        ValueError: logits that are not [T, E]; losses that are not finite, not a function of the logits, or not a
+            scalar or [G] with G dividing T; no swap is possible.
     """
     rounds = int_at_least("rounds", rounds, 1)
-    leaf = logits.detach().clone().requires_grad_()
-    with torch.enable_grad():
+    if logits.dim() != 2 or len(logits) == 0:
+        raise ValueError(f"logits have shape {tuple(logits.shape)}: expected [tokens, experts] with a token at least")
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = logits.detach().clone().requires_grad_()
         routing = route(leaf, circuit, combine=combine, estimator=estimator, training=training, key=key)
         base = _group_losses(loss_fn(routing), len(leaf))
+        if not base.requires_grad:
+            raise ValueError("loss_fn returned a loss that is not a function of the logits: it has no gradient")
         (gradient,) = torch.autograd.grad(base.sum(), leaf)
     predicted, actual = [], []
     with torch.no_grad():
         for index in range(rounds):
             mask, token, out, into = _swapped(routing.mask, len(base), random_key(seed, index))
-            valid = circuit.satisfies(mask[token]) & (out != into)
+            undecided = torch.isfinite(leaf[token, out]) & torch.isfinite(leaf[token, into])
+            valid = circuit.satisfies(mask[token]) & (out != into) & undecided
             mask[token[~valid]] = routing.mask[token[~valid]]
             swapped = route(leaf, circuit, combine=combine, estimator=estimator, replay=mask)
             change = _group_losses(loss_fn(swapped), len(leaf)) - base
@@ -134,8 +141,12 @@ def swap_oracle(
 
 
 def _group_losses(losses: Tensor, tokens: int) -> Tensor:
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"loss_fn returned {losses!r}: expected a tensor, got {type(losses).__name__}")
+    if losses.dim() > 1:
+        raise ValueError(f"loss_fn returned losses of shape {tuple(losses.shape)}: expected a scalar or [groups]")
     losses = losses.reshape(-1)
-    if tokens % len(losses):
+    if len(losses) == 0 or tokens % len(losses):
         raise ValueError(f"loss_fn returned {len(losses)} losses, which does not divide the {tokens} tokens")
     if not bool(torch.isfinite(losses).all()):
         raise ValueError("loss_fn returned a loss that is not finite")

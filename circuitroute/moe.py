@@ -57,14 +57,17 @@ class MoE(nn.Module):
         if routing is None:
             routing = self.router(hidden, key=key, replay=replay)
         rows = hidden.reshape(-1, hidden.shape[-1])
-        if routing.mask.shape[0] != len(rows):
-            raise ValueError(f"routing is for {routing.mask.shape[0]} tokens, hidden has {len(rows)}")
+        if routing.mask.shape != (len(rows), len(self.experts)):
+            tokens, choices = routing.mask.shape
+            raise ValueError(
+                f"routing is for {tokens} tokens and {choices} experts, but there are {len(rows)} and "
+                f"{len(self.experts)}"
+            )
         token, expert, weight = routing.ragged(by="expert")
         loads = torch.bincount(expert, minlength=len(self.experts)).tolist()
         batches = rows[token].split(loads)
         outputs = [module(batch) for module, batch in zip(self.experts, batches, strict=True) if len(batch)]
-        if not outputs:
-            return torch.zeros_like(hidden), routing
-        weighted = torch.cat(outputs) * weight.unsqueeze(-1).to(outputs[0].dtype)
+        results = torch.cat(outputs) if outputs else rows[token]  # empty, and still a function of its inputs
+        weighted = results * weight.unsqueeze(-1).to(results.dtype)
         combined = torch.zeros_like(rows, dtype=weighted.dtype).index_add(0, token, weighted)
         return combined.to(hidden.dtype).reshape(hidden.shape), routing

@@ -108,7 +108,8 @@ def _shares(name: str, values: Array) -> npt.NDArray[np.float64]:
     values_K = np.asarray(values, dtype=np.float64)
     if values_K.ndim != 1 or not np.all(values_K >= 0) or values_K.sum() <= 0:
         raise ValueError(f"counts[{name!r}] must be a vector of numbers of tokens, not all 0, got {values!r}")
-    return values_K / values_K.sum()
+    shares_K: npt.NDArray[np.float64] = values_K / values_K.sum()
+    return shares_K
 
 
 def _integer_ticks(axis: Any, size: int) -> None:

@@ -18,7 +18,7 @@ from circuitroute._validate import int_at_least
 from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Between, Constraint, Exactly
 from circuitroute.estimators import Estimator, as_estimator
-from circuitroute.routing import Combine, Routing, route
+from circuitroute.routing import Combine, Routing, as_combine, route
 
 
 class Router(nn.Module):
@@ -36,6 +36,7 @@ class Router(nn.Module):
 
     Raises:
         InfeasibleError: no subset of E experts satisfies the constraint.
+        ValueError: a size below 1, or an unknown ``combine`` or ``estimator``.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Router(nn.Module):
         self.hidden_size = int_at_least("hidden_size", hidden_size, 1)
         self.num_experts = int_at_least("num_experts", num_experts, 1)
         self.circuit = compile_constraint(constraint, self.num_experts)
-        self.combine = combine
+        self.combine = as_combine(combine)
         self.estimator = estimator
         as_estimator(estimator)  # refuse an unknown one here, not in the first forward
         self.weight = nn.Parameter(torch.empty(self.num_experts, self.hidden_size, device=device, dtype=dtype))
@@ -80,14 +81,14 @@ class Router(nn.Module):
             return F.linear(rows.to(wide), self.weight.to(wide), bias)
 
     def forward(self, hidden: Tensor, key: Tensor | int | None = None, replay: Tensor | None = None) -> Routing:
-        """Route hidden states [..., H]; ``key`` and ``replay`` as in :func:`circuitroute.route`, over T tokens."""
+        """Route hidden states [..., H]; ``key`` and ``replay`` [...] or [T], as in :func:`circuitroute.route`."""
         return route(
-            self.logits(hidden),
+            self.logits(hidden).reshape(*hidden.shape[:-1], self.num_experts),
             self.circuit,
             combine=self.combine,
             estimator=self.estimator,
             training=self.training,
-            key=_flat_key(key),
+            key=key,
             replay=replay,
         )
 
@@ -97,10 +98,6 @@ class Router(nn.Module):
             f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, constraint={self.circuit.constraint!r}, "
             f"combine={self.combine!r}, estimator={self.estimator!r}"
         )
-
-
-def _flat_key(key: Tensor | int | None) -> Tensor | int | None:
-    return key.reshape(-1) if isinstance(key, Tensor) and key.dim() > 1 else key
 
 
 class ExactKRouter(Router):

@@ -15,7 +15,7 @@ from circuitroute._validate import int_at_least
 from circuitroute.circuit import Circuit
 from circuitroute.distribution import SubsetDistribution
 from circuitroute.estimators import Estimator, as_estimator
-from circuitroute.evidence import rows_text
+from circuitroute.evidence import rows_text, unsatisfiable_rows
 
 Combine: TypeAlias = Literal["softmax", "normalized", "sigmoid", "marginal"]
 Pad: TypeAlias = Literal["distinct", "sentinel", "minus_one"]
@@ -131,7 +131,7 @@ def route(
 
     Args:
         logits: [T, E], any floating dtype; computed in float32. Infinite logits force or forbid experts. More
-            leading dimensions are flattened into one of tokens (those of ``key`` and ``replay`` with them).
+            leading dimensions are flattened into one of tokens, those of the other tensors with them.
         circuit: the compiled constraint over E experts.
         combine: how chosen experts are weighted, g being the estimator's mask: ``"softmax"``, g times the softmax
             over all experts (ProbMoE); ``"normalized"``, the softmax over the chosen ones; ``"sigmoid"``, g times
@@ -144,50 +144,76 @@ def route(
             torch's global generator.
         replay: a recorded mask [T, E]: the decision is this one, with its gates, log-probability and gradients.
         count_potential: [K + 1] or [T, K + 1], see :class:`SubsetDistribution`.
-        validate_args: whether to check values; None follows torch.distributions.
+        validate_args: whether to check values; None follows torch.distributions. Without it, rows with NaN or
+            with evidence that leaves nothing choose no expert and have NaN gates, in those rows alone.
 
     Raises:
-        ValueError: logits whose last dimension is not E, an unknown option, NaN or unsatisfiable rows, or a
-            replayed mask that the constraint or the evidence excludes, named by row.
+        ValueError: shapes that do not fit, an unknown option, NaN or unsatisfiable rows, or a replayed mask that
+            the constraint or the evidence excludes, named by row.
     """
-    if combine not in get_args(Combine):
-        raise ValueError(f"combine={combine!r}: choose one of {', '.join(map(repr, get_args(Combine)))}")
+    as_combine(combine)
     crossing = as_estimator(estimator)
     if isinstance(logits, Tensor) and logits.dim() > 0:
         logits, count_potential, key = _flatten(logits, count_potential, key)
     distribution = SubsetDistribution(circuit, logits, count_potential, validate_args=validate_args)
-    mask = _decide(distribution, training, key, replay)
+    lost = _lost_rows(distribution)
+    mask = _decide(distribution, training, key) if replay is None else _replayed(distribution, replay, lost)
+    if lost is not None:
+        mask = mask & ~lost[:, None]
     with torch.autocast(logits.device.type, enabled=False):
         g = crossing(mask.to(distribution.logits.dtype), distribution)
         gates = _weigh(g, mask, distribution, combine)
+    if lost is not None:
+        gates = torch.where(lost[:, None], torch.nan, gates)
     return Routing(distribution, mask, gates)
+
+
+def as_combine(combine: Combine) -> Combine:
+    """``combine``, or a ValueError that lists the known ones."""
+    if combine not in get_args(Combine):
+        raise ValueError(f"combine={combine!r}: choose one of {', '.join(map(repr, get_args(Combine)))}")
+    return combine
 
 
 def _flatten(
     logits: Tensor, count_potential: Tensor | None, key: Tensor | int | None
 ) -> tuple[Tensor, Tensor | None, Tensor | int | None]:
-    """All leading dimensions become one of tokens."""
+    """All leading dimensions become one of tokens; a key may come with them or flattened already."""
     batch = logits.shape[:-1]
-    if len(batch) != 1:
-        if count_potential is not None and count_potential.dim() > 1:
-            count_potential = count_potential.expand(*batch, -1).reshape(-1, count_potential.shape[-1])
-        if isinstance(key, Tensor) and key.dim() > 0:
-            key = key.expand(batch).reshape(-1)
+    if isinstance(count_potential, Tensor) and count_potential.dim() > 1:
+        last = count_potential.shape[-1]
+        count_potential = _expand("count_potential", count_potential, torch.Size([*batch, last])).reshape(-1, last)
+    if isinstance(key, Tensor) and key.dim() > 0 and key.shape != (batch.numel(),):
+        key = _expand("key", key, batch).reshape(-1)
     return logits.reshape(-1, logits.shape[-1]), count_potential, key
 
 
-def _decide(
-    distribution: SubsetDistribution, training: bool, key: Tensor | int | None, replay: Tensor | None
-) -> Tensor:
+def _expand(name: str, value: Tensor, shape: torch.Size) -> Tensor:
+    try:
+        return value.expand(shape)
+    except RuntimeError:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: it must broadcast to {tuple(shape)}") from None
+
+
+def _lost_rows(distribution: SubsetDistribution) -> Tensor | None:
+    """[T] bool, rows without any subset; None where validation has ruled them out."""
+    if distribution._validate_args:
+        return None
+    lost = distribution.logits.isnan().any(-1)
+    if distribution.count_potential is not None:
+        lost = lost | distribution.count_potential.isnan().any(-1)
+    return lost | unsatisfiable_rows(distribution.circuit, distribution.logits, distribution.count_potential)
+
+
+def _decide(distribution: SubsetDistribution, training: bool, key: Tensor | int | None) -> Tensor:
     """[T, E] bool."""
-    if replay is not None:
-        return _replayed(distribution, replay)
     if training:
         return distribution.sample_in_sweep(key)
     return distribution.mode_mask()
 
 
-def _replayed(distribution: SubsetDistribution, replay: Tensor) -> Tensor:
+def _replayed(distribution: SubsetDistribution, replay: Tensor, lost: Tensor | None) -> Tensor:
+    """[T, E] bool, the recorded decision; rows that are lost had none to check."""
     mask = distribution.circuit.as_mask(replay, "replay").to(distribution.logits.device)
     mask = mask.reshape(-1, mask.shape[-1])
     if mask.shape != distribution.logits.shape:
@@ -197,10 +223,16 @@ def _replayed(distribution: SubsetDistribution, replay: Tensor) -> Tensor:
     allowed = distribution.circuit.satisfies(mask)
     infinite = torch.isinf(distribution.logits)
     allowed &= ((distribution.logits > 0) == mask).logical_or_(~infinite).all(-1)
+    if distribution.count_potential is not None:
+        potential = distribution.count_potential.expand(len(mask), -1)
+        count = mask.sum(-1, keepdim=True).clamp(max=potential.shape[-1] - 1)
+        allowed &= potential.gather(-1, count).squeeze(-1) > -torch.inf
+    if lost is not None:
+        allowed |= lost
     if not bool(allowed.all()):
         raise ValueError(
-            f"replay holds a subset that {distribution.circuit.constraint!r} or the infinite logits exclude, in "
-            f"{rows_text(~allowed)}"
+            f"replay holds a subset that {distribution.circuit.constraint!r}, the infinite logits or the count "
+            f"potential exclude, in {rows_text(~allowed)}"
         )
     return mask
 

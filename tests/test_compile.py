@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_constraints import allowed, count_constraints
-from truth import enumerate_worlds
 
 import circuitroute as cr
 from circuitroute import compilation
+from tests.test_constraints import allowed, count_constraints
+from tests.truth import enumerate_worlds
 
 
 @dataclass(frozen=True)
@@ -265,8 +265,9 @@ def test_a_broken_plugin_is_named_where_it_is_missed():
 def _env():
     import os
 
-    import circuitroute
     import circuitroute_compilers
+
+    import circuitroute
 
     paths = [os.path.dirname(os.path.dirname(m.__file__)) for m in (circuitroute, circuitroute_compilers)]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

@@ -76,7 +76,7 @@ def world_truth(theta: Any, accept: Accept, phi: Any = None) -> Truth:
     allowed_W = _accepted(accept, worlds_WN)
     weights_TW = _log_weights(theta_TN, worlds_WN, _potential(phi, theta_TN))
     weights_TW = np.where(allowed_W, weights_TW, -np.inf)
-    lost_T: Array = np.isnan(theta_TN).any(axis=1)
+    lost_T: Array = np.logical_or.reduce(np.isnan(theta_TN), axis=1)
     weights_TW[lost_T] = np.nan
     return _summarise(weights_TW, worlds_WN)
 

@@ -14,7 +14,7 @@ from .config import ROUTERS, DemoConfig, DemoError
 from .corpus import load_corpus
 from .evaluation import Interrupted, Stop
 from .extras import optional, require_extras
-from .process import MAX_THREADS, interruptible, threads
+from .process import interruptible, threads
 from .progress import progress_on
 from .report import FIGURES, RESULTS, write_report
 from .trainee import Setting, start
@@ -23,6 +23,9 @@ from .training import train
 RUN_FILE = "run.json"
 CHECKPOINTS = "checkpoints"
 DEFAULT_MINUTES = 3.0  # of the default run on 2 cores
+# The model is too small to gain much from more, and busy machines slow several threads far more than one. One also
+# gives the same numbers whatever the number of cores.
+THREADS = 1
 INTERRUPTED = 130  # what shells report for a program that SIGINT ended
 OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("steps", int, "training steps per router"),
@@ -53,7 +56,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--routers", nargs="+", metavar="NAME", help=f"which to compare (default {' '.join(ROUTERS)})")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where results go (default runs/demo)")
     parser.add_argument("--device", default="cpu", help="a torch device (default cpu)")
-    parser.add_argument("--threads", type=int, metavar="N", help=f"CPU threads (default at most {MAX_THREADS})")
+    parser.add_argument("--threads", type=int, default=THREADS, metavar="N", help=f"CPU threads (default {THREADS})")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its options")
     parser.set_defaults(run=run)
 

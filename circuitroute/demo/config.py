@@ -43,7 +43,7 @@ class DemoConfig:
     z_weight: float = 1e-3
     count_weight: float = 0.1
     validations: int = 10
-    validation_batches: int = 6
+    validation_batches: int = 12
     oracle_sequences: int = 8
     oracle_rounds: int = 32
 

@@ -89,7 +89,7 @@ def swap_correlation(model: LanguageModel, config: DemoConfig, tokens: Tensor, s
     rank correlation, None where it is undefined. Raises Interrupted between the model's runs.
     """
     layer = config.layers // 2
-    router = model.blocks[layer].experts.router
+    router = model.router(layer)
     tokens = tokens[: config.oracle_sequences]
 
     def losses_of(routing: cr.Routing) -> Tensor:

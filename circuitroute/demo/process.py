@@ -13,15 +13,14 @@ import torch
 from .config import DemoError
 from .evaluation import Stop
 
-MAX_THREADS = 4  # the model is too small to gain from more
-
 
 @contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    if count is not None and count < 1:
+def threads(count: int) -> Iterator[None]:
+    """So many threads for torch's kernels. Raises DemoError below 1."""
+    if count < 1:
         raise DemoError(f"must be at least 1, got {count}", "threads")
     before = torch.get_num_threads()
-    torch.set_num_threads(min(before, MAX_THREADS) if count is None else count)
+    torch.set_num_threads(count)
     try:
         yield
     finally:

@@ -68,7 +68,7 @@ class Trainee:
 
     def save(self) -> None:
         """Raises DemoError where the disk refuses."""
-        tensors = {f"model.{name}": weight for name, weight in self.model.named_parameters()}
+        tensors: dict[str, Tensor] = {f"model.{name}": weight for name, weight in self.model.named_parameters()}
         for name, weight in self.model.named_parameters():
             state = self.optimizer.state.get(weight, {})  # empty for an expert that no token has used yet
             tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}

@@ -24,6 +24,7 @@ class Inference:
             variables as independent coins with logits theta - s; no gradient. log Z is log_root plus the coins'
             log normaliser. Written relative to it, log-probabilities keep their accuracy at any scale.
         mask: [T, N] bool, the sample if a key was given.
+        fallback: [T] bool, rows that the naive engine had to take over; None where an engine never needs it.
     """
 
     log_partition: Tensor
@@ -32,6 +33,7 @@ class Inference:
     shift: Tensor
     log_root: Tensor
     mask: Tensor | None = None
+    fallback: Tensor | None = None
 
 
 class Engine(Protocol):

@@ -47,7 +47,7 @@ def build_graph(constraint: Constraint, n: int, max_nodes: int) -> Graph:
     builder = _Builder(constraint, n, max_nodes)
     try:
         root = builder.up(0, n)
-    except _Unhashable as error:
+    except _UnhashableStateError as error:
         raise TypeError(f"{constraint!r}: states must be hashable, such as integers and tuples ({error})") from None
     accepted = np.array([bool(constraint.accepts(s)) for s in builder.states[root.states]], dtype=np.bool_)
     if not accepted.any():
@@ -87,7 +87,7 @@ class _Block:
     useful: BoolArray = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
 
 
-class _Unhashable(Exception):
+class _UnhashableStateError(Exception):
     """A state cannot be hashed; carries Python's own words."""
 
 
@@ -96,7 +96,7 @@ def _distinct(states: Sequence[State]) -> tuple[State, ...]:
     try:
         return tuple(dict.fromkeys(states))
     except TypeError as error:
-        raise _Unhashable(str(error)) from None
+        raise _UnhashableStateError(str(error)) from None
 
 
 class _Builder:

@@ -12,12 +12,13 @@ and for upstream gradients (u, v) of (m, q) the backward pass is the second deri
 i.e. the derivative of (m, q) along (u, v): dual numbers through the same sweep, no N x N matrix. In particular
 dm/dtheta is Cov(z). That is the SIMPLE estimator's backward pass (Ahmed et al. 2023, arXiv:2210.01941).
 
-Tokens whose weight underflows (count potentials that fight the logits by dozens of nats) and tokens whose sample
-float32 cannot decide go to the naive engine, row by row; both are properties of the row alone.
+Tokens whose weight underflows are swept again around the count of their mode, and tokens whose sample float32 cannot
+decide are drawn again in float64; the naive engine takes what is left. All of this is a property of the row alone.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,11 +27,14 @@ from torch import Tensor
 
 from circuitroute.engines.base import Inference, given
 from circuitroute.engines.subset import sampling, tree
+from circuitroute.engines.subset.mode import best_count, best_scores, count_ceilings
 from circuitroute.engines.subset.naive import NaiveSubset, allowed_range
 from circuitroute.engines.subset.shift import Evidence, Shift, solve_shift
 
-# Below this root weight (its largest possible value is 1) coefficients may have underflowed on the way.
-SMALLEST_ROOT = {torch.float32: 1e-20, torch.float64: 1e-200}
+# Root coefficients below this may have lost factors to underflow on the way up, and a count may only have one
+# if its share of Z is then below e^-NEGLIGIBLE.
+SMALLEST_COEFFICIENT = {torch.float32: 1e-25, torch.float64: 1e-250}
+NEGLIGIBLE = {torch.float32: 23.0, torch.float64: 42.0}
 # Logits per block of tokens: few enough to stay near the cache, enough to drown the cost of launching operations.
 BLOCK_ELEMENTS = {"cpu": 1 << 18}
 BLOCK_ELEMENTS_ELSEWHERE = 1 << 24
@@ -64,9 +68,7 @@ class TorchSubset:
         for rows in _blocks(logits_TN):
             _forward_block(sweep, rows, logits_TN, potential, key_T)
         _mend(sweep, logits_TN, potential, key_T)
-        if sweep.mask is None:
-            raise RuntimeError("a sweep with a key fills its mask")  # cannot happen: asked for above
-        return sweep.mask
+        return sweep.drawn()
 
 
 @dataclass
@@ -100,13 +102,57 @@ class _Sweep:
             uncertain=flags.clone(),
         )
 
+    def put(self, rows: Tensor, other: _Sweep) -> None:
+        """Replace ``rows`` by those of another sweep."""
+        self._put_moments(rows, (other.log_partition, other.marginals, other.count_probs, other.log_root), other.shift)
+        self.underflow[rows], self.uncertain[rows] = other.underflow, other.uncertain
+        if self.mask is not None and other.mask is not None:
+            self.mask[rows] = other.mask
+
+    def put_exact(self, rows: Tensor, exact: Inference) -> None:
+        """Replace the moments of ``rows`` by those another engine computed."""
+        moments = (exact.log_partition, exact.marginals, exact.count_probs, exact.log_root)
+        self._put_moments(rows, moments, Shift.from_exact(exact.shift, self.log_partition.dtype))
+
+    def _put_moments(self, rows: Tensor, moments: tuple[Tensor | None, ...], shift: Shift) -> None:
+        ours = (self.log_partition, self.marginals, self.count_probs, self.log_root)
+        for mine, other in zip(ours, moments, strict=True):
+            if mine is not None and other is not None:
+                mine[rows] = other
+        self.shift.high[rows], self.shift.low[rows] = shift.high, shift.low
+
+    def drawn(self) -> Tensor:
+        """[T, N] bool, the samples."""
+        if self.mask is None:
+            raise RuntimeError("this sweep draws no sample")  # cannot happen: asked for at its creation
+        return self.mask
+
     def inference(self) -> Inference:
         """The finished results."""
         if self.marginals is None:
             raise RuntimeError("this sweep has no marginals")  # cannot happen: only sample() goes without
         return Inference(
-            self.log_partition, self.marginals, self.count_probs, self.shift.exact(), self.log_root, self.mask
+            self.log_partition,
+            self.marginals,
+            self.count_probs,
+            self.shift.exact(),
+            self.log_root,
+            self.mask,
+            self.underflow,
         )
+
+
+@dataclass(frozen=True)
+class _Aim:
+    """Where to centre a second sweep: ``counts`` [T], and ``ceilings`` [T, J] on the log of a count's share in Z."""
+
+    counts: Tensor
+    ceilings: Tensor
+
+    @staticmethod
+    def at_mode(logits_TN: Tensor, potential: Tensor) -> _Aim:
+        scores, _ = best_scores(logits_TN, potential)
+        return _Aim(best_count(scores).to(logits_TN.dtype), count_ceilings(scores, logits_TN.shape[1]))
 
 
 class _Moments(torch.autograd.Function):
@@ -143,37 +189,39 @@ def _blocks(logits_TN: Tensor) -> list[slice]:
     return [slice(i, min(i + size, T)) for i in range(0, T, size)]
 
 
-def _forward_block(sweep: _Sweep, rows: slice, logits_TN: Tensor, potential: Tensor, key_T: Tensor | None) -> None:
-    """Fill ``rows`` of the sweep."""
+def _forward_block(
+    sweep: _Sweep,
+    rows: slice,
+    logits_TN: Tensor,
+    potential: Tensor,
+    key_T: Tensor | None,
+    aim: _Aim | None = None,
+) -> None:
+    """Fill ``rows`` of the sweep, centred where ``aim`` says, or on the allowed count nearest to the natural one."""
     logits_NB = logits_TN[rows].t().contiguous()
     phi_JB = _potential_block(potential, rows)
     evidence = Evidence.of(logits_NB)
-    shift = _solve(logits_NB, phi_JB, evidence)
+    shift = _solve(logits_NB, phi_JB, evidence, None if aim is None else aim.counts[rows])
     absent, present = _coins(logits_NB, shift, evidence)
     levels = tree.up(tree.leaves(absent, present), phi_JB.shape[0] - 1)
-    root_JB = _root(levels, phi_JB.shape[0])
-    weights_JB, largest = _root_weights(phi_JB, shift, evidence, root_JB.dtype)
-    weighted_JB = weights_JB * root_JB
-    total = weighted_JB.sum(0)
+    log_coins = _log_coins(logits_NB, shift, absent, present, evidence)
+    ceiling_JB = None if aim is None else aim.ceilings[rows].t() - log_coins
+    root = _weigh_root(levels, phi_JB, shift, evidence, ceiling_JB)
 
     sweep.shift.high[rows], sweep.shift.low[rows] = shift.high, shift.low
-    sweep.underflow[rows] = ~(total >= SMALLEST_ROOT[total.dtype])
-    sweep.log_root[rows] = largest + total.double().log()
-    sweep.log_partition[rows] = (sweep.log_root[rows] + _log_coins(logits_NB, shift, absent, present, evidence)).to(
-        total.dtype
-    )
-    probs_JB = weighted_JB / total
+    sweep.underflow[rows] = root.underflow
+    sweep.log_root[rows] = root.log_total
+    sweep.log_partition[rows] = (root.log_total + log_coins).to(logits_NB.dtype)
     if sweep.marginals is not None and sweep.count_probs is not None:
-        adjoint = (weights_JB / total).unsqueeze(1)
-        below = tree.down(levels, adjoint[: levels[-1].shape[0]])[: present.shape[0]]
+        below = tree.down(levels, root.adjoint.unsqueeze(1))[: present.shape[0]]
         sweep.marginals[rows] = below.mul_(present).t()
-        sweep.count_probs[rows] = probs_JB.t()
+        sweep.count_probs[rows] = root.probs.t()
     if sweep.mask is not None and key_T is not None:
-        mask_NB, sweep.uncertain[rows] = _sample_block(levels, probs_JB, potential, key_T[rows])
+        mask_NB, sweep.uncertain[rows] = _sample_block(levels, root.probs, key_T[rows])
         sweep.mask[rows] = mask_NB[: present.shape[0]].t()
 
 
-def _sample_block(levels: list[Tensor], probs_JB: Tensor, potential: Tensor, key_B: Tensor) -> tuple[Tensor, Tensor]:
+def _sample_block(levels: list[Tensor], probs_JB: Tensor, key_B: Tensor) -> tuple[Tensor, Tensor]:
     counts, uncertain = sampling.draw_count(probs_JB.clone(), key_B)
     if len(levels) == 1:  # a single variable: its count is its mask
         return counts > 0, uncertain
@@ -186,7 +234,9 @@ def _potential_block(potential: Tensor, rows: slice) -> Tensor:
     return potential[:, None] if potential.dim() == 1 else potential[rows].t()
 
 
-def _solve(logits_NB: Tensor, phi_JB: Tensor, evidence: Evidence | None) -> Shift:
+def _solve(logits_NB: Tensor, phi_JB: Tensor, evidence: Evidence | None, centre_B: Tensor | None) -> Shift:
+    if centre_B is not None:
+        return solve_shift(logits_NB, evidence, centre_B, centre_B, torch.zeros_like(centre_B))
     low, high = allowed_range(phi_JB.t())
     B = logits_NB.shape[1]
     if bool((low == high).all()):
@@ -223,40 +273,96 @@ def _log_coins(logits_NB: Tensor, shift: Shift, absent: Tensor, present: Tensor,
     return excess - torch.maximum(present, absent).log_().sum(0, dtype=torch.float64)
 
 
-def _root(levels: list[Tensor], J: int) -> Tensor:
-    """[J, B] coefficients of the root."""
-    root = levels[-1][:, 0]
-    if root.shape[0] >= J:
-        return root[:J]
-    return torch.cat([root, root.new_zeros(J - root.shape[0], root.shape[1])])
+@dataclass(frozen=True)
+class _Root:
+    """The root's coefficients weighed by potential and shift: what starts the way down.
+
+    Attributes:
+        coefficients: [J, B] of the root polynomial.
+        adjoint: [J, B] weight of each count over the total, d log Z / d coefficient.
+        probs: [J, B] count posterior.
+        log_total: [B] float64.
+        underflow: [B] bool, a count that matters may have lost its coefficient.
+    """
+
+    coefficients: Tensor
+    adjoint: Tensor
+    probs: Tensor
+    log_total: Tensor
+    underflow: Tensor
 
 
-def _root_weights(phi_JB: Tensor, shift: Shift, evidence: Evidence | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """exp(potential + s (count - forced)) scaled to at most 1 [J, B], and the log of the scale [B] float64."""
-    count = torch.arange(phi_JB.shape[0], device=phi_JB.device, dtype=torch.float64)[:, None]
+def _weigh_root(
+    levels: list[Tensor],
+    phi_JB: Tensor,
+    shift: Shift,
+    evidence: Evidence | None,
+    ceiling_JB: Tensor | None = None,
+) -> _Root:
+    """Weigh count j by exp(potential_j + s (j - forced)), in log space: the weights alone may span any range.
+
+    Coefficients too small to trust are left out. That is harmless where the count's share of the total is negligible,
+    by the bounds ``ceiling_JB`` on the logs of the shares, or by what the smallest trusted coefficient would give.
+    """
+    coefficients = levels[-1][: phi_JB.shape[0], 0]
+    dtype, floor = coefficients.dtype, SMALLEST_COEFFICIENT[coefficients.dtype]
+    lost = coefficients < floor
+    count = torch.arange(len(coefficients), device=phi_JB.device, dtype=torch.float64)[:, None]
     free = count if evidence is None else count - evidence.forced
     log_weights = phi_JB.double() + shift.exact() * free
-    largest = log_weights.amax(0)
-    return (log_weights - largest).exp_().to(dtype), largest
+    scores = (log_weights + coefficients.double().log()).masked_fill_(lost, -math.inf)
+    largest = scores.amax(0)
+    shares = (scores - largest).exp_()
+    total = shares.sum(0)
+    log_total = largest + total.log()
+    bound = log_weights + math.log(floor) if ceiling_JB is None else ceiling_JB
+    hidden = lost & (bound > log_total - NEGLIGIBLE[dtype])
+    probs = (shares / total).to(dtype)
+    return _Root(
+        coefficients,
+        adjoint=torch.where(lost, 0.0, probs / coefficients),
+        probs=probs,
+        log_total=log_total,
+        underflow=hidden.any(0) | ~torch.isfinite(log_total),
+    )
 
 
 def _mend(sweep: _Sweep, logits_TN: Tensor, potential: Tensor, key_T: Tensor | None) -> None:
-    """Redo with the naive engine the rows that underflowed, and redraw those whose sample is in doubt."""
-    naive = NaiveSubset()
+    """Redo the rows that underflowed, and redraw those whose sample is in doubt."""
     under = sweep.underflow.nonzero().squeeze(1)
     if len(under):
-        exact = naive.infer(logits_TN[under], _rows_of(potential, under))
-        sweep.log_partition[under] = exact.log_partition
-        sweep.log_root[under] = exact.log_root
-        shift = Shift.from_exact(exact.shift, logits_TN.dtype)
-        sweep.shift.high[under], sweep.shift.low[under] = shift.high, shift.low
-        if sweep.marginals is not None and sweep.count_probs is not None and exact.count_probs is not None:
-            sweep.marginals[under] = exact.marginals
-            sweep.count_probs[under] = exact.count_probs
+        _mend_underflow(sweep, under, logits_TN, potential, key_T)
     if sweep.mask is not None and key_T is not None:
         doubtful = (sweep.uncertain | sweep.underflow).nonzero().squeeze(1)
         if len(doubtful):
-            sweep.mask[doubtful] = naive.sample(logits_TN[doubtful], _rows_of(potential, doubtful), key_T[doubtful])
+            phi = _rows_of(potential, doubtful)
+            sweep.mask[doubtful] = _redraw(logits_TN[doubtful], phi, key_T[doubtful])
+
+
+def _mend_underflow(sweep: _Sweep, under: Tensor, logits_TN: Tensor, potential: Tensor, key_T: Tensor | None) -> None:
+    """Far-apart allowed counts, or potentials that fight the logits, put the weight where the first shift does not
+    look. A second sweep centred on the count of the mode mends nearly all of them, the naive engine the rest."""
+    logits, phi, key = logits_TN[under], _rows_of(potential, under), None if key_T is None else key_T[under]
+    again = _Sweep.empty(logits, phi, sweep.marginals is not None, sweep.mask is not None)
+    aim = _Aim.at_mode(logits, phi)
+    for rows in _blocks(logits):
+        _forward_block(again, rows, logits, phi, key, aim)
+    sweep.put(under, again)
+    still = sweep.underflow.nonzero().squeeze(1)
+    if len(still):
+        sweep.put_exact(still, NaiveSubset().infer(logits_TN[still], _rows_of(potential, still)))
+
+
+def _redraw(logits_TN: Tensor, potential: Tensor, key_T: Tensor) -> Tensor:
+    """[T, N] bool: the samples in float64, and by the naive engine where even that is in doubt."""
+    logits, phi = logits_TN.double(), potential.double()
+    again = _Sweep.empty(logits, phi, with_marginals=False, with_sample=True)
+    for rows in _blocks(logits):
+        _forward_block(again, rows, logits, phi, key_T)
+    mask, doubtful = again.drawn(), (again.uncertain | again.underflow).nonzero().squeeze(1)
+    if len(doubtful):
+        mask[doubtful] = NaiveSubset().sample(logits[doubtful], _rows_of(phi, doubtful), key_T[doubtful])
+    return mask
 
 
 def _rows_of(potential: Tensor, rows: Tensor) -> Tensor:
@@ -281,13 +387,11 @@ def _backward(
         u = torch.zeros_like(marginals_TN) if u_TN is None else u_TN
         v = torch.zeros_like(count_probs_TJ) if v_TJ is None else v_TJ
         grad_logits, grad_phi = torch.empty_like(marginals_TN), torch.empty_like(count_probs_TJ)
-        underflow = torch.zeros_like(inference.log_partition, dtype=torch.bool)
         for rows in _blocks(logits_TN):
             shift = Shift.from_exact(inference.shift[rows], logits_TN.dtype)
-            fits = _second_derivative_block(logits_TN, potential, shift, u, v, rows, grad_logits, grad_phi)
-            underflow[rows] = ~fits
-        under = underflow.nonzero().squeeze(1)
-        if len(under):
+            _second_derivative_block(logits_TN, potential, shift, u, v, rows, grad_logits, grad_phi)
+        under = None if inference.fallback is None else inference.fallback.nonzero().squeeze(1)
+        if under is not None and len(under):
             parts = _naive_second_derivative(logits_TN[under], _rows_of(potential, under), u[under], v[under])
             grad_logits[under], grad_phi[under] = parts
     if w_T is not None:
@@ -307,8 +411,8 @@ def _second_derivative_block(
     rows: slice,
     dm_TN: Tensor,
     dq_TJ: Tensor,
-) -> Tensor:
-    """Fill ``rows`` of the derivative of (m, q) along (u, v); returns [B] where nothing underflowed.
+) -> None:
+    """Fill ``rows`` of the derivative of (m, q) along (u, v).
 
     With weights w_i = exp(theta_i - s), d w_i = w_i u_i; a leaf (absent, present) is (1, w_i) up to a constant that
     cancels, so its tangent is (0, present_i u_i). The root's adjoint is A_j = g_j / Z with g_j the weight of count
@@ -324,17 +428,14 @@ def _second_derivative_block(
     torch.mul(present, u_TN[rows].t(), out=tangent[1, :N])
     moved_NB = tangent[1, :N].clone()
     tangents = tree.dual_up(levels, tangent)
-    root, d_root = _root(levels, J), _root(tangents, J)
-    weights, _ = _root_weights(phi_JB, shift, evidence, root.dtype)
-    total = (weights * root).sum(0)
-    adjoint = weights / total
+    root = _weigh_root(levels, phi_JB, shift, evidence)
+    d_root = tangents[-1][:J, 0]
     v_JB = v_TJ[rows].t()
-    d_log_partition = (adjoint * (d_root + v_JB * root)).sum(0)
-    d_adjoint = adjoint * (v_JB - d_log_partition)
-    a, da = tree.dual_down(levels, tangents, adjoint.unsqueeze(1), d_adjoint.unsqueeze(1))
+    d_log_partition = (root.adjoint * d_root + root.probs * v_JB).sum(0)
+    d_adjoint = root.adjoint * (v_JB - d_log_partition)
+    a, da = tree.dual_down(levels, tangents, root.adjoint.unsqueeze(1), d_adjoint.unsqueeze(1))
     dm_TN[rows] = (da[:N] * present).addcmul_(a[:N], moved_NB).t()
-    dq_TJ[rows] = (adjoint * d_root + d_adjoint * root).t()
-    return total >= SMALLEST_ROOT[total.dtype]
+    dq_TJ[rows] = (root.adjoint * d_root + root.probs * (v_JB - d_log_partition)).t()
 
 
 def _naive_second_derivative(logits: Tensor, potential: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

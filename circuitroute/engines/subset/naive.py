@@ -123,13 +123,14 @@ def _pad_to_pairs(level: Tensor) -> Tensor:
 
 
 def _log_multiply(a: Tensor, b: Tensor, K: int) -> Tensor:
-    """Product of log-polynomials, truncated at x^K."""
-    d = a.shape[0] - 1
-    coefficients = [
-        torch.stack([a[i] + b[j - i] for i in range(max(0, j - d), min(j, d) + 1)]).logsumexp(0)
-        for j in range(min(2 * d, K) + 1)
-    ]
-    return torch.stack(coefficients)
+    """Product of log-polynomials [d + 1, m, T], truncated at x^K."""
+    top = min(2 * (a.shape[0] - 1), K)
+    product = a.new_full((top + 1, *a.shape[1:]), LOG_ZERO)
+    for i in range(min(a.shape[0] - 1, top) + 1):
+        width = min(b.shape[0], top + 1 - i)
+        term = F.pad(a[i] + b[:width], (0, 0, 0, 0, i, top + 1 - i - width), value=LOG_ZERO)
+        product = torch.logaddexp(product, term)
+    return product
 
 
 def _root_weights(levels: list[Tensor], logits_TN: Tensor, phi_TJ: Tensor, shift_T: Tensor) -> Tensor:
