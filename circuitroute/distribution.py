@@ -196,6 +196,8 @@ class SubsetDistribution(Distribution):
         if probs is None:
             logits, _ = self._engine_inputs()
             probs = layered_engine(self.circuit).count_probs(logits, self.circuit.max_count)
+            bad = self._nan_rows()
+            probs = probs if bad is None else nan_rows(bad, probs)
         return self._as_batch(probs)
 
     @property

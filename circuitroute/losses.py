@@ -36,8 +36,10 @@ def load_balance(routing: Routing, probabilities: Probabilities = "marginal") ->
     else:
         expected = torch.softmax(routing.logits, -1)
     load, mass = chosen.sum(0), expected.sum(0)
-    share = load / load.sum().clamp(min=1)
-    return routing.mask.shape[-1] * (share * mass / mass.sum().clamp(min=torch.finfo(mass.dtype).tiny)).sum()
+    share, total = load / load.sum().clamp(min=1), mass.sum()
+    # Where all probabilities vanish, dividing by their sum would overflow in the gradient.
+    vanished = total < torch.finfo(mass.dtype).tiny / torch.finfo(mass.dtype).eps
+    return routing.mask.shape[-1] * (share * mass / torch.where(vanished, 1.0, total)).sum()
 
 
 def z_loss(routing: Routing) -> Tensor:

@@ -102,7 +102,8 @@ class NaiveLayered:
             log_root = self._log_values(logits)[-1]
             log_partition = log_root + log_coins(logits, torch.zeros_like(log_root))
             (marginals,) = torch.autograd.grad(log_partition.sum(), logits, create_graph=differentiable)
-            marginals = marginals + (logits == math.inf)  # log Z is conditioned on them, not a function of them
+            # Log Z is conditioned on forced variables and no function of them.
+            marginals = torch.where(logits == math.inf, 1.0, marginals)
             empty = is_zero(log_root.detach())
             log_partition = nan_rows(empty, log_partition).to(logits_TN.dtype)
             marginals = nan_rows(empty, marginals).to(logits_TN.dtype)

@@ -214,7 +214,10 @@ def _forward_block(
     sweep.log_partition[rows] = (root.log_total + log_coins).to(logits_NB.dtype)
     if sweep.marginals is not None and sweep.count_probs is not None:
         below = tree.down(levels, root.adjoint.unsqueeze(1))[: present.shape[0]]
-        sweep.marginals[rows] = below.mul_(present).t()
+        marginals = below.mul_(present).clamp_(max=1.0)  # rounding may go an ulp beyond
+        if evidence is not None:
+            marginals.masked_fill_(logits_NB == math.inf, 1.0)
+        sweep.marginals[rows] = marginals.t()
         sweep.count_probs[rows] = root.probs.t()
     if sweep.mask is not None and key_T is not None:
         mask_NB, sweep.uncertain[rows] = _sample_block(levels, root.probs, key_T[rows])

@@ -12,6 +12,7 @@ Its samples define what the sample of a (logits row, key row) is: every engine r
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 
@@ -62,7 +63,8 @@ class NaiveSubset:
             marginals, count_probs = torch.autograd.grad(
                 log_partition.sum(), (logits, phi_TJ), create_graph=differentiable
             )
-            marginals = marginals + (logits == math.inf)  # log Z is conditioned on them, not a function of them
+            # Log Z is conditioned on forced variables and no function of them.
+            marginals = torch.where(logits == math.inf, 1.0, marginals)
             empty = is_zero(log_root.detach())
             log_partition, marginals, count_probs = (
                 nan_rows(empty, x).to(logits_TN.dtype) for x in (log_partition, marginals, count_probs)
@@ -123,14 +125,18 @@ def _pad_to_pairs(level: Tensor) -> Tensor:
 
 
 def _log_multiply(a: Tensor, b: Tensor, K: int) -> Tensor:
-    """Product of log-polynomials [d + 1, m, T], truncated at x^K."""
+    """Product of log-polynomials [d + 1, m, T], truncated at x^K: logsumexp over the shifted rows a_i + b."""
     top = min(2 * (a.shape[0] - 1), K)
-    product = a.new_full((top + 1, *a.shape[1:]), LOG_ZERO)
-    for i in range(min(a.shape[0] - 1, top) + 1):
+
+    def row(i: int) -> Tensor:
         width = min(b.shape[0], top + 1 - i)
-        term = F.pad(a[i] + b[:width], (0, 0, 0, 0, i, top + 1 - i - width), value=LOG_ZERO)
-        product = torch.logaddexp(product, term)
-    return product
+        return F.pad(a[i] + b[:width], (0, 0, 0, 0, i, top + 1 - i - width), value=LOG_ZERO)
+
+    rows = range(min(a.shape[0] - 1, top) + 1)
+    with torch.no_grad():
+        largest = functools.reduce(torch.maximum, map(row, rows))
+    total = functools.reduce(torch.add, ((row(i) - largest).exp() for i in rows))
+    return largest + total.log()
 
 
 def _root_weights(levels: list[Tensor], logits_TN: Tensor, phi_TJ: Tensor, shift_T: Tensor) -> Tensor:
