@@ -9,12 +9,17 @@ from circuitroute import metrics as metrics
 from circuitroute.circuit import Circuit as Circuit
 from circuitroute.compilation import compile as compile
 from circuitroute.compilation import register_compiler as register_compiler
+from circuitroute.constraints import ActiveGroups as ActiveGroups
 from circuitroute.constraints import AtLeast as AtLeast
 from circuitroute.constraints import AtMost as AtMost
 from circuitroute.constraints import Between as Between
 from circuitroute.constraints import Constraint as Constraint
+from circuitroute.constraints import Cost as Cost
 from circuitroute.constraints import CountIn as CountIn
+from circuitroute.constraints import EachGroup as EachGroup
 from circuitroute.constraints import Exactly as Exactly
+from circuitroute.constraints import Groups as Groups
+from circuitroute.constraints import LayerBudget as LayerBudget
 from circuitroute.distribution import SubsetDistribution as SubsetDistribution
 from circuitroute.errors import CircuitPropertyError as CircuitPropertyError
 from circuitroute.errors import CircuitRouteError as CircuitRouteError

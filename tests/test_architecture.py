@@ -50,6 +50,7 @@ IMPORTERS = ("import_module", "importlib.import_module", "__import__")
 LAZY = {"matplotlib", "networkx", "numba", "rich", "safetensors", "sympy", "tqdm", "transformers", "triton"}
 
 PUBLIC = [
+    "ActiveGroups",
     "AtLeast",
     "AtMost",
     "Between",
@@ -58,13 +59,17 @@ PUBLIC = [
     "CircuitRouteError",
     "CircuitTooLargeError",
     "Constraint",
+    "Cost",
     "CountIn",
     "DynamicKRouter",
+    "EachGroup",
     "EngineError",
     "Estimator",
     "ExactKRouter",
     "Exactly",
+    "Groups",
     "InfeasibleError",
+    "LayerBudget",
     "MoE",
     "Router",
     "Routing",

@@ -11,6 +11,8 @@ import pytest
 import circuitroute as cr
 from circuitroute.cli import main
 
+ROOT = Path(__file__).parents[1]
+
 
 def test_no_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
@@ -103,5 +105,5 @@ def test_import_leaves_the_extras_alone() -> None:
         "import sys, circuitroute, circuitroute.cli\n"
         "print(sorted({'matplotlib', 'rich', 'safetensors'} & sys.modules.keys()))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

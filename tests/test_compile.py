@@ -63,7 +63,7 @@ def hold_to_worlds(circuit, accept, n):
     circuit.check()
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(count_constraints(), st.integers(1, 9))
 def test_count_circuits_are_the_constraint(constraint, n):
     accept = np.array([allowed(constraint, int(w.sum())) for w in enumerate_worlds(n)])
@@ -73,7 +73,7 @@ def test_count_circuits_are_the_constraint(constraint, n):
         hold_to_worlds(circuit, accept, n)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(count_constraints(), st.data())
 def test_scoped_circuits_are_the_constraint(constraint, data):
     n = data.draw(st.integers(1, 8))

@@ -23,6 +23,7 @@ from circuitroute.demo.config import ROUTERS, DemoConfig, DemoError
 from circuitroute.demo.evaluation import Evaluation, Interrupted
 from circuitroute.demo.model import build_model
 
+ROOT = Path(__file__).parents[1]
 TINY = DemoConfig(
     steps=6,
     layers=2,
@@ -181,16 +182,22 @@ def test_override_replaces_one_layers_routing() -> None:
     assert not torch.allclose(model(tokens, overrides={1: lambda _: other})[0], logits)
 
 
-def test_range_router_pays_for_its_expected_count(setting: trainee.Setting) -> None:
+def test_range_router_pays_for_what_inference_executes(setting: trainee.Setting) -> None:
     model = build_model(setting.config, "range-k")
     tokens = setting.corpus.batch(setting.config, 0)[:, :-1]
     keys = [cr.random_key(0, layer, torch.arange(tokens.numel())) for layer in range(2)]
     _, routings = model(tokens, keys=keys)
-    free = replace(setting.config, count_weight=0.0)
-    dear = replace(setting.config, count_weight=1.0)
+    _, at_inference = model.eval()(tokens)
+    first = training.inference_count(routings[0])
+    assert float(first.detach()) == pytest.approx(float(at_inference[0].counts.float().mean()))
+    weight = model.router(0).weight
+    (gradient,) = torch.autograd.grad(first, weight, retain_graph=True)
+    (expected,) = torch.autograd.grad(cr.losses.expected_count(routings[0]), weight, retain_graph=True)
+    torch.testing.assert_close(gradient, expected)
+    free, dear = (replace(setting.config, count_weight=weight) for weight in (0.0, 1.0))
     price = training.auxiliary_loss(routings, dear, "range-k") - training.auxiliary_loss(routings, free, "range-k")
-    expected = [(float(routing.marginals.detach().sum(-1).mean()) / 2 - 1) ** 2 for routing in routings]
-    assert float(price.detach()) == pytest.approx(sum(expected) / 2, abs=1e-5)
+    counts = [float(training.inference_count(routing).detach()) for routing in routings]
+    assert float(price.detach()) == pytest.approx(sum((count / 2 - 1) ** 2 for count in counts) / 2, abs=1e-5)
 
 
 # Training, stopping, resuming
@@ -346,7 +353,7 @@ def png_size(path: Path) -> tuple[int, int]:
 def test_interrupted_and_resumed_command_gives_the_uninterrupted_result(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = [*ARGUMENTS, "--text", str(text)]
+    arguments = [*ARGUMENTS, "--text", str(text), "--routers", "top-k", "exact-k"]
     assert main(["demo", *arguments, "--out", str(tmp_path / "whole")]) == 0
     shown = capsys.readouterr().out
     for name in ("validation_curves.png", "utilization.png", "executed_experts.png"):
@@ -412,10 +419,10 @@ def test_interrupt_before_any_checkpoint_still_reports(
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(training, "training_step", interrupt)
-        assert main(["demo", *ARGUMENTS, "--text", str(text), "--out", str(out)]) == 130
+        assert main(["demo", *ARGUMENTS, "--text", str(text), "--routers", "top-k", "--out", str(out)]) == 130
     assert results(out)["rows"] == []
     assert main(["demo", "--resume", "--out", str(out), "--threads", "1"]) == 0
-    assert len(results(out)["rows"]) == 3
+    assert len(results(out)["rows"]) == 1
 
 
 def test_resume_refuses_other_options_and_another_text(
@@ -462,7 +469,7 @@ def test_figures_leave_pyplot_alone(tmp_path: Path) -> None:
         f"print(plots.utilization_heatmaps({{'a': [[0.5] * 16] * 4}}, {str(tmp_path / 'map.png')!r}))\n"
         "print('matplotlib.pyplot' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [str(tmp_path / "map.png"), "False"]
     assert min(png_size(tmp_path / "map.png")) > 200
 

@@ -172,7 +172,10 @@ def test_a_second_sweep_around_the_mode_mends_most_underflows():
     hold(circuit, x, 2e-6, 1e-5, 1e-5)
 
 
-@pytest.mark.parametrize("constraint", [cr.Exactly(3), cr.Between(2, 5), cr.CountIn({1, 6}), cr.AtLeast(4)])
+@pytest.mark.parametrize(
+    "constraint",
+    [cr.Exactly(1), cr.AtMost(1), cr.Exactly(3), cr.Between(2, 5), cr.CountIn({1, 6}), cr.AtLeast(4), cr.Exactly(23)],
+)
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1.0), (torch.float32, 30.0), (torch.float64, 5.0)])
 def test_torch_draws_the_very_subset_the_naive_engine_draws(constraint, dtype, scale):
     circuit = cr.compile(constraint, 23)

@@ -78,8 +78,10 @@ def _parts(layer: cr.MoE, hidden: Tensor, output: Tensor) -> dict[str, Tensor]:
 
 
 @every_constraint
-@pytest.mark.parametrize("combine", ["softmax", "normalized", "sigmoid", "marginal"])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("combine", "training"),
+    [("softmax", True), ("normalized", True), ("sigmoid", True), ("marginal", True), ("softmax", False)],
+)
 def test_output_and_every_gradient_are_the_dense_layers(
     constraint: cr.Constraint, combine: Any, training: bool
 ) -> None:
@@ -286,7 +288,7 @@ def test_inference_mode_gives_the_same_output() -> None:
     assert torch.equal(output, expected)
 
 
-@every_constraint
+@pytest.mark.parametrize("constraint", [CONSTRAINTS[name] for name in ("exactly", "atmost", "over")], ids=str)
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("preserve_rng_state", [True, False])
 def test_checkpointing_a_keyed_layer_gives_identical_gradients(

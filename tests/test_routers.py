@@ -71,7 +71,7 @@ def test_forward_is_route_of_the_linear_map(make: Callable[..., cr.Router], bias
 
 
 @every_router
-@pytest.mark.parametrize("lead", [(), (1,), (6,), (2, 3), (2, 1, 3), (0,), (2, 0)], ids=str)
+@pytest.mark.parametrize("lead", [(), (6,), (2, 1, 3), (2, 0)], ids=str)
 def test_leading_dimensions_become_tokens(make: Callable[..., cr.Router], lead: tuple[int, ...]) -> None:
     router, hidden = _made(make), _randn(*lead, H)
     tokens = hidden.numel() // H

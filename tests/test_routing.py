@@ -48,9 +48,9 @@ CASES = {
     "gap": Case(cr.CountIn({1, 4}), 6, lambda z: z.sum() in (1, 4)),
     "over": Case(cr.Exactly(1).over([0, 2, 3]), 5, lambda z: z[[0, 2, 3]].sum() == 1),
 }
-SOME = ("exactly", "between", "over")
+SOME = ("exactly", "atmost", "over")
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-# One per engine and kind of root, where every constraint would take long.
+# A fixed count, a free one that may be zero, and another engine: where every constraint would take long.
 some_cases = pytest.mark.parametrize("case", [CASES[name] for name in SOME], ids=SOME)
 every_combine = pytest.mark.parametrize("combine", COMBINES)
 every_estimator = pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -94,8 +94,10 @@ def _gradient(output: Tensor, upstream: Tensor, *inputs: Tensor) -> tuple[Tensor
 
 @every_case
 @every_combine
-@every_estimator
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-10)], ids=str)
+@pytest.mark.parametrize(
+    ("estimator", "dtype", "tolerance"),
+    [("simple", torch.float32, 2e-5), ("simple", torch.float64, 1e-10), ("none", torch.float64, 1e-10)],
+)
 def test_gates_and_their_gradient_are_those_of_the_dense_formula(
     case: Case, combine: Any, estimator: str, dtype: torch.dtype, tolerance: float
 ) -> None:
@@ -177,7 +179,7 @@ def test_decisions_follow_the_distribution(case: Case) -> None:
 # ---------------------------------------------------------------------------------------------- evaluation
 
 
-@every_case
+@some_cases
 @every_combine
 def test_evaluation_takes_the_mode_whatever_the_key(case: Case, combine: Any) -> None:
     logits = _randn(12, case.n, seed=7)
@@ -309,8 +311,7 @@ def test_keys_that_are_no_integers_are_refused(key: Tensor) -> None:
 
 @every_case
 @every_combine
-@every_estimator
-def test_replay_is_the_original_decision_to_the_last_bit(case: Case, combine: Any, estimator: str) -> None:
+def test_replay_is_the_original_decision_to_the_last_bit(case: Case, combine: Any) -> None:
     upstream = _randn(7, case.n, seed=4)
     results = []
     recorded = None
@@ -318,7 +319,7 @@ def test_replay_is_the_original_decision_to_the_last_bit(case: Case, combine: An
         logits = _randn(7, case.n).requires_grad_()
         # Neither the key nor the mode has a say in a replay.
         options: dict[str, Any] = {"key": _keys(7)} if recorded is None else {"replay": recorded, "training": False}
-        routing = cr.route(logits, case.circuit, combine=combine, estimator=estimator, **options)
+        routing = cr.route(logits, case.circuit, combine=combine, **options)
         recorded = routing.mask
         loss = (routing.gates * upstream).sum() + routing.log_prob.sum()
         results.append((routing.mask, routing.gates, routing.log_prob, *torch.autograd.grad(loss, logits)))
@@ -533,7 +534,7 @@ def _by_pairs(by: Any) -> Callable[[cr.Routing, Tensor, Tensor], Tensor]:
     return run
 
 
-@every_case
+@some_cases
 @every_combine
 def test_all_projections_describe_one_decision_with_one_gradient(case: Case, combine: Any) -> None:
     projections = [
@@ -579,7 +580,7 @@ def test_a_single_row_is_one_token() -> None:
     assert torch.equal(routing.mask, cr.route(_randn(6).reshape(1, 6), CASES["exactly"].circuit, key=5).mask)
 
 
-@every_case
+@some_cases
 @every_combine
 @pytest.mark.parametrize("shape", [(0,), (2, 0)], ids=str)
 def test_no_tokens_are_no_problem(case: Case, combine: Any, shape: tuple[int, ...]) -> None:
@@ -596,7 +597,7 @@ def test_no_tokens_are_no_problem(case: Case, combine: Any, shape: tuple[int, ..
     assert cr.route(logits, case.circuit, replay=torch.zeros(*shape, case.n)).mask.shape == (0, case.n)
 
 
-@every_case
+@some_cases
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 def test_low_precision_logits_are_routed_in_float32(case: Case, dtype: torch.dtype) -> None:
     logits = _randn(10, case.n).to(dtype).requires_grad_()
@@ -663,8 +664,10 @@ def test_forbidden_experts_are_as_good_as_absent(combine: Any) -> None:
 
 @every_case
 @every_combine
-@pytest.mark.parametrize("scale", [1.0, 1e4])
-def test_extreme_and_infinite_logits_give_finite_gates_and_gradients(case: Case, combine: Any, scale: float) -> None:
+@pytest.mark.parametrize(("scale", "training"), [(1.0, True), (1e4, True), (1e4, False)])
+def test_extreme_and_infinite_logits_give_finite_gates_and_gradients(
+    case: Case, combine: Any, scale: float, training: bool
+) -> None:
     logits = _randn(12, case.n, scale=scale)
     needed = int(case.circuit.min_count)
     if case.constraint != cr.Exactly(case.n):
@@ -678,16 +681,15 @@ def test_extreme_and_infinite_logits_give_finite_gates_and_gradients(case: Case,
     logits[6] = -scale * 100
     if case.circuit.min_count == 0:
         logits[7] = -INF
-    for training in (True, False):
-        leaf = logits.clone().requires_grad_()
-        routing = cr.route(leaf, case.circuit, combine=combine, training=training, key=_keys(12))
-        assert bool(case.circuit.satisfies(routing.mask).all())
-        assert bool(torch.isfinite(routing.gates).all())
-        assert bool((routing.gates[~routing.mask] == 0).all())
-        assert bool(torch.isfinite(routing.log_prob).all())
-        (gradient,) = _gradient(routing.gates, _randn(12, case.n, seed=1), leaf)
-        assert bool(torch.isfinite(gradient).all())
-        assert bool((gradient[torch.isinf(logits)] == 0).all())
+    leaf = logits.clone().requires_grad_()
+    routing = cr.route(leaf, case.circuit, combine=combine, training=training, key=_keys(12))
+    assert bool(case.circuit.satisfies(routing.mask).all())
+    assert bool(torch.isfinite(routing.gates).all())
+    assert bool((routing.gates[~routing.mask] == 0).all())
+    assert bool(torch.isfinite(routing.log_prob).all())
+    (gradient,) = _gradient(routing.gates, _randn(12, case.n, seed=1), leaf)
+    assert bool(torch.isfinite(gradient).all())
+    assert bool((gradient[torch.isinf(logits)] == 0).all())
 
 
 def test_the_gradient_of_an_overlooked_giant_is_capped() -> None:
@@ -722,7 +724,7 @@ def test_rows_without_an_answer_are_named(name: str) -> None:
 def test_without_validation_rows_without_an_answer_are_nan_and_alone(case: Case, combine: Any, estimator: str) -> None:
     clean = _randn(4, case.n)
     logits = clean.clone()
-    logits[1, 2], logits[3] = NAN, -INF
+    logits[1, 2], logits[3] = NAN, INF  # all forced is too many for each of the constraints
     leaf, clean = logits.requires_grad_(), clean.requires_grad_()
     options: dict[str, Any] = {"combine": combine, "estimator": estimator}
     routing = cr.route(leaf, case.circuit, key=_keys(4), validate_args=False, **options)
@@ -770,7 +772,7 @@ def test_a_routing_says_what_it_is() -> None:
 # ---------------------------------------------------------------------------------------------- surroundings
 
 
-@every_case
+@some_cases
 @every_combine
 def test_the_callers_tensors_are_left_alone(case: Case, combine: Any) -> None:
     logits, key = _randn(6, case.n), _keys(6)
@@ -787,7 +789,7 @@ def test_the_callers_tensors_are_left_alone(case: Case, combine: Any) -> None:
     assert all(torch.equal(x, copy) for x, copy in zip(tensors, copies, strict=True))
 
 
-@every_case
+@some_cases
 @every_combine
 def test_inference_mode_changes_nothing(case: Case, combine: Any) -> None:
     logits, key = _randn(6, case.n), _keys(6)
@@ -809,7 +811,7 @@ def test_no_grad_makes_no_graph() -> None:
     assert not routing.gates.requires_grad
 
 
-@every_case
+@some_cases
 @every_combine
 def test_autocast_does_not_touch_the_routing(case: Case, combine: Any) -> None:
     results = []

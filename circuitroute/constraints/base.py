@@ -50,6 +50,24 @@ class Constraint:
         """Whether a state that covers all variables is allowed."""
         raise NotImplementedError(f"{type(self).__name__} does not define accepts(state)")
 
+    def __and__(self, other: Constraint) -> Constraint:
+        """Both hold."""
+        from circuitroute.constraints.algebra import And
+
+        return And.of(self, other) if isinstance(other, Constraint) else NotImplemented
+
+    def __or__(self, other: Constraint) -> Constraint:
+        """At least one holds."""
+        from circuitroute.constraints.algebra import Or
+
+        return Or.of(self, other) if isinstance(other, Constraint) else NotImplemented
+
+    def __invert__(self) -> Constraint:
+        """It does not hold."""
+        from circuitroute.constraints.algebra import Not
+
+        return Not.of(self)
+
     def over(self, indices: Iterable[int]) -> Constraint:
         """The same constraint on the variables ``indices``; the others are left free.
 

@@ -26,25 +26,25 @@ class DemoConfig:
     no options on the command line. Raises DemoError naming the option, its value and the remedy.
     """
 
-    steps: int = 300
+    steps: int = 240
     seed: int = 0
     layers: int = 4
     experts: int = 16
     k: int = 4
     hidden: int = 96
-    batch_size: int = 8
-    seq_len: int = 128
+    batch_size: int = 16
+    seq_len: int = 64
     routers: tuple[str, ...] = ROUTERS
     text: str | None = None
 
-    learning_rate: float = 4e-3
+    learning_rate: float = 5e-3
     weight_decay: float = 0.05
     balance_weight: float = 0.01
     z_weight: float = 1e-3
     count_weight: float = 0.1
-    validations: int = 10
-    validation_batches: int = 12
-    oracle_sequences: int = 8
+    validations: int = 8
+    validation_batches: int = 10
+    oracle_sequences: int = 16
     oracle_rounds: int = 32
 
     def __post_init__(self) -> None:

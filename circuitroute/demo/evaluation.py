@@ -101,7 +101,7 @@ def swap_correlation(model: LanguageModel, config: DemoConfig, tokens: Tensor, s
     try:
         with torch.no_grad():
             logits_TE = model(tokens[:, :-1])[1][layer].logits
-        result = cr.metrics.swap_oracle(
+        found = cr.metrics.swap_oracle(
             losses_of,
             logits_TE,
             router.circuit,
@@ -110,7 +110,8 @@ def swap_correlation(model: LanguageModel, config: DemoConfig, tokens: Tensor, s
             rounds=config.oracle_rounds,
             seed=config.seed,
         )
+    except ValueError:  # nothing to swap, as when every token takes all experts, or training has diverged
+        return None
     finally:
         model.train()
-    correlation = float(result.correlation)
-    return correlation if math.isfinite(correlation) else None
+    return found.correlation if math.isfinite(found.correlation) else None

@@ -20,6 +20,7 @@ import circuitroute as cr
 from .config import HEAD_SIZE, DemoConfig
 
 VOCABULARY = 256
+RECENT = 4  # bytes that the first layer sees at once: one says little, and attention learns this slowly
 Override = Callable[[Tensor], cr.Routing]
 
 
@@ -110,6 +111,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         kind = KINDS[router]
         self.embedding = nn.Embedding(VOCABULARY, config.hidden)
+        self.mix_recent = nn.Linear(RECENT * config.hidden, config.hidden, bias=False)
         self.blocks = nn.ModuleList(Block(config, kind.build(config)) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.hidden)
         self.head = nn.Linear(config.hidden, VOCABULARY, bias=False)
@@ -121,6 +123,7 @@ class LanguageModel(nn.Module):
         overrides: Mapping[int, Override] | None = None,
     ) -> tuple[Tensor, list[cr.Routing]]:
         hidden_BSH = self.embedding(tokens_BS)
+        hidden_BSH = hidden_BSH + self.mix_recent(_recent(hidden_BSH))
         routings = []
         for layer, block in enumerate(self.blocks):
             key_T = None if keys is None else keys[layer]
@@ -130,6 +133,13 @@ class LanguageModel(nn.Module):
 
     def router(self, layer: int) -> cr.Router:
         return cast(Block, self.blocks[layer]).experts.router
+
+
+def _recent(hidden_BSH: Tensor) -> Tensor:
+    """Each position beside those before it, [B, S, RECENT H], zeros before the first."""
+    length = hidden_BSH.shape[1]
+    padded = functional.pad(hidden_BSH, (0, 0, RECENT - 1, 0))
+    return torch.cat([padded[:, shift : shift + length] for shift in range(RECENT)], dim=-1)
 
 
 def build_model(config: DemoConfig, router: str) -> LanguageModel:

@@ -1,4 +1,3 @@
 """The built-in compilers: a plug-in like any third party's. Importing this package registers them."""
 
-from circuitroute_compilers import counting as counting
-from circuitroute_compilers import machine as machine
+from circuitroute_compilers import builtin as builtin

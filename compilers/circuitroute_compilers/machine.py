@@ -1,7 +1,7 @@
-"""State machine -> circuit: merge states up a balanced tree, keep the useful ones, write the arrays.
+"""Term -> circuit: merge states up a tree, keep the useful ones, write the arrays.
 
-Legend: a *block* is a range of variables under one tree node; its *states* are what the machine can reach on
-it; a *table* lists, for two neighbouring blocks, every live pair (a, b) and the state it merges into.
+Legend: a *block* is the set of variables under one tree node; its *states* are what the term can reach on it; a
+*table* lists, for two sibling blocks, every live pair (a, b) and the state it merges into.
 
 Blocks with equal state lists share one table, so a machine that treats all variables alike, such as a count,
 merges each pair of states once per tree level and not once per tree node. Three passes: up (states and
@@ -10,17 +10,18 @@ tables), down (which states some accepted whole makes use of), and emission of o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from circuitroute import Circuit, CircuitTooLargeError, Constraint, InfeasibleError, register_compiler
+from circuitroute import CircuitTooLargeError, Constraint, InfeasibleError
 from circuitroute.circuit import Graph, NodeKind
-from circuitroute.compilation import unsupported
-from circuitroute.constraints import Over, State
+from circuitroute.constraints import State
+from circuitroute_compilers.terms import FALSE, Term
+from circuitroute_compilers.vtree import Vtree
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
@@ -29,40 +30,24 @@ BoolArray: TypeAlias = npt.NDArray[np.bool_]
 EDGES_PER_NODE = 16
 
 
-@register_compiler(Constraint)
-def compile_machine(constraint: Constraint, n: int, max_nodes: int) -> Circuit:
-    """Compile any constraint that defines leaf, merge and accepts."""
-    return Circuit(build_graph(constraint, n, max_nodes), constraint)
-
-
-def build_graph(constraint: Constraint, n: int, max_nodes: int) -> Graph:
-    """The circuit of a state machine over the variables 0..n-1.
+def build_graph(constraint: Constraint, term: Term, tree: Vtree, max_nodes: int) -> Graph:
+    """The circuit of ``term``, what ``constraint`` was lowered to, merged along ``tree``.
 
     Raises:
-        UnsupportedConstraintError: the constraint's type does not define the machine.
         InfeasibleError: no subset is accepted.
         CircuitTooLargeError: more than ``max_nodes`` nodes, or 16 times as many elements.
     """
-    _require_machine(constraint)
-    builder = _Builder(constraint, n, max_nodes)
+    builder = _Builder(constraint, term, tree.scope.bit_count(), max_nodes)
     try:
-        root = builder.up(0, n)
+        root = builder.up(tree)
     except _UnhashableStateError as error:
         raise TypeError(f"{constraint!r}: states must be hashable, such as integers and tuples ({error})") from None
-    accepted = np.array([bool(constraint.accepts(s)) for s in builder.states[root.states]], dtype=np.bool_)
+    accepted = np.ones(len(builder.states[root.states]), dtype=np.bool_)  # whole scopes settle to TRUE or are dead
     if not accepted.any():
-        raise InfeasibleError(f"no subset of {n} variables satisfies {constraint!r}")
+        raise InfeasibleError(f"no subset of {builder.n} variables satisfies {constraint!r}")
     builder.down(root, accepted)
     builder.check_size()
-    return _Emitter(n, builder).emit(root, accepted)
-
-
-def _require_machine(constraint: Constraint) -> None:
-    if isinstance(constraint, Over):
-        _require_machine(constraint.constraint)
-    kind = type(constraint)
-    if any(getattr(kind, name) is getattr(Constraint, name) for name in ("leaf", "merge", "accepts")):
-        raise unsupported(constraint)
+    return _Emitter(builder).emit(root)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,10 +62,9 @@ class _Table:
 
 @dataclass(eq=False)
 class _Block:
-    """A tree node: its variables [low, high), its state list, and for an inner one its table and halves."""
+    """A tree node, its state list, and for an inner one its table and halves."""
 
-    low: int
-    high: int
+    tree: Vtree
     states: int
     table: _Table | None = None
     halves: tuple[_Block, _Block] | None = None
@@ -102,28 +86,33 @@ def _distinct(states: Sequence[State]) -> tuple[State, ...]:
 class _Builder:
     """Passes one and two: reachable states upward, useful states downward."""
 
-    def __init__(self, constraint: Constraint, n: int, max_nodes: int) -> None:
+    def __init__(self, constraint: Constraint, term: Term, n: int, max_nodes: int) -> None:
         self.constraint = constraint
+        self.term = term
         self.n = n
         self.max_nodes = max_nodes
         self.states: list[tuple[State, ...]] = []
         self._ids: dict[tuple[State, ...], int] = {}
-        self._tables: dict[tuple[int, int], _Table] = {}
-        self._useful: dict[tuple[int, int, bytes], tuple[BoolArray, BoolArray]] = {}
+        self._tables: dict[tuple[int, int, Hashable], _Table] = {}
+        self._useful: dict[tuple[int, bytes], tuple[BoolArray, BoolArray]] = {}
         self.nodes = 0
         self.edges = 0
         self.width = 0
         self._reachable = 0
 
-    def up(self, low: int, high: int) -> _Block:
-        """The block of variables [low, high) with everything below it."""
-        if high - low == 1:
-            leaf = _distinct([s for s in self.constraint.leaf(low) if s is not None])
-            return self._counted(_Block(low, high, self._intern(leaf)))
-        middle = (low + high + 1) // 2
-        left, right = self.up(low, middle), self.up(middle, high)
-        table = self._table(left.states, right.states)
-        return self._counted(_Block(low, high, table.states, table, (left, right)))
+    def up(self, tree: Vtree) -> _Block:
+        """The block of a tree node with everything below it."""
+        if tree.halves is None:
+            leaf = _distinct([s for s in self.leaf(tree) if s is not FALSE])
+            return self._counted(_Block(tree, self._intern(leaf)))
+        left, right = self.up(tree.halves[0]), self.up(tree.halves[1])
+        table = self._table(left.states, right.states, tree)
+        return self._counted(_Block(tree, table.states, table, (left, right)))
+
+    def leaf(self, tree: Vtree) -> tuple[State, State]:
+        """Settled states of a variable when (absent, present)."""
+        absent, present = self.term.leaf(tree.first)
+        return self.term.settle(absent, tree.scope), self.term.settle(present, tree.scope)
 
     def _counted(self, block: _Block) -> _Block:
         width = len(self.states[block.states])
@@ -140,19 +129,20 @@ class _Builder:
             self.states.append(states)
         return known
 
-    def _table(self, left: int, right: int) -> _Table:
-        if (left, right) not in self._tables:
-            self._tables[left, right] = self._merge_all(self.states[left], self.states[right])
-        return self._tables[left, right]
+    def _table(self, left: int, right: int, tree: Vtree) -> _Table:
+        key = (left, right, self.term.signature(tree.scope))
+        if key not in self._tables:
+            self._tables[key] = self._merge_all(self.states[left], self.states[right], tree)
+        return self._tables[key]
 
-    def _merge_all(self, lefts: Sequence[State], rights: Sequence[State]) -> _Table:
+    def _merge_all(self, lefts: Sequence[State], rights: Sequence[State], tree: Vtree) -> _Table:
         if len(lefts) * len(rights) > 4 * EDGES_PER_NODE * self.max_nodes:
             raise self._too_large(f"{len(lefts)} x {len(rights)} pairs of states at one tree node")
         merged = [
             (a, b, state)
             for a, left in enumerate(lefts)
             for b, right in enumerate(rights)
-            if (state := self.constraint.merge(left, right)) is not None
+            if (state := self.term.settle(self.term.merge(left, right), tree.scope)) is not FALSE
         ]
         states = _distinct([state for _, _, state in merged])
         index = {state: i for i, state in enumerate(states)}
@@ -175,7 +165,7 @@ class _Builder:
     def _useful_halves(
         self, table: _Table, left: _Block, right: _Block, useful: BoolArray
     ) -> tuple[BoolArray, BoolArray]:
-        key = (left.states, right.states, useful.tobytes())
+        key = (id(table), useful.tobytes())
         if key not in self._useful:
             live = useful[table.result]
             use_left = np.zeros(len(self.states[left.states]), dtype=np.bool_)
@@ -186,8 +176,8 @@ class _Builder:
         return self._useful[key]
 
     def _leaf_nodes(self, block: _Block) -> int:
-        absent, present = self.constraint.leaf(block.low)
-        return 3 if absent == present and absent is not None else int(block.useful.sum())
+        absent, present = self.leaf(block.tree)
+        return 3 if absent == present and absent is not FALSE else int(block.useful.sum())
 
     def check_size(self) -> None:
         """Refuse a circuit over the limits before any array is made."""
@@ -207,8 +197,7 @@ class _Builder:
 class _Emitter:
     """Pass three: write nodes and elements, children before parents."""
 
-    def __init__(self, n: int, builder: _Builder) -> None:
-        self._n = n
+    def __init__(self, builder: _Builder) -> None:
         self._builder = builder
         self._count = 0
         self._kind: list[IntArray] = []
@@ -218,16 +207,13 @@ class _Emitter:
         self._right: list[IntArray] = []
         self._true: int | None = None
 
-    def emit(self, root: _Block, accepted: BoolArray) -> Graph:
-        """The whole graph; the accepted states of the root become one sum."""
-        if root.table is None:
-            self._leaf(root, merge_states=True)
-        else:
-            self._inner(root, np.where(accepted, 0, -1))
+    def emit(self, root: _Block) -> Graph:
+        """The whole graph; the root has one state and becomes the last node."""
+        self._block(root)
         first = np.concatenate([[0], np.cumsum(np.concatenate(self._sizes))])
         empty = [np.zeros(0, dtype=np.int64)]
         return Graph(
-            n=self._n,
+            n=self._builder.n,
             kind=np.concatenate(self._kind).astype(np.uint8),
             variable=np.concatenate(self._variable).astype(np.int32),
             first=first.astype(np.int64),
@@ -238,7 +224,7 @@ class _Emitter:
     def _block(self, block: _Block) -> IntArray:
         """Emit a block; returns the node of each state, -1 for useless ones."""
         if block.table is None:
-            return self._leaf(block, merge_states=False)
+            return self._leaf(block)
         return self._inner(block, np.where(block.useful, np.cumsum(block.useful) - 1, -1))
 
     def _inner(self, block: _Block, sum_of_state: IntArray) -> IntArray:
@@ -255,19 +241,18 @@ class _Emitter:
         first = self._add(np.full(len(sizes), int(NodeKind.SUM)), np.full(len(sizes), -1), sizes)
         return np.where(sum_of_state >= 0, sum_of_state + first, -1)
 
-    def _leaf(self, block: _Block, merge_states: bool) -> IntArray:
-        """Emit the useful literals of one variable; equal states of both, or a root, become one sum."""
+    def _leaf(self, block: _Block) -> IntArray:
+        """Emit the useful literals of one variable; two of the same state become one sum."""
         states = self._builder.states[block.states]
         nodes = np.full(len(states), -1, dtype=np.int64)
-        literals: list[int] = []
-        leaf = self._builder.constraint.leaf(block.low)
-        for kind, state in zip((NodeKind.ABSENT, NodeKind.PRESENT), leaf, strict=True):
-            position = states.index(state) if state is not None else -1
+        literals: dict[int, list[int]] = {}
+        for kind, state in zip((NodeKind.ABSENT, NodeKind.PRESENT), self._builder.leaf(block.tree), strict=True):
+            position = states.index(state) if state is not FALSE else -1
             if position >= 0 and block.useful[position]:
-                nodes[position] = self._add(np.array([int(kind)]), np.array([block.low]), np.array([0]))
-                literals.append(int(nodes[position]))
-        if len(literals) == 2 and (merge_states or len(states) == 1):
-            nodes[block.useful] = self._either(literals)
+                node = self._add(np.array([int(kind)]), np.array([block.tree.first]), np.array([0]))
+                literals.setdefault(position, []).append(node)
+        for position, found in literals.items():
+            nodes[position] = found[0] if len(found) == 1 else self._either(found)
         return nodes
 
     def _either(self, literals: list[int]) -> int:

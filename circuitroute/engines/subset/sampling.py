@@ -37,7 +37,7 @@ def split_counts(levels: list[Tensor], count_1T: Tensor, key_T: Tensor) -> tuple
         counts = counts[:half]
         u = uniform(key_T, number, half, level.dtype)
         number += half
-        if level.shape[0] == 2:
+        if level is levels[0]:
             return _split_pairs(level, counts, u, uncertain)
         left, doubt = _split_level(level, counts, u)
         uncertain |= doubt.any(0)

@@ -1,0 +1,204 @@
+"""Constraint -> term: sizes checked, groups resolved, ranges over one scope joined.
+
+Legend: a *scope* is a tuple of the n variables a constraint speaks of, in its own order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import singledispatch
+
+from circuitroute import InfeasibleError
+from circuitroute.compilation import unsupported
+from circuitroute.constraints import (
+    ActiveGroups,
+    And,
+    AtLeast,
+    Constraint,
+    Cost,
+    Count,
+    CountIn,
+    EachGroup,
+    LayerBudget,
+    Not,
+    Or,
+    Over,
+    State,
+)
+from circuitroute_compilers.terms import Complement, HowMany, Machine, Term, all_of, any_of
+
+Indices = tuple[int, ...]
+
+
+@singledispatch
+def lower(constraint: Constraint, scope: Indices) -> Term:
+    """The term of a constraint over the variables ``scope``; one that defines its own machine needs no rule.
+
+    Raises:
+        ValueError: the constraint does not fit the number of variables.
+        InfeasibleError: a part that nothing satisfies, named.
+        UnsupportedConstraintError: neither a rule nor a machine.
+    """
+    kind = type(constraint)
+    if any(getattr(kind, name) is getattr(Constraint, name) for name in ("leaf", "merge", "accepts")):
+        raise unsupported(constraint)
+    return Machine(constraint, scope)
+
+
+@lower.register
+def _(constraint: Over, scope: Indices) -> Term:
+    beyond = [v for v in constraint.indices if v >= len(scope)]
+    if beyond:
+        raise ValueError(f"{constraint!r} uses variable {max(beyond)}, but n={len(scope)}: indices must be below n")
+    return lower(constraint.constraint, tuple(scope[i] for i in constraint.indices))
+
+
+@lower.register
+def _(constraint: Count, scope: Indices) -> Term:
+    counts = allowed_counts(constraint, len(scope))
+    if not counts:
+        raise InfeasibleError(f"{constraint!r}: no count of 0 to {len(scope)} selected variables is allowed")
+    return Machine(Capped(constraint, counts, len(scope)), scope)
+
+
+def allowed_counts(constraint: Count, n: int) -> list[int]:
+    """The counts of n variables that are allowed."""
+    return [j for j in range(n + 1) if constraint.allows(j)]
+
+
+class Capped(Constraint):
+    """A count that tells apart only what matters: dead beyond the largest allowed count, and not counting on where
+    all further counts are allowed."""
+
+    def __init__(self, constraint: Count, counts: list[int], n: int) -> None:
+        self._constraint = constraint
+        self._largest = counts[-1]
+        self._enough = n
+        while self._largest == n and self._enough > 0 and constraint.allows(self._enough - 1):
+            self._enough -= 1
+
+    def _state(self, count: int) -> State | None:
+        return None if count > self._largest else min(count, self._enough)
+
+    def leaf(self, var: int) -> tuple[State | None, State | None]:
+        return 0, self._state(1)
+
+    def merge(self, left: State, right: State) -> State | None:
+        return self._state(int(left) + int(right))  # type: ignore[call-overload]
+
+    def accepts(self, state: State) -> bool:
+        return self._constraint.allows(int(state))  # type: ignore[call-overload]
+
+    def __repr__(self) -> str:
+        return repr(self._constraint)
+
+
+@lower.register
+def _(constraint: Cost, scope: Indices) -> Term:
+    if len(constraint.costs) != len(scope):
+        raise ValueError(
+            f"costs has {len(constraint.costs)} entries, but there are {len(scope)} variables: give one cost each"
+        )
+    if sum(constraint.costs) < constraint.at_least:
+        raise InfeasibleError(f"{constraint!r}: all costs together are {sum(constraint.costs)}")
+    return Machine(constraint, scope)
+
+
+@lower.register
+def _(constraint: And, scope: Indices) -> Term:
+    n = len(scope)
+    return all_of([lower(part, scope) for part in joined(flattened(constraint, n), n)])
+
+
+def flattened(constraint: Constraint, n: int) -> list[Constraint]:
+    """The parts of a conjunction over n variables, those that are conjunctions themselves taken apart."""
+    if isinstance(constraint, And):
+        return [p for part in constraint.parts for p in flattened(part, n)]
+    if isinstance(constraint, LayerBudget):
+        return [*_layers(constraint, n), constraint.total]
+    if isinstance(constraint, EachGroup):
+        return [constraint.constraint.over(g) for g in constraint.groups.of(n)]
+    return [constraint]
+
+
+def joined(parts: list[Constraint], n: int) -> list[Constraint]:
+    """Counts over one scope become one count; an empty intersection is named."""
+    counts: dict[Indices, list[Constraint]] = {}
+    rest: list[Constraint] = []
+    for part in parts:
+        count, over = count_of(part, n)
+        if count is None:
+            rest.append(part)
+        else:
+            counts.setdefault(over, []).append(part)
+    return [_intersection(same, over, n) for over, same in counts.items()] + rest
+
+
+def count_of(part: Constraint, n: int) -> tuple[Count | None, Indices]:
+    if isinstance(part, Count):
+        return part, tuple(range(n))
+    if isinstance(part, Over) and isinstance(part.constraint, Count):
+        return part.constraint, part.indices
+    return None, ()
+
+
+def _intersection(parts: list[Constraint], over: Indices, n: int) -> Constraint:
+    if len(parts) == 1:
+        return parts[0]
+    counts = [count for part in parts if (count := count_of(part, n)[0]) is not None]
+    common = set.intersection(*(set(allowed_counts(count, len(over))) for count in counts))
+    if not common:
+        named = " and ".join(map(repr, parts))
+        raise InfeasibleError(f"{named} contradict each other: no count of {len(over)} variables satisfies all")
+    return CountIn(common).over(over)
+
+
+@lower.register
+def _(constraint: Or, scope: Indices) -> Term:
+    terms: list[Term] = []
+    reasons: list[str] = []
+    for part in constraint.parts:
+        try:
+            terms.append(lower(part, scope))
+        except InfeasibleError as error:  # one way out less
+            reasons.append(str(error))
+    if not terms:
+        raise InfeasibleError(f"{constraint!r}: no alternative is possible: {'; '.join(reasons)}")
+    return any_of(terms)
+
+
+@lower.register
+def _(constraint: Not, scope: Indices) -> Term:
+    try:
+        return Complement(lower(constraint.part, scope))
+    except InfeasibleError:  # the negation of what is impossible holds always
+        return Machine(AtLeast(0), scope)
+
+
+@lower.register
+def _(constraint: EachGroup, scope: Indices) -> Term:
+    return lower(And(flattened(constraint, len(scope))), scope)
+
+
+@lower.register
+def _(constraint: LayerBudget, scope: Indices) -> Term:
+    return lower(And(flattened(constraint, len(scope))), scope)
+
+
+def _layers(constraint: LayerBudget, n: int) -> list[Constraint]:
+    wanted = constraint.layers * constraint.experts
+    if wanted != n:
+        raise ValueError(
+            f"{constraint!r} is over layers * experts = {wanted} variables, but n={n}: compile it with n={wanted}"
+        )
+    starts = range(0, wanted, constraint.experts)
+    return [constraint.per_layer.over(range(start, start + constraint.experts)) for start in starts]
+
+
+@lower.register
+def _(constraint: ActiveGroups, scope: Indices) -> Term:
+    groups = constraint.groups.of(len(scope))
+    active = tuple(lower(AtLeast(1), tuple(scope[i] for i in group)) for group in groups)
+    low, high = constraint.at_least, len(groups) if constraint.at_most is None else constraint.at_most
+    allows: Callable[[int], bool] = range(low, high + 1).__contains__
+    return HowMany(active, allows)

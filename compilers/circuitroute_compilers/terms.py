@@ -1,0 +1,228 @@
+"""Terms: what constraints become before they are built, state machines that know their scopes.
+
+A term's state on a block of variables is FREE while the block holds none of its scope, TRUE or FALSE once the block
+holds all of it, and anything hashable in between. Collapsing finished scopes to one of three constants is what
+keeps products of many constraints narrow: a group's count is forgotten as soon as the group is whole.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import operator
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, Protocol, TypeAlias, cast
+
+from circuitroute.constraints import Constraint, State
+
+Scope: TypeAlias = int  # a bit per variable
+
+
+class Constant(enum.Enum):
+    """States that need no machine."""
+
+    FREE = enum.auto()
+    TRUE = enum.auto()
+    FALSE = enum.auto()
+
+
+FREE, TRUE, FALSE = Constant.FREE, Constant.TRUE, Constant.FALSE
+
+
+class Term(Protocol):
+    """A state machine over part of the variables."""
+
+    @property
+    def scope(self) -> Scope:
+        """The variables it depends on."""
+        ...
+
+    def leaf(self, var: int) -> tuple[State, State]:
+        """States of a variable when (absent, present)."""
+        ...
+
+    def merge(self, left: State, right: State) -> State:
+        """State of two disjoint blocks together."""
+        ...
+
+    def settle(self, state: State, block: Scope) -> State:
+        """The state on a block, collapsed to a constant if the block decides the term."""
+        ...
+
+    def signature(self, block: Scope) -> Hashable:
+        """What :meth:`settle` depends on besides the state: blocks of equal signature settle alike."""
+        ...
+
+
+def _settled(left: State, right: State) -> State | None:
+    """The merged state where one side needs no machine, else None."""
+    if left is FREE or right is TRUE or right is FALSE:
+        return right
+    if right is FREE or left is TRUE or left is FALSE:
+        return left
+    return None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A constraint's own state machine on the variables ``indices`` (its variable i is ``indices[i]``)."""
+
+    constraint: Constraint
+    indices: tuple[int, ...]
+
+    @cached_property
+    def scope(self) -> Scope:
+        return sum(1 << v for v in self.indices)
+
+    @cached_property
+    def _position(self) -> dict[int, int]:
+        return {v: i for i, v in enumerate(self.indices)}
+
+    def leaf(self, var: int) -> tuple[State, State]:
+        if var not in self._position:
+            return FREE, FREE
+        absent, present = self.constraint.leaf(self._position[var])
+        return FALSE if absent is None else absent, FALSE if present is None else present
+
+    def merge(self, left: State, right: State) -> State:
+        settled = _settled(left, right)
+        if settled is not None:
+            return settled
+        merged = self.constraint.merge(left, right)
+        return FALSE if merged is None else merged
+
+    def settle(self, state: State, block: Scope) -> State:
+        if isinstance(state, Constant) or self.scope & ~block:
+            return state
+        return TRUE if self.constraint.accepts(state) else FALSE
+
+    def signature(self, block: Scope) -> Hashable:
+        return not self.scope & ~block
+
+
+@dataclass(frozen=True)
+class Complement:
+    """The term does not hold."""
+
+    term: Term
+
+    @property
+    def scope(self) -> Scope:
+        return self.term.scope
+
+    def leaf(self, var: int) -> tuple[State, State]:
+        absent, present = self.term.leaf(var)
+        return _flip(absent), _flip(present)
+
+    def merge(self, left: State, right: State) -> State:
+        return _flip(self.term.merge(_flip(left), _flip(right)))
+
+    def settle(self, state: State, block: Scope) -> State:
+        return _flip(self.term.settle(_flip(state), block))
+
+    def signature(self, block: Scope) -> Hashable:
+        return self.term.signature(block)
+
+
+def _flip(state: State) -> State:
+    return {TRUE: FALSE, FALSE: TRUE}.get(state, state) if isinstance(state, Constant) else state
+
+
+class Tally(NamedTuple):
+    """The state of :class:`HowMany` on a block that does not decide it."""
+
+    holding: int
+    failing: int
+    listed: tuple[tuple[int, State], ...]
+
+
+@dataclass(frozen=True)
+class HowMany:
+    """``allows`` the number of ``terms`` that hold; And and Or are the cases "all" and "at least one".
+
+    The state tallies the terms that hold and fail, and lists the states of the others by index. Only terms whose
+    scope is complete are counted; one that is decided early stays listed, since other blocks may still speak of it.
+    The state becomes a constant as soon as no outcome of the undecided ones can change the verdict.
+    """
+
+    terms: tuple[Term, ...]
+    allows: Callable[[int], bool]
+
+    @cached_property
+    def scope(self) -> Scope:
+        return functools.reduce(operator.or_, (term.scope for term in self.terms))
+
+    @cached_property
+    def _verdicts(self) -> tuple[bool, ...]:
+        return tuple(self.allows(j) for j in range(len(self.terms) + 1))
+
+    @cached_property
+    def _of_variable(self) -> dict[int, tuple[int, ...]]:
+        found: dict[int, list[int]] = {}
+        for i, term in enumerate(self.terms):
+            for v in variables(term.scope):
+                found.setdefault(v, []).append(i)
+        return {v: tuple(some) for v, some in found.items()}
+
+    def leaf(self, var: int) -> tuple[State, State]:
+        touched = self._of_variable.get(var)
+        if touched is None:
+            return FREE, FREE
+        leaves = [(i, self.terms[i].leaf(var)) for i in touched]
+        absent, present = ({i: states[side] for i, states in leaves} for side in (0, 1))
+        return self._state(0, 0, absent), self._state(0, 0, present)
+
+    def _state(self, holding: int, failing: int, listed: dict[int, State]) -> State:
+        least = holding + sum(s is TRUE for s in listed.values())
+        most = len(self.terms) - failing - sum(s is FALSE for s in listed.values())
+        possible = self._verdicts[least : most + 1]
+        if all(possible):
+            return TRUE
+        if not any(possible):
+            return FALSE
+        return Tally(holding, failing, tuple(sorted(listed.items(), key=lambda item: item[0])))
+
+    def merge(self, left: State, right: State) -> State:
+        settled = _settled(left, right)
+        if settled is not None:
+            return settled
+        a, b = cast(Tally, left), cast(Tally, right)
+        listed = dict(a.listed)
+        for i, state in b.listed:
+            listed[i] = self.terms[i].merge(listed[i], state) if i in listed else state
+        return self._state(a.holding + b.holding, a.failing + b.failing, listed)
+
+    def settle(self, state: State, block: Scope) -> State:
+        if isinstance(state, Constant):
+            return state
+        holding, failing, before_settling = cast(Tally, state)
+        listed: dict[int, State] = {}
+        for i, before in before_settling:
+            after = self.terms[i].settle(before, block)
+            if self.terms[i].scope & ~block:
+                listed[i] = after
+            elif after is TRUE:
+                holding += 1
+            else:
+                failing += 1
+        return self._state(holding, failing, listed)
+
+    def signature(self, block: Scope) -> Hashable:
+        return tuple(term.signature(block) for term in self.terms if term.scope & block)
+
+
+def variables(scope: Scope) -> list[int]:
+    """The variables of a scope, increasing."""
+    return [v for v in range(scope.bit_length()) if scope >> v & 1]
+
+
+def all_of(terms: Sequence[Term]) -> Term:
+    """The conjunction."""
+    return terms[0] if len(terms) == 1 else HowMany(tuple(terms), len(terms).__eq__)
+
+
+def any_of(terms: Sequence[Term]) -> Term:
+    """The disjunction."""
+    return terms[0] if len(terms) == 1 else HowMany(tuple(terms), (0).__lt__)
