@@ -27,7 +27,7 @@ from circuitroute.engines import Inference, engine_of, layered_engine
 from circuitroute.engines.logspace import nan_rows
 from circuitroute.engines.subset.mode import mode as subset_mode
 from circuitroute.evidence import condition_logits, rows_text, unsatisfiable_rows
-from circuitroute.keys import fold_in
+from circuitroute.keys import as_key, fold_in
 
 MAX_ENUMERATED = 1 << 22
 
@@ -277,15 +277,13 @@ class SubsetDistribution(Distribution):
         device = self.logits.device
         if key is None:
             return torch.randint(-(1 << 63), (1 << 63) - 1, full, dtype=torch.int64, device=device).reshape(-1)
-        given = torch.as_tensor(key, device=device)
-        if given.dtype.is_floating_point or given.dtype.is_complex or given.dtype == torch.bool:
-            raise TypeError(f"key has dtype {given.dtype}: expected int64, e.g. from cr.random_key(seed, step)")
+        given = as_key("key", key).to(device)
         try:
             if given.dim() <= len(self._batch_shape):
                 index = torch.arange(shape.numel(), device=device).reshape(shape + (1,) * len(self._batch_shape))
-                rows = given.to(torch.int64).expand(self._batch_shape)
+                rows = given.expand(self._batch_shape)
                 given = rows if len(shape) == 0 else fold_in(rows, index)
-            return given.to(torch.int64).expand(full).reshape(-1)
+            return given.expand(full).reshape(-1)
         except RuntimeError:
             raise ValueError(
                 f"key has shape {tuple(given.shape)}: it must broadcast to the batch {tuple(self._batch_shape)} or to "

@@ -48,7 +48,7 @@ def random_key(seed: int | Tensor, *indices: int | Tensor) -> Tensor:
     Raises:
         TypeError: an argument is neither an integer nor an integer tensor.
     """
-    parts = [_word("seed", seed)] + [_word(f"indices[{i}]", value) for i, value in enumerate(indices)]
+    parts = [as_key("seed", seed)] + [as_key(f"indices[{i}]", value) for i, value in enumerate(indices)]
     device = next((p.device for p in parts if p.dim() > 0), None)
     key = torch.zeros((), dtype=torch.int64, device=device)
     for part in parts:
@@ -56,7 +56,12 @@ def random_key(seed: int | Tensor, *indices: int | Tensor) -> Tensor:
     return key
 
 
-def _word(name: str, value: int | Tensor) -> Tensor:
+def as_key(name: str, value: int | Tensor) -> Tensor:
+    """An integer of any size (modulo 2^64) or an integer tensor, as int64.
+
+    Raises:
+        TypeError: neither; ``name`` is how the message calls it.
+    """
     if isinstance(value, Tensor):
         if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
             raise TypeError(f"{name} has dtype {value.dtype}: expected an integer tensor")

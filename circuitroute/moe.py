@@ -53,7 +53,12 @@ class MoE(nn.Module):
 
         Returns:
             (output [..., H] in the dtype of ``hidden``, the routing decision).
+
+        Raises:
+            ValueError: ``routing`` is not over these tokens and experts, or comes with ``key`` or ``replay``.
         """
+        if routing is not None and (key is not None or replay is not None):
+            raise ValueError("routing was given together with key or replay: a decision that is made needs neither")
         if routing is None:
             routing = self.router(hidden, key=key, replay=replay)
         rows = hidden.reshape(-1, hidden.shape[-1])

@@ -228,6 +228,7 @@ def test_keys_broadcast_and_mix_with_the_sample_index():
     same = circuit(random_logits().expand(4, N)).sample(key=cr.random_key(9))
     assert (same == same[0]).all()
     assert torch.equal(dist.sample(key=5), dist.sample(key=torch.tensor(5)))
+    assert torch.equal(dist.sample(key=5), dist.sample(key=2**64 + 5))
     with pytest.raises(ValueError, match=r"key has shape \(3,\)"):
         dist.sample(key=torch.arange(3))
     with pytest.raises(TypeError, match="key has dtype"):

@@ -312,3 +312,12 @@ def _backward(layer: cr.MoE, hidden: Tensor, output: Tensor) -> dict[str, Tensor
     output.square().sum().backward()
     inputs = {"hidden": hidden, **dict(layer.named_parameters())}
     return {name: x.grad for name, x in inputs.items() if x.grad is not None}
+
+
+def test_a_decision_that_is_made_takes_no_key_and_no_replay() -> None:
+    layer = cr.MoE(cr.ExactKRouter(4, 3, 2), [torch.nn.Linear(4, 4) for _ in range(3)])
+    hidden = torch.randn(5, 4)
+    _, routing = layer(hidden)
+    for extra in ({"key": 1}, {"replay": routing.mask}):
+        with pytest.raises(ValueError, match="together with key or replay"):
+            layer(hidden, routing=routing, **extra)
