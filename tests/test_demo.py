@@ -362,7 +362,7 @@ def test_interrupted_and_resumed_command_gives_the_uninterrupted_result(
         assert min(png_size(path)) > 200
         assert path.stat().st_size > 5_000
 
-    halved, step = tmp_path / "halved", progress.PlainProgress.step
+    halved, step = tmp_path / "half [way]", progress.PlainProgress.step
 
     def interrupt(self: progress.PlainProgress, number: int, loss: float, rate: float) -> None:
         step(self, number, loss, rate)
@@ -374,7 +374,7 @@ def test_interrupted_and_resumed_command_gives_the_uninterrupted_result(
         assert main(["demo", *arguments, "--out", str(halved)]) == 130
     shown = capsys.readouterr().out
     assert "exact-k (step 3/6)" in shown
-    assert "--resume" in shown
+    assert f"--resume --out '{halved}'" in shown
     partial = results(halved)
     assert not partial["complete"]
     assert [(row["router"], row["steps"]) for row in partial["rows"]] == [("top-k", 6), ("exact-k", 3)]

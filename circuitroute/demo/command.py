@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def _run(options: argparse.Namespace, command: str, stop: Stop) -> int:
     console = optional("rich.console").Console()
     if not console.is_terminal:
         console.width = max(console.width, 120)  # nothing is gained by folding a table in a file
-    console.print(announcement(setting), highlight=False, soft_wrap=True)
+    console.print(announcement(setting), highlight=False, markup=False, soft_wrap=True)
     interrupted = False
     try:
         with progress_on(console) as progress:
@@ -99,7 +100,8 @@ def _run(options: argparse.Namespace, command: str, stop: Stop) -> int:
         interrupted = True
     write_report(setting, options.out, command, console)
     if interrupted:
-        console.print(f"Interrupted. To go on: circuitroute demo --resume --out {options.out}", highlight=False)
+        hint = f"circuitroute demo --resume --out {shlex.quote(str(options.out))}"
+        console.print(f"Interrupted. To go on: {hint}", highlight=False, markup=False, soft_wrap=True)
     return INTERRUPTED if interrupted else 0
 
 

@@ -26,7 +26,7 @@ class DemoConfig:
     no options on the command line. Raises DemoError naming the option, its value and the remedy.
     """
 
-    steps: int = 240
+    steps: int = 200
     seed: int = 0
     layers: int = 4
     experts: int = 16

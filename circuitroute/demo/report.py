@@ -66,7 +66,7 @@ def write_report(setting: Setting, out: Path, command: str, console: Any) -> Non
     if rows:
         console.print(table_of(rows, setting.config.steps))
     for path in (*figures, out / RESULTS):
-        console.print(f"  {path}", highlight=False, soft_wrap=True)
+        console.print(f"  {path}", highlight=False, markup=False, soft_wrap=True)
 
 
 def table_of(rows: Sequence[dict[str, Any]], steps: int) -> Any:
