@@ -4,6 +4,7 @@ Declare a constraint, compile it to a circuit, call the circuit on logits: a dis
 subsets with exact marginals, samples and gradients. Mixture-of-experts routers are thin modules on top.
 """
 
+from circuitroute import divergence as divergence
 from circuitroute import losses as losses
 from circuitroute import metrics as metrics
 from circuitroute.circuit import Circuit as Circuit

@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 from torch import Size, Tensor
-from torch.distributions import Distribution, constraints, register_kl
+from torch.distributions import Distribution, constraints
 from torch.nn import functional as F
 
+from circuitroute.arguments import as_logits, as_potential, common_batch
 from circuitroute.circuit import Circuit
 from circuitroute.engines import Inference, engine_of, layered_engine
 from circuitroute.engines.logspace import nan_rows
@@ -81,12 +82,12 @@ class SubsetDistribution(Distribution):
         validate_args: bool | None = None,
     ) -> None:
         self.circuit = circuit
-        self.logits = _as_logits(logits, circuit.n)
+        self.logits = as_logits(logits, circuit.n)
         self.count_potential: Tensor | None = None
         batch_shape = self.logits.shape[:-1]
         if count_potential is not None:
-            self.count_potential = _as_potential(count_potential, circuit, self.logits)
-            batch_shape = _broadcast(batch_shape, self.count_potential.shape[:-1])
+            self.count_potential = as_potential(count_potential, circuit, self.logits)
+            batch_shape = common_batch(batch_shape, self.count_potential.shape[:-1])
             self.logits = self.logits.expand(*batch_shape, circuit.n)
         self._cached: Inference | None = None
         if _validating(validate_args):
@@ -224,10 +225,10 @@ class SubsetDistribution(Distribution):
         """[...] H = log Z - theta . m - phi . q, in nats. Differentiable."""
         sweep = self._infer()
         logits, potential = self._engine_inputs()
-        finite = _finite(logits)
-        surrogate = sweep.log_partition - (finite * sweep.marginals).sum(-1)
+        bounded = finite(logits)
+        surrogate = sweep.log_partition - (bounded * sweep.marginals).sum(-1)
         if potential is not None and self.count_potential is not None and sweep.count_probs is not None:
-            weighted = _finite(potential) * sweep.count_probs
+            weighted = finite(potential) * sweep.count_probs
             surrogate = surrogate - weighted.sum(-1)
         with torch.no_grad():
             value = self._entropy_value(sweep, logits, potential)
@@ -352,9 +353,9 @@ class SubsetDistribution(Distribution):
         phi = self._potential_of(selected)
         excluded = (selected & (logits == -math.inf)) | (~selected & (logits == math.inf))
         possible = allowed & ~excluded.any(-1) & (phi > -math.inf)
-        finite = _finite(logits)
+        bounded = finite(logits)
         phi = torch.where(possible, phi, 0.0)
-        surrogate = torch.where(selected, finite, 0.0).sum(-1) + phi - self._as_batch(sweep.log_partition)
+        surrogate = torch.where(selected, bounded, 0.0).sum(-1) + phi - self._as_batch(sweep.log_partition)
         with torch.no_grad():
             log_prob = self._log_prob_value(sweep, logits, selected, phi).to(surrogate.dtype)
         result = _with_gradient_of(log_prob, surrogate)
@@ -440,39 +441,6 @@ def _validating(validate_args: bool | None) -> bool:
     return bool(Distribution._validate_args) if validate_args is None else validate_args
 
 
-def _as_logits(logits: Tensor, n: int) -> Tensor:
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"logits={logits!r}: expected a tensor, got {type(logits).__name__}")
-    if not logits.dtype.is_floating_point:
-        raise TypeError(f"logits have dtype {logits.dtype}: expected a floating-point dtype")
-    if logits.dim() == 0 or logits.shape[-1] != n:
-        raise ValueError(f"logits have shape {tuple(logits.shape)}: the last dimension must be n={n}")
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _as_potential(potential: Tensor, circuit: Circuit, logits: Tensor) -> Tensor:
-    if circuit.counts is None:
-        raise ValueError(f"count_potential is for count constraints over all variables; {circuit.constraint!r} is none")
-    if not isinstance(potential, Tensor):
-        raise TypeError(f"count_potential={potential!r}: expected a tensor, got {type(potential).__name__}")
-    J = circuit.max_count + 1
-    if potential.dim() == 0 or potential.shape[-1] != J:
-        raise ValueError(
-            f"count_potential has shape {tuple(potential.shape)}: its last dimension must be max_count + 1 = {J}"
-        )
-    return potential.to(logits)
-
-
-def _broadcast(logits_batch: Size, potential_batch: Size) -> Size:
-    try:
-        return Size(torch.broadcast_shapes(logits_batch, potential_batch))
-    except RuntimeError:
-        raise ValueError(
-            f"count_potential has batch shape {tuple(potential_batch)}, which does not broadcast with that of the "
-            f"logits, {tuple(logits_batch)}"
-        ) from None
-
-
 def _needs_grad(logits: Tensor, potential: Tensor | None) -> bool:
     return logits.requires_grad or (potential is not None and potential.requires_grad)
 
@@ -495,32 +463,6 @@ def _with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
     return value.detach() + (surrogate - surrogate.detach())
 
 
-@register_kl(SubsetDistribution, SubsetDistribution)  # type: ignore[untyped-decorator]
-def _kl_subset_subset(p: SubsetDistribution, q: SubsetDistribution) -> Tensor:
-    """KL(p || q) on one circuit: (theta - theta') . m + (phi - phi') . q - log Z + log Z'; +inf where q excludes
-    something that p allows. Differentiable."""
-    same = p.circuit is q.circuit or (p.circuit.constraint == q.circuit.constraint and p.circuit.n == q.circuit.n)
-    if not same:
-        raise NotImplementedError(f"KL between distributions on different circuits: {p.circuit!r} and {q.circuit!r}")
-    m = p.marginals
-    difference = _finite(p.logits) - _finite(q.logits)
-    result = (difference * m).sum(-1) - p.log_partition + q.log_partition
-    # Infinite where q rules out what p allows; rounding of a certain marginal does not count.
-    slack = 16 * torch.finfo(m.dtype).eps
-    outside = torch.where(q.logits == math.inf, 1 - m, torch.where(q.logits == -math.inf, m, 0.0)) > slack
-    result = torch.where(outside.any(-1), math.inf, result)
-    if p.count_potential is not None or q.count_potential is not None:
-        result = result + _kl_potentials(p, q)
-    return result
-
-
-def _finite(values: Tensor) -> Tensor:
+def finite(values: Tensor) -> Tensor:
+    """``values`` with zero in place of infinities."""
     return torch.where(torch.isinf(values), 0.0, values)
-
-
-def _kl_potentials(p: SubsetDistribution, q: SubsetDistribution) -> Tensor:
-    counts = p.count_probs
-    ours = p.count_potential if p.count_potential is not None else torch.zeros_like(counts)
-    theirs = q.count_potential if q.count_potential is not None else torch.zeros_like(counts)
-    excluded = ((theirs == -math.inf) & (counts > 0)).any(-1)
-    return torch.where(excluded, math.inf, ((_finite(ours) - _finite(theirs)) * counts).sum(-1))

@@ -60,12 +60,6 @@ def test_machine_accepts_exactly_the_allowed_counts_along_any_tree(constraint, w
     assert run_machine(constraint, world, order) == allowed(constraint, sum(world))
 
 
-@given(count_constraints(), st.sets(st.integers(0, 6), min_size=1), st.lists(st.booleans(), min_size=7, max_size=7))
-def test_scoped_machine_ignores_the_other_variables(constraint, scope, world):
-    scoped = constraint.over(scope)
-    assert run_machine(scoped, world, 0) == allowed(constraint, sum(world[i] for i in scope))
-
-
 @given(count_constraints())
 def test_repr_evaluates_back_and_equality_is_by_value(constraint):
     again = eval(repr(constraint), vars(cr))

@@ -10,7 +10,6 @@ Van den Broeck 2020): one sum per (tree node, state), one product per pair of ch
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -80,33 +79,15 @@ class Constraint:
         return Over(self, index_tuple("indices", indices))
 
 
-class _Free(enum.Enum):
-    """The state of a block that holds no variable of the scope: the identity of ``merge``."""
-
-    FREE = enum.auto()
-
-
 @dataclass(frozen=True, repr=False)
 class Over(Constraint):
-    """``constraint`` on the variables ``indices`` only; made by :meth:`Constraint.over`."""
+    """``constraint`` on the variables ``indices`` only; made by :meth:`Constraint.over`.
+
+    Like the other composed constraints it has no machine of its own: compilers take it apart.
+    """
 
     constraint: Constraint
     indices: tuple[int, ...]
-
-    def leaf(self, var: int) -> tuple[State | None, State | None]:
-        if var not in self.indices:
-            return _Free.FREE, _Free.FREE
-        return self.constraint.leaf(self.indices.index(var))
-
-    def merge(self, left: State, right: State) -> State | None:
-        if left is _Free.FREE:
-            return right
-        if right is _Free.FREE:
-            return left
-        return self.constraint.merge(left, right)
-
-    def accepts(self, state: State) -> bool:
-        return self.constraint.accepts(state)
 
     def over(self, indices: Iterable[int]) -> Constraint:
         outer = index_tuple("indices", indices)
