@@ -504,3 +504,11 @@ def test_uniforms_are_uniform_and_uncorrelated():
     for a, b in ((u[1:], u[:-1]), (u[:, 1:], u[:, :-1]), (u[2:], u[:-2])):
         assert stats.pearsonr(a.flatten().numpy(), b.flatten().numpy()).pvalue > 1e-4
     assert torch.equal(uniform(cr.random_key(5, torch.arange(2000)), 10, 5, torch.float64), u[10:15])
+
+
+def test_both_words_of_a_key_enter_its_uniforms():
+    """Of 300,000 streams about ten pairs would be equal if only 32 bits of the key counted."""
+    from circuitroute.keys import uniform
+
+    u = uniform(cr.random_key(8, torch.arange(300_000)), 0, 2, torch.float64)
+    assert len(torch.unique(u, dim=1)[0]) == 300_000

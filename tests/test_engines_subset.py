@@ -269,3 +269,19 @@ def test_empty_and_single_rows(shape):
     (dist.marginals.sum() + dist.log_partition.sum()).backward()
     assert x.grad.shape == shape
     torch.testing.assert_close(dist.marginals.detach(), torch.full(shape, 1 / 3))
+
+
+def test_the_shift_is_finer_than_the_logits():
+    """At 2^26 neighbouring float32 logits lie 8 apart; one float could not place a shift between two of them."""
+    circuit = cr.compile(cr.Exactly(64), 512)
+    g = torch.Generator().manual_seed(0)
+    x = 2.0**26 + 8.0 * torch.randint(0, 3, (T, 512), generator=g)
+    x[:, :60] += 800.0  # four of the many tied at the top of the rest are chosen
+    phi = torch.full((65,), -math.inf)
+    phi[64] = 0.0
+    sweep = eager._Sweep.empty(x, phi, with_marginals=True, with_sample=False)
+    eager._forward_block(sweep, slice(0, T), x, phi, None)
+    assert not sweep.underflow.any()
+    centred = (x - sweep.shift.high[:, None]) - sweep.shift.low[:, None]
+    assert ((torch.sigmoid(centred).sum(1) - 64).abs() < 0.5).all()
+    hold(circuit, x, 2e-6, 1e-5, 1e-5)
