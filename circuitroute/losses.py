@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from circuitroute.routing import Routing
+from circuitroute.routing import Routing, expert_softmax
 
 Probabilities = Literal["marginal", "softmax"]
 
@@ -34,7 +34,7 @@ def load_balance(routing: Routing, probabilities: Probabilities = "marginal") ->
     if probabilities == "marginal":
         expected = routing.marginals
     else:
-        expected = torch.softmax(routing.logits, -1)
+        expected = expert_softmax(routing.logits)
     load, mass = chosen.sum(0), expected.sum(0)
     share, total = load / load.sum().clamp(min=1), mass.sum()
     # Where all probabilities vanish, dividing by their sum would overflow in the gradient.

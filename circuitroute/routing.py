@@ -241,7 +241,7 @@ def _weigh(g: Tensor, mask: Tensor, distribution: SubsetDistribution, combine: C
     """[T, E] gates: the estimator's mask times each expert's weight."""
     logits = distribution.logits
     if combine == "softmax":
-        return g * _softmax(logits)
+        return g * expert_softmax(logits)
     if combine == "sigmoid":
         return g * torch.sigmoid(logits)
     if combine == "marginal":
@@ -249,8 +249,8 @@ def _weigh(g: Tensor, mask: Tensor, distribution: SubsetDistribution, combine: C
     return _normalized(g, mask, logits)
 
 
-def _softmax(logits: Tensor) -> Tensor:
-    """Softmax over all experts; forced ones (+inf) share all of it, and a row of -inf is left uniform."""
+def expert_softmax(logits: Tensor) -> Tensor:
+    """[T, E] softmax over all experts; forced ones (+inf) share all of it, and a row of -inf is left uniform."""
     forced = logits == torch.inf
     some, none = forced.any(-1, keepdim=True), (logits == -torch.inf).all(-1, keepdim=True)
     logits = torch.where(some, torch.where(forced, 0.0, -torch.inf), logits)

@@ -1,6 +1,7 @@
 """Compilation: the circuits against all 2^n worlds, the registry, the cache, and every error."""
 
 import math
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -271,3 +272,13 @@ def _env():
 
     paths = [os.path.dirname(os.path.dirname(m.__file__)) for m in (circuitroute, circuitroute_compilers)]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def test_circuits_travel_between_processes_without_what_they_cached():
+    circuit = cr.compile(cr.Exactly(2).over([0, 1, 3]), 6)
+    marginals = circuit(torch.zeros(6)).marginals
+    again = pickle.loads(pickle.dumps(circuit))
+    assert "_layered_engine" in vars(circuit)
+    assert "_layered_engine" not in vars(again)
+    assert torch.equal(again(torch.zeros(6)).marginals, marginals)
+    assert pickle.loads(pickle.dumps(cr.compile(cr.Exactly(2), 6).with_engine("naive"))).engine_for("cpu") == "naive"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -221,3 +222,12 @@ def test_losses_do_not_depend_on_the_order_of_tokens(loss: Callable[[cr.Routing]
     circuit, order = cr.compile(cr.Between(1, 3), E), torch.arange(T).flip(0)
     forward, backward = cr.route(logits, circuit, key=key), cr.route(logits[order], circuit, key=key[order])
     torch.testing.assert_close(loss(forward), loss(backward), rtol=1e-12, atol=1e-12)
+
+
+def test_the_softmax_form_is_finite_with_forced_and_forbidden_experts() -> None:
+    logits = torch.tensor([[math.inf, 0.0, -math.inf, 1.0], [0.0, 1.0, 2.0, 3.0]], requires_grad=True)
+    routing = cr.route(logits, cr.compile(cr.Exactly(2), 4), key=cr.random_key(0, torch.arange(2)))
+    loss = cr.losses.load_balance(routing, probabilities="softmax")
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert loss.isfinite()
+    assert grad.isfinite().all()

@@ -250,6 +250,10 @@ class Circuit:
         forced = f", engine={self._engine!r}" if self._engine else ""
         return f"Circuit({self._constraint!r}, n={self.n}, nodes={self.num_nodes}, edges={self.num_edges}{forced})"
 
+    def __reduce__(self) -> tuple[type[Circuit], tuple[Graph, Constraint, tuple[int, ...] | None, str | None]]:
+        # What is cached on the way (counts, engines with tensors on some device) is not part of a circuit.
+        return (Circuit, (self._graph, self._constraint, self._counts, self._engine))
+
     def __copy__(self) -> Circuit:
         return self
 

@@ -281,14 +281,12 @@ class _Root:
     """The root's coefficients weighed by potential and shift: what starts the way down.
 
     Attributes:
-        coefficients: [J, B] of the root polynomial.
         adjoint: [J, B] weight of each count over the total, d log Z / d coefficient.
         probs: [J, B] count posterior.
         log_total: [B] float64.
         underflow: [B] bool, a count that matters may have lost its coefficient.
     """
 
-    coefficients: Tensor
     adjoint: Tensor
     probs: Tensor
     log_total: Tensor
@@ -322,7 +320,6 @@ def _weigh_root(
     hidden = lost & (bound > log_total - NEGLIGIBLE[dtype])
     probs = (shares / total).to(dtype)
     return _Root(
-        coefficients,
         adjoint=torch.where(lost, 0.0, probs / coefficients),
         probs=probs,
         log_total=log_total,
