@@ -196,7 +196,7 @@ class SubsetDistribution(Distribution):
         probs = self._infer().count_probs
         if probs is None:
             logits, _ = self._engine_inputs()
-            probs = layered_engine(self.circuit).count_probs(logits, self.circuit.max_count)
+            probs = layered_engine(self.circuit, self.logits.device).count_probs(logits, self.circuit.max_count)
             bad = self._nan_rows()
             probs = probs if bad is None else nan_rows(bad, probs)
         return self._as_batch(probs)
@@ -242,11 +242,12 @@ class SubsetDistribution(Distribution):
         # softplus(x) - x m, written for positive x as (1 - m) x + softplus(-x)
         coins = torch.where(centred > 0, (1 - m) * centred + F.softplus(-centred), coins)
         coins = torch.where(torch.isinf(logits), 0.0, coins).sum(-1)
-        if potential is None or sweep.count_probs is None:
+        if sweep.count_probs is None:
             return coins + sweep.log_root
-        count = torch.arange(potential.shape[-1], device=logits.device, dtype=torch.float64)
+        count = torch.arange(sweep.count_probs.shape[-1], device=logits.device, dtype=torch.float64)
         free = count - (logits == math.inf).sum(-1, keepdim=True)
-        tilt = potential.double() + sweep.shift[:, None] * free - sweep.log_root[:, None]
+        tilt = sweep.shift[:, None] * free - sweep.log_root[:, None]
+        tilt = tilt if potential is None else potential.double() + tilt
         return coins - torch.where(torch.isinf(tilt), 0.0, tilt * sweep.count_probs.double()).sum(-1)
 
     # ------------------------------------------------------------------ samples
@@ -327,7 +328,7 @@ class SubsetDistribution(Distribution):
         with torch.no_grad():
             logits, potential = self._engine_inputs()
             if potential is None:
-                return self._as_batch(layered_engine(self.circuit).mode(logits))
+                return self._as_batch(layered_engine(self.circuit, self.logits.device).mode(logits))
             return self._as_batch(subset_mode(logits, potential))
 
     # ------------------------------------------------------------------ densities

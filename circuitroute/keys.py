@@ -84,10 +84,14 @@ def uniform(key_T: Tensor, first: int, count: int, dtype: torch.dtype) -> Tensor
     Returns:
         [count, T].
     """
+    return uniform_at(key_T, torch.arange(first, first + count, device=key_T.device)[:, None], dtype)
+
+
+def uniform_at(key_T: Tensor, number: Tensor, dtype: torch.dtype) -> Tensor:
+    """The uniforms with these numbers: int64, [..., T] or broadcasting with it; see :func:`uniform`."""
     mixed = mix64(key_T)
     low, high = mixed.to(torch.int32), (mixed >> 32).to(torch.int32)
-    counter = torch.arange(first, first + count, device=key_T.device) * _GOLDEN32
-    x = counter.to(torch.int32)[:, None] ^ low
+    x = (number * _GOLDEN32).to(torch.int32) ^ low
     x = _xor_shift_(x, 16) * _signed(0x7FEB352D, 32)
     x = _xor_shift_(x.bitwise_xor_(high), 15).mul_(_signed(0x846CA68B, 32))
     x = _xor_shift_(x, 16)

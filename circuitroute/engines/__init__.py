@@ -13,12 +13,14 @@ import torch
 from circuitroute.circuit import Circuit
 from circuitroute.engines.base import Engine as Engine
 from circuitroute.engines.base import Inference as Inference
-from circuitroute.engines.layered import NaiveLayered
+from circuitroute.engines.base import LayeredEngine as LayeredEngine
+from circuitroute.engines.layered import NaiveLayered, PyjuiceLayered, TorchLayered
+from circuitroute.engines.layered.pyjuice import missing as missing_for_pyjuice
 from circuitroute.engines.subset import NaiveSubset, TorchSubset
 from circuitroute.errors import EngineError
 
-# Names in order of preference, by op.
-ENGINES: dict[str, tuple[str, ...]] = {"subset": ("torch", "naive"), "layered": ("naive",)}
+# Names in order of preference, by op; "pyjuice" runs only where it is asked for.
+ENGINES: dict[str, tuple[str, ...]] = {"subset": ("torch", "naive"), "layered": ("torch", "naive", "pyjuice")}
 
 _SUBSET: dict[str, Engine] = {"torch": TorchSubset(), "naive": NaiveSubset()}
 
@@ -38,21 +40,33 @@ def require(circuit: Circuit, name: str) -> None:
             f"engine={name!r} runs no circuit of op {circuit.op!r} such as {circuit.constraint!r}; "
             f"use one of {', '.join(ENGINES[circuit.op])}"
         )
+    lacking = missing_for_pyjuice() if name == "pyjuice" else None
+    if lacking is not None:
+        raise EngineError(f"engine='pyjuice' cannot run here: {lacking}")
 
 
 def engine_of(circuit: Circuit, device: torch.device) -> Engine:
     """The engine that runs ``circuit`` on ``device``, ready for use."""
     if circuit.op == "layered":
-        return layered_engine(circuit)
+        return layered_engine(circuit, device)
     return _SUBSET[circuit.engine_for(device)]
 
 
-def layered_engine(circuit: Circuit) -> NaiveLayered:
+def layered_engine(circuit: Circuit, device: torch.device) -> LayeredEngine:
     """The engine of a circuit that is no pure count constraint; kept with the circuit, since it holds a plan."""
-    engine: NaiveLayered | None = circuit.__dict__.get("_layered_engine")
-    if engine is None:
-        engine = circuit.__dict__["_layered_engine"] = NaiveLayered(circuit.graph)
-    return engine
+    name = circuit.engine_for(device)
+    made: dict[str, LayeredEngine] = circuit.__dict__.setdefault("_layered_engines", {})
+    if name not in made:
+        made[name] = _make_layered(circuit, name)
+    return made[name]
+
+
+def _make_layered(circuit: Circuit, name: str) -> LayeredEngine:
+    if name == "naive":
+        return NaiveLayered(circuit.graph)
+    if name == "pyjuice":
+        return PyjuiceLayered(circuit)
+    return TorchLayered(circuit.graph, circuit.max_count)
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,18 @@ class Engine(Protocol):
         ...
 
 
+class LayeredEngine(Engine, Protocol):
+    """An engine of one circuit that is no pure count constraint."""
+
+    def mode(self, logits_TN: Tensor) -> Tensor:
+        """[T, N] bool, a most probable subset; ties go to the first element of a sum, on every engine the same."""
+        ...
+
+    def count_probs(self, logits_TN: Tensor, K: int) -> Tensor:
+        """[T, K + 1] P(|S| = j), differentiable, where :meth:`infer` gives none; K is the largest count."""
+        ...
+
+
 def given(potential: Tensor | None) -> Tensor:
     """The count potential that every engine of the count family is called with."""
     if potential is None:

@@ -1,3 +1,5 @@
 """Any circuit, level by level."""
 
+from circuitroute.engines.layered.eager import TorchLayered as TorchLayered
 from circuitroute.engines.layered.naive import NaiveLayered as NaiveLayered
+from circuitroute.engines.layered.pyjuice import PyjuiceLayered as PyjuiceLayered

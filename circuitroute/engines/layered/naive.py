@@ -81,7 +81,7 @@ class NaiveLayered:
 
     def infer(self, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor | None = None) -> Inference:
         """See :class:`circuitroute.engines.base.Engine`."""
-        log_partition, marginals = (x.detach() for x in self._moments(logits_TN))
+        log_partition, marginals = (x.detach() for x in self.moments(logits_TN))
         with torch.no_grad():
             log_root = self._log_values(logits_TN.double())[-1]
             log_root = nan_rows(is_zero(log_root), log_root)
@@ -90,10 +90,10 @@ class NaiveLayered:
 
     def attach(self, inference: Inference, logits_TN: Tensor, potential: Tensor | None) -> Inference:
         """See :class:`circuitroute.engines.base.Engine`; the graph of the naive engine is its own computation."""
-        log_partition, marginals = self._moments(logits_TN)
+        log_partition, marginals = self.moments(logits_TN)
         return replace(inference, log_partition=log_partition, marginals=marginals)
 
-    def _moments(self, logits_TN: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(self, logits_TN: Tensor) -> tuple[Tensor, Tensor]:
         """(log Z, marginals), differentiable to any order, in the dtype of the logits."""
         differentiable = torch.is_grad_enabled() and logits_TN.requires_grad
         # Marginals are taken by autograd, which must be on even where the caller has switched it off.

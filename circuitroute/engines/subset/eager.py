@@ -19,22 +19,20 @@ decide are drawn again in float64; the naive engine takes what is left. All of t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from circuitroute.engines.autograd import attach
 from circuitroute.engines.base import Inference, given
+from circuitroute.engines.coins import coins, log_normaliser
+from circuitroute.engines.root import Root, weigh
+from circuitroute.engines.shift import Evidence, Shift, solve_shift
 from circuitroute.engines.subset import sampling, tree
 from circuitroute.engines.subset.mode import best_count, best_scores, count_ceilings
 from circuitroute.engines.subset.naive import NaiveSubset, allowed_range
-from circuitroute.engines.subset.shift import Evidence, Shift, solve_shift
 
-# Root coefficients below this may have lost factors to underflow on the way up, and a count may only have one
-# if its share of Z is then below e^-NEGLIGIBLE.
-SMALLEST_COEFFICIENT = {torch.float32: 1e-25, torch.float64: 1e-250}
-NEGLIGIBLE = {torch.float32: 23.0, torch.float64: 42.0}
 # Logits per block of tokens: few enough to stay near the cache, enough to drown the cost of launching operations.
 BLOCK_ELEMENTS = {"cpu": 1 << 18}
 BLOCK_ELEMENTS_ELSEWHERE = 1 << 24
@@ -57,8 +55,27 @@ class TorchSubset:
 
     def attach(self, inference: Inference, logits_TN: Tensor, potential: Tensor | None) -> Inference:
         """See :class:`circuitroute.engines.base.Engine`."""
-        log_partition, marginals, count_probs = _moments(logits_TN, given(potential), inference)
-        return replace(inference, log_partition=log_partition, marginals=marginals, count_probs=count_probs)
+        return attach(self, inference, logits_TN, given(potential))
+
+    def second_derivative(
+        self, logits_TN: Tensor, potential: Tensor | None, inference: Inference, u_TN: Tensor, v_TJ: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`circuitroute.engines.autograd.Differentiable`."""
+        potential = given(potential)
+        v = logits_TN.new_zeros(len(logits_TN), potential.shape[-1]) if v_TJ is None else v_TJ
+        dm, dq = torch.empty_like(u_TN), torch.empty_like(v)
+        for rows in _blocks(logits_TN):
+            shift = Shift.from_exact(inference.shift[rows], logits_TN.dtype)
+            _second_derivative_block(logits_TN, potential, shift, u_TN, v, rows, dm, dq)
+        under = None if inference.fallback is None else inference.fallback.nonzero().squeeze(1)
+        if under is not None and len(under):
+            phi = _rows_of(potential, under)
+            dm[under], dq[under] = _naive_second_derivative(logits_TN[under], phi, u_TN[under], v[under])
+        return dm, dq
+
+    def naive_moments(self, logits_TN: Tensor, potential: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """See :class:`circuitroute.engines.autograd.Differentiable`."""
+        return NaiveSubset().moments(logits_TN, given(potential))
 
     @torch.no_grad()
     def sample(self, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor) -> Tensor:
@@ -155,34 +172,6 @@ class _Aim:
         return _Aim(best_count(scores).to(logits_TN.dtype), count_ceilings(scores, logits_TN.shape[1]))
 
 
-class _Moments(torch.autograd.Function):
-    """(logits, potential) -> (log Z, marginals, count posterior), whose values are known already."""
-
-    @staticmethod
-    def forward(ctx: Any, logits_TN: Tensor, potential: Tensor, inference: Inference) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(logits_TN, potential)
-        ctx.inference = inference
-        ctx.set_materialize_grads(False)
-        values = (inference.log_partition, inference.marginals, inference.count_probs)
-        return tuple(x.detach() for x in values if x is not None)
-
-    @staticmethod
-    def backward(
-        ctx: Any, w_T: Tensor | None, u_TN: Tensor | None, v_TJ: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None]:
-        logits, potential = ctx.saved_tensors
-        backward = _differentiable_backward if torch.is_grad_enabled() else _backward
-        grad_logits, grad_phi = backward(logits, potential, ctx.inference, w_T, u_TN, v_TJ)
-        wanted = ctx.needs_input_grad
-        return grad_logits if wanted[0] else None, grad_phi if wanted[1] else None, None
-
-
-def _moments(logits: Tensor, potential: Tensor, inference: Inference) -> tuple[Tensor, Tensor, Tensor]:
-    """The known values as differentiable functions of their inputs."""
-    moments: tuple[Tensor, Tensor, Tensor] = _Moments.apply(logits, potential, inference)  # type: ignore[no-untyped-call]
-    return moments
-
-
 def _blocks(logits_TN: Tensor) -> list[slice]:
     T, N = logits_TN.shape
     size = max(1, BLOCK_ELEMENTS.get(logits_TN.device.type, BLOCK_ELEMENTS_ELSEWHERE) // N)
@@ -202,9 +191,9 @@ def _forward_block(
     phi_JB = _potential_block(potential, rows)
     evidence = Evidence.of(logits_NB)
     shift = _solve(logits_NB, phi_JB, evidence, None if aim is None else aim.counts[rows])
-    absent, present = _coins(logits_NB, shift, evidence)
+    absent, present = coins(logits_NB, shift, evidence)
     levels = tree.up(tree.leaves(absent, present), phi_JB.shape[0] - 1)
-    log_coins = _log_coins(logits_NB, shift, absent, present, evidence)
+    log_coins = log_normaliser(logits_NB, shift, absent, present, evidence)
     ceiling_JB = None if aim is None else aim.ceilings[rows].t() - log_coins
     root = _weigh_root(levels, phi_JB, shift, evidence, ceiling_JB)
 
@@ -252,79 +241,16 @@ def _solve(logits_NB: Tensor, phi_JB: Tensor, evidence: Evidence | None, centre_
     return solve_shift(logits_NB, evidence, low.expand(B), high.expand(B), slope.expand(B))
 
 
-def _coins(logits_NB: Tensor, shift: Shift, evidence: Evidence | None) -> tuple[Tensor, Tensor]:
-    """Probabilities (absent, present) of coins with logits theta - s, each [N, B]."""
-    centred = shift.centred(logits_NB)
-    odds_against = centred.neg().clamp_(max=83.0 if centred.dtype == torch.float32 else 700.0).exp_()
-    present = (odds_against + 1.0).reciprocal_()
-    absent = odds_against.mul_(present)
-    if evidence is not None:
-        present.masked_fill_(centred == -torch.inf, 0.0)
-    return absent, present
-
-
-def _log_coins(logits_NB: Tensor, shift: Shift, absent: Tensor, present: Tensor, evidence: Evidence | None) -> Tensor:
-    """[B] float64 log normaliser of the coins, the sum of max(x, 0) - log(max(sigmoid(x), sigmoid(-x))).
-
-    The first part is summed as the logits above s, less s times their number: the logits are exact and most of
-    s cancels against the root's s |S|, where a sum of rounded differences would keep their errors.
-    """
-    above = present > absent
-    if evidence is not None:
-        above &= torch.isfinite(logits_NB)
-    excess = torch.where(above, logits_NB, 0.0).sum(0, dtype=torch.float64) - shift.exact() * above.sum(0)
-    return excess - torch.maximum(present, absent).log_().sum(0, dtype=torch.float64)
-
-
-@dataclass(frozen=True)
-class _Root:
-    """The root's coefficients weighed by potential and shift: what starts the way down.
-
-    Attributes:
-        adjoint: [J, B] weight of each count over the total, d log Z / d coefficient.
-        probs: [J, B] count posterior.
-        log_total: [B] float64.
-        underflow: [B] bool, a count that matters may have lost its coefficient.
-    """
-
-    adjoint: Tensor
-    probs: Tensor
-    log_total: Tensor
-    underflow: Tensor
-
-
 def _weigh_root(
     levels: list[Tensor],
     phi_JB: Tensor,
     shift: Shift,
     evidence: Evidence | None,
     ceiling_JB: Tensor | None = None,
-) -> _Root:
-    """Weigh count j by exp(potential_j + s (j - forced)), in log space: the weights alone may span any range.
-
-    Coefficients too small to trust are left out. That is harmless where the count's share of the total is negligible,
-    by the bounds ``ceiling_JB`` on the logs of the shares, or by what the smallest trusted coefficient would give.
-    """
+) -> Root:
     coefficients = levels[-1][: phi_JB.shape[0], 0]
-    dtype, floor = coefficients.dtype, SMALLEST_COEFFICIENT[coefficients.dtype]
-    lost = coefficients < floor
-    count = torch.arange(len(coefficients), device=phi_JB.device, dtype=torch.float64)[:, None]
-    free = count if evidence is None else count - evidence.forced
-    log_weights = phi_JB.double() + shift.exact() * free
-    scores = (log_weights + coefficients.double().log()).masked_fill_(lost, -math.inf)
-    largest = scores.amax(0)
-    shares = (scores - largest).exp_()
-    total = shares.sum(0)
-    log_total = largest + total.log()
-    bound = log_weights + math.log(floor) if ceiling_JB is None else ceiling_JB
-    hidden = lost & (bound > log_total - NEGLIGIBLE[dtype])
-    probs = (shares / total).to(dtype)
-    return _Root(
-        adjoint=torch.where(lost, 0.0, probs / coefficients),
-        probs=probs,
-        log_total=log_total,
-        underflow=hidden.any(0) | ~torch.isfinite(log_total),
-    )
+    counts = torch.arange(len(coefficients), device=phi_JB.device, dtype=torch.float64)
+    return weigh(coefficients, counts, phi_JB, shift, evidence, ceiling_JB)
 
 
 def _mend(sweep: _Sweep, logits_TN: Tensor, potential: Tensor, key_T: Tensor | None) -> None:
@@ -369,39 +295,6 @@ def _rows_of(potential: Tensor, rows: Tensor) -> Tensor:
     return potential if potential.dim() == 1 else potential[rows]
 
 
-def _backward(
-    logits_TN: Tensor,
-    potential: Tensor,
-    inference: Inference,
-    w_T: Tensor | None,
-    u_TN: Tensor | None,
-    v_TJ: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Gradients in logits and potential for upstream (w, u, v) of (log Z, m, q): w m + dm and w q + dq."""
-    marginals_TN, count_probs_TJ = inference.marginals, inference.count_probs
-    if count_probs_TJ is None:
-        raise RuntimeError("the count family has count probabilities")  # cannot happen
-    if u_TN is None and v_TJ is None:
-        grad_logits, grad_phi = torch.zeros_like(marginals_TN), torch.zeros_like(count_probs_TJ)
-    else:
-        u = torch.zeros_like(marginals_TN) if u_TN is None else u_TN
-        v = torch.zeros_like(count_probs_TJ) if v_TJ is None else v_TJ
-        grad_logits, grad_phi = torch.empty_like(marginals_TN), torch.empty_like(count_probs_TJ)
-        for rows in _blocks(logits_TN):
-            shift = Shift.from_exact(inference.shift[rows], logits_TN.dtype)
-            _second_derivative_block(logits_TN, potential, shift, u, v, rows, grad_logits, grad_phi)
-        under = None if inference.fallback is None else inference.fallback.nonzero().squeeze(1)
-        if under is not None and len(under):
-            parts = _naive_second_derivative(logits_TN[under], _rows_of(potential, under), u[under], v[under])
-            grad_logits[under], grad_phi[under] = parts
-    if w_T is not None:
-        grad_logits.addcmul_(marginals_TN, w_T[:, None])
-        grad_phi.addcmul_(count_probs_TJ, w_T[:, None])
-    # Infinite logits are evidence: nothing is a function of them.
-    grad_logits.masked_fill_(torch.isinf(logits_TN), 0.0)
-    return grad_logits, grad_phi if potential.dim() == 2 else grad_phi.sum(0)
-
-
 def _second_derivative_block(
     logits_TN: Tensor,
     potential: Tensor,
@@ -422,7 +315,7 @@ def _second_derivative_block(
     phi_JB = _potential_block(potential, rows)
     N, J = logits_NB.shape[0], phi_JB.shape[0]
     evidence = Evidence.of(logits_NB)
-    absent, present = _coins(logits_NB, shift, evidence)
+    absent, present = coins(logits_NB, shift, evidence)
     levels = tree.up(tree.leaves(absent, present), J - 1)
     tangent = torch.zeros_like(levels[0])
     torch.mul(present, u_TN[rows].t(), out=tangent[1, :N])
@@ -446,33 +339,3 @@ def _naive_second_derivative(logits: Tensor, potential: Tensor, u: Tensor, v: Te
         _, marginals, count_probs = NaiveSubset().moments(logits, phi)
         dm, dq = torch.autograd.grad((marginals * u).sum() + (count_probs * v).sum(), (logits, phi))
     return dm.to(u.dtype), dq.to(u.dtype)
-
-
-def _differentiable_backward(
-    logits: Tensor,
-    potential: Tensor,
-    inference: Inference,
-    w: Tensor | None,
-    u: Tensor | None,
-    v: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients that can be differentiated again (create_graph=True).
-
-    Those of log Z are this engine's own differentiable marginals; second derivatives go through the naive engine.
-    """
-    grads: list[Tensor | None] = [None, None]
-    if u is not None or v is not None:
-        _, marginals, count_probs = NaiveSubset().moments(logits, potential)
-        inner = logits.new_zeros(())
-        inner = inner if u is None else inner + (marginals * u).sum()
-        inner = inner if v is None else inner + (count_probs * v).sum()
-        inputs = [x for x in (logits, potential) if x.requires_grad]
-        found = iter(torch.autograd.grad(inner, inputs, create_graph=True))
-        grads = [next(found) if x.requires_grad else None for x in (logits, potential)]
-    if w is not None:
-        _, marginals, count_probs = _moments(logits, potential, inference)
-        by_logits = (marginals * w[:, None]).masked_fill(torch.isinf(logits), 0.0)
-        by_phi = count_probs * w[:, None]
-        by_phi = by_phi if potential.dim() == 2 else by_phi.sum(0)
-        grads = [x if g is None else x + g for g, x in zip(grads, (by_logits, by_phi), strict=True)]
-    return grads[0], grads[1]

@@ -1,0 +1,66 @@
+"""A circuit that also knows how many variables are selected: every node split by its count.
+
+The product of a circuit with a counter on the circuit's own tree. Below the root every node of the result has one definite
+number of selected variables, and the root's elements come in order of theirs.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+
+from circuitroute.circuit.graph import Graph, NodeKind
+
+# (left, right) node pairs
+Pairs = list[tuple[int, int]]
+
+
+def split_by_count(graph: Graph) -> Graph:
+    """The same subsets from nodes of definite count: node v becomes one node per count its subsets have."""
+    split = _Split()
+    parts: list[dict[int, int]] = []  # of every node: count -> new node
+    first, left, right = graph.first.tolist(), graph.left.tolist(), graph.right.tolist()
+    root = graph.num_nodes - 1
+    for node, (kind, variable) in enumerate(zip(graph.kind.tolist(), graph.variable.tolist(), strict=True)):
+        if kind != NodeKind.SUM:
+            parts.append({int(kind == NodeKind.PRESENT): split.add(kind, variable, [])})
+            continue
+        by_count: dict[int, Pairs] = defaultdict(list)
+        for e in range(first[node], first[node + 1]):
+            for i, a in parts[left[e]].items():
+                for j, b in parts[right[e]].items():
+                    by_count[i + j].append((a, b))
+        if node == root:
+            split.add(kind, variable, [pair for count in sorted(by_count) for pair in by_count[count]])
+        else:
+            parts.append({count: split.add(kind, variable, pairs) for count, pairs in sorted(by_count.items())})
+    return split.graph(graph.n)
+
+
+class _Split:
+    """The nodes written so far."""
+
+    def __init__(self) -> None:
+        self._kind: list[int] = []
+        self._variable: list[int] = []
+        self._first = [0]
+        self._pairs: Pairs = []
+
+    def add(self, kind: int, variable: int, pairs: Pairs) -> int:
+        self._kind.append(kind)
+        self._variable.append(variable)
+        self._pairs += pairs
+        self._first.append(len(self._pairs))
+        return len(self._kind) - 1
+
+    def graph(self, n: int) -> Graph:
+        pairs = np.array(self._pairs, dtype=np.int32).reshape(-1, 2)
+        return Graph(
+            n=n,
+            kind=np.array(self._kind, dtype=np.uint8),
+            variable=np.array(self._variable, dtype=np.int32),
+            first=np.array(self._first, dtype=np.int64),
+            left=pairs[:, 0].copy(),
+            right=pairs[:, 1].copy(),
+        )

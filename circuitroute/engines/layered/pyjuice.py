@@ -1,0 +1,130 @@
+"""The engine ``pyjuice`` of arbitrary circuits: PyJuice's kernels. Runs on machines with a CUDA GPU only.
+
+What it does through PyJuice, for float32 logits: log Z by the forward pass, and marginals by the backward pass, whose
+flow through the input "i is present" is the probability of just that. Everything is in float32 log space, so errors
+grow with the logits. What PyJuice does not offer is left to the engine ``torch``, and this is all of it:
+
+- float64 logits (PyJuice computes in float32);
+- samples that are a function of a key, the mode with its rule for ties, the posterior of the count;
+- derivatives of the marginals.
+
+Forced only, by ``circuit.with_engine("pyjuice")``: never chosen by itself.
+
+Legend: T tokens, N variables.
+"""
+
+from __future__ import annotations
+
+import math
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from circuitroute.engines.autograd import attach
+from circuitroute.engines.base import Inference
+from circuitroute.engines.layered.eager import TorchLayered
+from circuitroute.engines.logspace import log_coins, log_literals, nan_rows
+from circuitroute.errors import EngineError
+
+if TYPE_CHECKING:
+    from circuitroute.circuit import Circuit
+
+# Finite, since PyJuice's kernels subtract log-values from one another; far below any sum of real ones.
+LOG_ZERO = -1e30
+# Values held at once, one per node, product and token, twice over; bounds memory whatever the circuit.
+MAX_VALUES = 1 << 28
+
+
+def missing() -> str | None:
+    """What this machine lacks to run the engine, and the remedy; None if nothing."""
+    if find_spec("pyjuice") is None:
+        return "the package pyjuice is not installed: pip install 'circuitroute[pyjuice]'"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA GPU, and PyJuice's kernels run on nothing else: use engine 'torch' here"
+    return None
+
+
+class PyjuiceLayered:
+    """PyJuice inference for any smooth, decomposable, deterministic circuit."""
+
+    name = "pyjuice"
+
+    def __init__(self, circuit: Circuit) -> None:
+        self._circuit = circuit
+        self._torch = TorchLayered(circuit.graph, circuit.max_count)
+        self._compiled: dict[torch.device, Any] = {}
+
+    @torch.no_grad()
+    def infer(self, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor | None = None) -> Inference:
+        """See :class:`circuitroute.engines.base.Engine`."""
+        if logits_TN.dtype == torch.float64:
+            return self._torch.infer(logits_TN, None, key_T)
+        logits = logits_TN.double()
+        unshifted = logits.new_zeros(len(logits))
+        coins = torch.stack(log_literals(logits, unshifted)).permute(2, 1, 0)
+        value, flows = self._in_chunks(coins.clamp(min=LOG_ZERO).float().contiguous())
+        empty = value < LOG_ZERO / 2
+        log_root = nan_rows(empty, value.double() + math.log(self._circuit.model_count()))
+        log_partition = (log_root + log_coins(logits, unshifted)).to(logits_TN.dtype)
+        mask = None if key_T is None else self.sample(logits_TN, None, key_T)
+        return Inference(log_partition, nan_rows(empty, flows[..., 1]), None, unshifted, log_root, mask)
+
+    def _in_chunks(self, coins_TN2: Tensor) -> tuple[Tensor, Tensor]:
+        """([T], [T, N, 2]): the log-value of the root, and the probability of every literal."""
+        rows = max(1, MAX_VALUES // (2 * (self._circuit.num_nodes + self._circuit.num_edges)))
+        parts = [self._sweep(chunk.contiguous()) for chunk in coins_TN2.split(rows)]
+        return torch.cat([value for value, _ in parts]), torch.cat([flows for _, flows in parts])
+
+    def _sweep(self, coins_TN2: Tensor) -> tuple[Tensor, Tensor]:
+        """One forward and backward pass of PyJuice."""
+        program = self._program(coins_TN2.device)
+        data = torch.zeros(coins_TN2.shape[:2], dtype=torch.int64, device=coins_TN2.device)
+        value = program(data, external_soft_evi=coins_TN2)[:, 0]
+        log_flows = torch.full_like(coins_TN2, -math.inf)
+        program.backward(data, external_soft_evi_grad=log_flows, compute_param_flows=False, logspace_flows=True)
+        return value, log_flows.exp()
+
+    def _program(self, device: torch.device) -> Any:
+        if device.type != "cuda":
+            raise EngineError(
+                f"engine='pyjuice' was given logits on {device}: PyJuice runs on CUDA GPUs only; "
+                "move the logits to one, or use engine 'torch'"
+            )
+        if device not in self._compiled:
+            import pyjuice
+
+            self._compiled[device] = pyjuice.compile(self._circuit.to_pyjuice(), device=device, verbose=False)
+            self._compiled[device].to(device)
+        return self._compiled[device]
+
+    def attach(self, inference: Inference, logits_TN: Tensor, potential: Tensor | None) -> Inference:
+        """See :class:`circuitroute.engines.base.Engine`."""
+        if logits_TN.dtype == torch.float64:
+            return self._torch.attach(inference, logits_TN, None)
+        return attach(self, inference, logits_TN, None)
+
+    def second_derivative(
+        self, logits_TN: Tensor, potential: Tensor | None, inference: Inference, u_TN: Tensor, v_TJ: Tensor | None
+    ) -> tuple[Tensor, None]:
+        """See :class:`circuitroute.engines.autograd.Differentiable`; by the engine ``torch``."""
+        exact = self._torch.infer(logits_TN, None)
+        return self._torch.second_derivative(logits_TN, None, exact, u_TN, None)
+
+    def naive_moments(self, logits_TN: Tensor, potential: Tensor | None) -> tuple[Tensor, Tensor, None]:
+        """See :class:`circuitroute.engines.autograd.Differentiable`."""
+        log_partition, marginals, _ = self._torch.naive_moments(logits_TN, None)
+        return log_partition, marginals, None
+
+    def sample(self, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor) -> Tensor:
+        """See :class:`circuitroute.engines.base.Engine`; by the engine ``torch``."""
+        return self._torch.sample(logits_TN, None, key_T)
+
+    def mode(self, logits_TN: Tensor) -> Tensor:
+        """See :class:`circuitroute.engines.base.LayeredEngine`; by the engine ``torch``."""
+        return self._torch.mode(logits_TN)
+
+    def count_probs(self, logits_TN: Tensor, K: int) -> Tensor:
+        """See :class:`circuitroute.engines.base.LayeredEngine`; by the engine ``torch``."""
+        return self._torch.count_probs(logits_TN, K)

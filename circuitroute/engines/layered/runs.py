@@ -1,0 +1,104 @@
+"""Batched products of states: out[o] += x[i] * y[j] over a list of triples, as few tensor operations.
+
+Legend: m blocks that are alike, B tokens; a *slab* is the values [m, B] of one state in all of them.
+
+A table of a count circuit says (a, b) -> a + b: for each a, the slabs of all b are multiplied by that of a and added
+to consecutive slabs, one truncated convolution. So triples are cut into *runs*, along which each of the three
+indices stands still or moves by one, and a run is one operation on slices. Adjoints are the same contraction with the
+roles exchanged, d x[i] += d out[o] * y[j], cut into runs of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+IntArray: TypeAlias = npt.NDArray[np.int64]
+
+# Steps (x, y, out) along a run. Where out stands still the run is a sum of products.
+DIRECTIONS = ((0, 1, 1), (1, 0, 1), (1, 1, 1), (1, -1, 0), (1, 1, 0), (0, 1, 0), (1, 0, 0))
+
+
+@dataclass(frozen=True)
+class Run:
+    """``length`` triples from (x, y, out) on, each index moving by its step."""
+
+    x: int
+    y: int
+    out: int
+    length: int
+    step: tuple[int, int, int]
+
+    def slices(self) -> tuple[slice, slice, slice]:
+        """Where x, y and out lie; y in increasing order even if it steps down."""
+        starts = (self.x, self.y - (self.length - 1 if self.step[1] < 0 else 0), self.out)
+        x, y, out = (slice(at, at + (self.length if step else 1)) for at, step in zip(starts, self.step, strict=True))
+        return x, y, out
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """out[o] += x[i] * y[j] over all triples of a table."""
+
+    runs: tuple[Run, ...]
+
+    @staticmethod
+    def of(x: IntArray, y: IntArray, out: IntArray) -> Contraction:
+        """Cut into runs along the direction that needs fewest."""
+        candidates: list[list[Run]] = [_runs(x, y, out, step) for step in DIRECTIONS]
+        fewest = min(len(runs) for runs in candidates)
+        return Contraction(tuple(next(runs for runs in candidates if len(runs) == fewest)))
+
+    def add(self, out: Tensor, x: Tensor, y: Tensor) -> None:
+        """In place on ``out`` [o, m, B], from ``x`` [i, m, B] and ``y`` [j, m, B]."""
+        for run in self.runs:
+            i, j, o = run.slices()
+            if run.step[2] or run.length == 1:
+                out[o].addcmul_(x[i], y[j])
+            elif run.step[1] < 0:
+                out[run.out].add_((x[i] * y[j].flip(0)).sum(0))
+            elif run.step[:2] == (1, 1):
+                out[run.out].add_((x[i] * y[j]).sum(0))
+            else:  # one of the factors is common
+                out[run.out].addcmul_(x[i].sum(0), y[j].sum(0))
+
+
+class LargestSum:
+    """The same triples in (max, +): out[o] = max(out[o], x[i] + y[j]), for the mode."""
+
+    def __init__(self, contraction: Contraction) -> None:
+        self._runs = contraction.runs
+
+    def update(self, out: Tensor, x: Tensor, y: Tensor) -> None:
+        """In place on ``out``; shapes as in :meth:`Contraction.add`."""
+        for run in self._runs:
+            i, j, o = run.slices()
+            if run.step[2] or run.length == 1:
+                found = x[i] + y[j]
+                out[o].copy_(out[o].maximum(found))
+                continue
+            found = (x[i] + (y[j].flip(0) if run.step[1] < 0 else y[j])).amax(0)
+            out[run.out].copy_(out[run.out].maximum(found))
+
+
+def _runs(x: IntArray, y: IntArray, out: IntArray, step: tuple[int, int, int]) -> list[Run]:
+    """Maximal runs along ``step``: triples are sorted by the line they lie on, then by place on it."""
+    axis = next(k for k in (2, 0, 1) if step[k] == 1)
+    at = (x, y, out)[axis]
+    lines = [index - s * at for index, s in zip((x, y, out), step, strict=True)]
+    order = np.lexsort((at, *lines))
+    same = np.ones(max(len(at) - 1, 0), dtype=np.bool_)
+    for line in lines:
+        same &= np.diff(line[order]) == 0
+    same &= np.diff(at[order]) == 1
+    starts = np.flatnonzero(np.concatenate([[True], ~same])) if len(at) else np.zeros(0, dtype=np.int64)
+    lengths = np.diff(np.concatenate([starts, [len(at)]]))
+    first = order[starts]
+    return [
+        Run(int(x[f]), int(y[f]), int(out[f]), int(length), step if length > 1 else (0, 0, 0))
+        for f, length in zip(first.tolist(), lengths.tolist(), strict=True)
+    ]
