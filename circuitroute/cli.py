@@ -1,4 +1,4 @@
-"""The command line: `circuitroute demo`."""
+"""The command line: `circuitroute demo` and `circuitroute explain`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 
 import circuitroute as cr
 from circuitroute.demo import command as demo
+from circuitroute.explain import command as explain
 
 # Each adds one subcommand, whose parser sets `run`: (options, command line) -> exit code.
-COMMANDS: tuple[Callable[[Any], None], ...] = (demo.add_parser,)
+COMMANDS: tuple[Callable[[Any], None], ...] = (demo.add_parser, explain.add_parser)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -30,7 +30,7 @@ def validation_curves(
 ) -> Path:
     """One line per name, name -> (steps, values). Raises ValueError when there is none or lengths differ."""
     _require_some(curves, "curves")
-    figure = _figure(7.0, 4.2)
+    figure = new_figure(7.0, 4.2)
     axes = figure.subplots()
     for i, (name, (steps, values)) in enumerate(curves.items()):
         if len(steps) != len(values):
@@ -62,7 +62,7 @@ def utilization_heatmaps(
         if values_LE.ndim != 2:
             raise ValueError(f"utilization[{name!r}] must have shape [layers, experts], got {list(values_LE.shape)}")
     layers, experts = np.max([values_LE.shape for values_LE in panels_LE.values()], axis=0)
-    figure = _figure(2.0 + 0.38 * max(experts, 8), len(panels_LE) * (0.9 + 0.3 * layers) + 0.6)
+    figure = new_figure(2.0 + 0.38 * max(experts, 8), len(panels_LE) * (0.9 + 0.3 * layers) + 0.6)
     all_axes = figure.subplots(len(panels_LE), 1, squeeze=False)[:, 0]
     top = max(float(values_LE.max(initial=0.0)) for values_LE in panels_LE.values())
     for axes, (name, values_LE) in zip(all_axes, panels_LE.items(), strict=True):
@@ -84,7 +84,7 @@ def executed_histogram(counts: Mapping[str, Array], path: str | os.PathLike[str]
     """
     _require_some(counts, "counts")
     shares = {name: _shares(name, values) for name, values in counts.items()}
-    figure = _figure(7.0, 4.2)
+    figure = new_figure(7.0, 4.2)
     axes = figure.subplots()
     width = 0.8 / len(shares)
     for i, (name, share_K) in enumerate(shares.items()):
@@ -116,7 +116,7 @@ def _integer_ticks(axis: Any, size: int) -> None:
     axis.set_ticks(np.arange(0, size, max(1, -(-size // 16))))
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     """A figure of its own: no pyplot, so neither its backend nor its list of open figures is touched."""
     try:
         figure = import_module("matplotlib.figure")

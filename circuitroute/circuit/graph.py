@@ -143,12 +143,16 @@ def model_count(graph: Graph) -> int:
     return int(graph.fold(ones, np.multiply, np.add)[-1])
 
 
+def count_ranges(graph: Graph) -> tuple[IntArray, IntArray]:
+    """([M], [M]): the smallest and largest number of selected variables among what satisfies each node."""
+    present = (graph.kind == NodeKind.PRESENT).astype(np.int64)
+    return graph.fold(present, np.add, np.minimum), graph.fold(present, np.add, np.maximum)
+
+
 def count_range(graph: Graph) -> tuple[int, int]:
     """Smallest and largest number of selected variables in any satisfying assignment."""
-    present = (graph.kind == NodeKind.PRESENT).astype(np.int64)
-    fewest = graph.fold(present, np.add, np.minimum)[-1]
-    most = graph.fold(present, np.add, np.maximum)[-1]
-    return int(fewest), int(most)
+    fewest, most = count_ranges(graph)
+    return int(fewest[-1]), int(most[-1])
 
 
 def enumerate_models(graph: Graph) -> npt.NDArray[np.bool_]:

@@ -1,0 +1,1 @@
+"""`circuitroute explain`: what a constraint compiles to, and what it will cost."""
