@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 # Imported on first use; each registers one op and its providers.
-MODULES = ("benchmarks.subset",)
+MODULES = ("benchmarks.subset", "benchmarks.layered")
 
 
 # What is timed: a pass's name in the rows.
@@ -31,7 +31,7 @@ class Outputs:
     """What a forward pass leaves: the tensor that the loss sees, and the values to check."""
 
     result: Tensor
-    values: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
 
 
 Forward = Callable[[Tensor], Outputs]
