@@ -249,7 +249,7 @@ class _Block:
 
     def is_regular(self, alike: int) -> bool:
         """Whether ``alike`` blocks of this kind are worth a dense step."""
-        runs = len(Contraction.of(self.table.left, self.table.right, self.table.out).runs)
+        runs = Contraction.count(self.table.left, self.table.right, self.table.out)
         return len(self.table.out) * alike >= MIN_PRODUCTS_PER_RUN * runs
 
     def signature(self) -> tuple[int, int, bytes]:

@@ -49,9 +49,12 @@ class Contraction:
     @staticmethod
     def of(x: IntArray, y: IntArray, out: IntArray) -> Contraction:
         """Cut into runs along the direction that needs fewest."""
-        candidates: list[list[Run]] = [_runs(x, y, out, step) for step in DIRECTIONS]
-        fewest = min(len(runs) for runs in candidates)
-        return Contraction(tuple(next(runs for runs in candidates if len(runs) == fewest)))
+        return Contraction(_best_cut(x, y, out).runs())
+
+    @staticmethod
+    def count(x: IntArray, y: IntArray, out: IntArray) -> int:
+        """How many runs :meth:`of` would make."""
+        return len(_best_cut(x, y, out).starts)
 
     def add(self, out: Tensor, x: Tensor, y: Tensor) -> None:
         """In place on ``out`` [o, m, B], from ``x`` [i, m, B] and ``y`` [j, m, B]."""
@@ -85,20 +88,34 @@ class LargestSum:
             out[run.out].copy_(out[run.out].maximum(found))
 
 
-def _runs(x: IntArray, y: IntArray, out: IntArray, step: tuple[int, int, int]) -> list[Run]:
-    """Maximal runs along ``step``: triples are sorted by the line they lie on, then by place on it."""
-    axis = next(k for k in (2, 0, 1) if step[k] == 1)
-    at = (x, y, out)[axis]
-    lines = [index - s * at for index, s in zip((x, y, out), step, strict=True)]
-    order = np.lexsort((at, *lines))
-    same = np.ones(max(len(at) - 1, 0), dtype=np.bool_)
-    for line in lines:
-        same &= np.diff(line[order]) == 0
-    same &= np.diff(at[order]) == 1
-    starts = np.flatnonzero(np.concatenate([[True], ~same])) if len(at) else np.zeros(0, dtype=np.int64)
-    lengths = np.diff(np.concatenate([starts, [len(at)]]))
-    first = order[starts]
-    return [
-        Run(int(x[f]), int(y[f]), int(out[f]), int(length), step if length > 1 else (0, 0, 0))
-        for f, length in zip(first.tolist(), lengths.tolist(), strict=True)
-    ]
+@dataclass(frozen=True)
+class _Cut:
+    """The maximal runs along ``step``: sorted by the line they lie on, triples ``starts`` to the next start are one."""
+
+    triples: tuple[IntArray, IntArray, IntArray]
+    starts: IntArray
+    step: tuple[int, int, int]
+
+    def runs(self) -> tuple[Run, ...]:
+        """The runs themselves."""
+        lengths = np.diff(np.append(self.starts, len(self.triples[0])))
+        firsts = zip(*(index[self.starts].tolist() for index in self.triples), lengths.tolist(), strict=True)
+        return tuple(Run(x, y, out, length, self.step if length > 1 else (0, 0, 0)) for x, y, out, length in firsts)
+
+
+def _best_cut(x: IntArray, y: IntArray, out: IntArray) -> _Cut:
+    cuts = [_cut((x, y, out), step) for step in DIRECTIONS]
+    return min(cuts, key=lambda cut: len(cut.starts))
+
+
+def _cut(triples: tuple[IntArray, IntArray, IntArray], step: tuple[int, int, int]) -> _Cut:
+    at = triples[next(k for k in (2, 0, 1) if step[k] == 1)]
+    lines = [index - s * at for index, s in zip(triples, step, strict=True)]
+    # One number per line and one per place on it, so that a single sort finds the runs.
+    line, size = np.zeros_like(at), 1
+    for index in lines:
+        line, size = line + (index - index.min()) * size, size * int(index.max() - index.min() + 1)
+    place = line * int(at.max() + 2) + at
+    order = np.argsort(place, kind="stable")
+    starts = np.flatnonzero(np.diff(place[order], prepend=-2) != 1)
+    return _Cut((triples[0][order], triples[1][order], triples[2][order]), starts, step)
