@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 
-.PHONY: help test demo lint types bench clean
+.PHONY: help test demo lint types docs bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make demo    train three small MoE language models and compare their routers (DEMO_ARGS='--steps 50')"
 	@echo "make lint    ruff, formatting included"
 	@echo "make types   mypy --strict"
+	@echo "make docs    build the documentation into site/, in strict mode"
 	@echo "make bench   time the engines against softmax + topk and a sequential DP"
 	@echo "make clean   remove the virtual environment and caches"
 
@@ -38,9 +39,19 @@ types: $(VENV)/.installed
 	@echo "==> mypy"
 	@$(BIN)/mypy
 
+$(VENV)/.docs: $(VENV)/.installed
+	@echo "==> installing what builds the documentation"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs
+	@echo "==> building the documentation into site/ (a warning is an error)"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "==> open site/index.html"
+
 bench: $(VENV)/.installed
 	@echo "==> benchmarks"
 	@$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist site
