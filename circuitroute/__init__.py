@@ -21,7 +21,10 @@ from circuitroute.constraints import EachGroup as EachGroup
 from circuitroute.constraints import Exactly as Exactly
 from circuitroute.constraints import Groups as Groups
 from circuitroute.constraints import LayerBudget as LayerBudget
+from circuitroute.constraints import Logic as Logic
+from circuitroute.constraints import variables as variables
 from circuitroute.distribution import SubsetDistribution as SubsetDistribution
+from circuitroute.errors import CircuitFileError as CircuitFileError
 from circuitroute.errors import CircuitPropertyError as CircuitPropertyError
 from circuitroute.errors import CircuitRouteError as CircuitRouteError
 from circuitroute.errors import CircuitTooLargeError as CircuitTooLargeError
@@ -29,6 +32,9 @@ from circuitroute.errors import EngineError as EngineError
 from circuitroute.errors import InfeasibleError as InfeasibleError
 from circuitroute.errors import UnsupportedConstraintError as UnsupportedConstraintError
 from circuitroute.estimators import Estimator as Estimator
+from circuitroute.interop.nnf import read_nnf as read_nnf
+from circuitroute.interop.sdd import read_sdd as read_sdd
+from circuitroute.interop.storage import load as load
 from circuitroute.keys import random_key as random_key
 from circuitroute.moe import MoE as MoE
 from circuitroute.routers import DynamicKRouter as DynamicKRouter

@@ -16,6 +16,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, TypeAlias, TypeVar
 
@@ -24,7 +25,27 @@ from circuitroute.circuit import Circuit
 from circuitroute.constraints import Constraint
 from circuitroute.errors import CircuitTooLargeError, UnsupportedConstraintError
 
+
+@dataclass(frozen=True)
+class Prediction:
+    """What compiling a constraint will take, told before anything is built.
+
+    Attributes:
+        width: the most states at one node of the tree of variables.
+        nodes, edges: size of the circuit; usually an upper bound.
+        seconds: time to build it, roughly.
+        culprit: the part that costs most; the constraint itself if it has no parts.
+    """
+
+    width: int
+    nodes: int
+    edges: int
+    seconds: float
+    culprit: Constraint
+
+
 Compiler: TypeAlias = Callable[[Any, int, int], Circuit]
+Predictor: TypeAlias = Callable[[Any, int], Prediction]
 C = TypeVar("C", bound=Compiler)
 
 ENTRY_POINT_GROUP = "circuitroute.compilers"
@@ -33,17 +54,19 @@ BUILT_IN_MODULE = "circuitroute_compilers"
 CACHE_SIZE = 256
 
 _compilers: dict[type, Compiler] = {}
+_predictors: dict[Compiler, Predictor] = {}
 _cache: OrderedDict[tuple[Constraint, int], Circuit] = OrderedDict()
 _lock = threading.RLock()
 _loaded = False
 _failed_modules: dict[str, str] = {}
 
 
-def register_compiler(constraint_type: type[Constraint]) -> Callable[[C], C]:
+def register_compiler(constraint_type: type[Constraint], predict: Predictor | None = None) -> Callable[[C], C]:
     """Decorator: the function compiles constraints of ``constraint_type`` and of its subclasses.
 
     The function is called as ``function(constraint, n, max_nodes)`` and returns a :class:`Circuit`. The most
-    specific registered type in the constraint's method resolution order wins.
+    specific registered type in the constraint's method resolution order wins. ``predict``, if there is one, is called
+    as ``predict(constraint, n)`` and returns a :class:`Prediction`.
 
     Raises:
         TypeError: ``constraint_type`` is not a subclass of ``cr.Constraint``.
@@ -60,6 +83,8 @@ def register_compiler(constraint_type: type[Constraint]) -> Callable[[C], C]:
                     f"{constraint_type.__qualname__} already has a compiler: {known.__module__}.{known.__qualname__}"
                 )
             _compilers[constraint_type] = function
+            if predict is not None:
+                _predictors[function] = predict
         return function
 
     return register
@@ -80,11 +105,7 @@ def compile(constraint: Constraint, n: int, max_nodes: int = 1_000_000) -> Circu
     """
     n = int_at_least("n", n, 1)
     max_nodes = int_at_least("max_nodes", max_nodes, 1)
-    if not isinstance(constraint, Constraint):
-        raise UnsupportedConstraintError(
-            f"constraint={constraint!r}: {type(constraint).__name__} is not a constraint; "
-            "pass one such as cr.Exactly(8), or subclass cr.Constraint"
-        )
+    _check_constraint(constraint)
     with _lock:
         circuit = _lookup(constraint, n)
         if circuit is None:
@@ -96,6 +117,28 @@ def compile(constraint: Constraint, n: int, max_nodes: int = 1_000_000) -> Circu
             f"with width {circuit.width}; raise max_nodes"
         )
     return circuit
+
+
+def predict(constraint: Constraint, n: int) -> Prediction | None:
+    """What compiling ``constraint`` over ``n`` variables will take, or None if its compiler cannot tell.
+
+    Raises:
+        InfeasibleError: no subset of ``n`` variables satisfies the constraint, where that shows without building.
+        UnsupportedConstraintError: no compiler is registered for the constraint's type.
+    """
+    n = int_at_least("n", n, 1)
+    _check_constraint(constraint)
+    with _lock:
+        predictor = _predictors.get(_compiler_for(constraint))
+    return None if predictor is None else predictor(constraint, n)
+
+
+def _check_constraint(constraint: object) -> None:
+    if not isinstance(constraint, Constraint):
+        raise UnsupportedConstraintError(
+            f"constraint={constraint!r}: {type(constraint).__name__} is not a constraint; "
+            "pass one such as cr.Exactly(8), or subclass cr.Constraint"
+        )
 
 
 def _lookup(constraint: Constraint, n: int) -> Circuit | None:
@@ -152,8 +195,13 @@ def _load_plugins() -> None:
 
 
 def unsupported(constraint: Constraint) -> UnsupportedConstraintError:
-    """The error for a constraint that nothing registered can compile: says exactly what to write."""
+    """The error for a constraint that nothing registered can compile, or not as a part: says exactly what to write."""
     name = type(constraint).__qualname__
+    if any(base in _compilers for base in type(constraint).__mro__ if base is not Constraint):
+        return UnsupportedConstraintError(
+            f"{name} has a compiler but no state machine, so it cannot be part of another constraint: give {name} "
+            "the three methods leaf(var), merge(left, right) and accepts(state) of cr.Constraint"
+        )
     lines = [
         f"no compiler for {name} (from {type(constraint).__module__}).",
         f"Either give {name} the three methods leaf(var), merge(left, right) and accepts(state) of cr.Constraint,",

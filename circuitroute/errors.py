@@ -26,5 +26,9 @@ class CircuitPropertyError(CircuitRouteError, ValueError):
     """A circuit is not smooth, decomposable or deterministic; names the offending node."""
 
 
+class CircuitFileError(CircuitRouteError, ValueError):
+    """A file is damaged, malformed, or of another kind than expected; names path, line, and what was found."""
+
+
 class EngineError(CircuitRouteError, ValueError):
     """An engine was asked for that does not exist or cannot run this circuit here; says why."""

@@ -38,9 +38,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("estimators",),
     ("routing",),
     ("routers",),
-    ("losses", "metrics", "moe", "plots"),
+    ("interop", "losses", "metrics", "moe", "plots"),
+    ("drawing",),
     ("circuitroute",),
-    ("demo",),
+    ("demo", "explain", "testing"),
     ("cli",),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
@@ -48,7 +49,8 @@ LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 IMPORTERS = ("import_module", "importlib.import_module", "__import__")
 
 # Slow to import, or extras that need not be installed: for the functions that use them.
-LAZY = {"matplotlib", "networkx", "numba", "rich", "safetensors", "sympy", "tqdm", "transformers", "triton"}
+LAZY = {"matplotlib", "networkx", "numba", "pyjuice", "rich", "safetensors", "sympy", "tqdm", "transformers", "triton"}
+LAZY |= {"hypothesis", "pytest"}
 
 PUBLIC = [
     "ActiveGroups",
@@ -56,6 +58,7 @@ PUBLIC = [
     "AtMost",
     "Between",
     "Circuit",
+    "CircuitFileError",
     "CircuitPropertyError",
     "CircuitRouteError",
     "CircuitTooLargeError",
@@ -71,6 +74,7 @@ PUBLIC = [
     "Groups",
     "InfeasibleError",
     "LayerBudget",
+    "Logic",
     "MoE",
     "Router",
     "Routing",
@@ -79,11 +83,15 @@ PUBLIC = [
     "UnsupportedConstraintError",
     "compile",
     "divergence",
+    "load",
     "losses",
     "metrics",
     "random_key",
+    "read_nnf",
+    "read_sdd",
     "register_compiler",
     "route",
+    "variables",
 ]
 
 

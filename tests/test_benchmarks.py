@@ -66,6 +66,22 @@ def test_rows_are_complete(tmp_path: Path, name: str, capsys: pytest.CaptureFixt
         assert row["max_abs_error"] is None or row["max_abs_error"] < 5e-6
 
 
+LAYERED = ["circuitroute:torch", "circuitroute:torch with sample", "circuitroute:naive", "klay", "klay:exactly 8"]
+
+
+@pytest.mark.parametrize("constraint", ["groups", "layers"])
+def test_composed_circuits_agree_with_the_truth(tmp_path: Path, constraint: str) -> None:
+    """Every provider that computes log Z is held to the naive engine, KLay included."""
+    pytest.importorskip("klay")
+    arguments = ["--op", "layered", "--circuits", f"{constraint}:64", "--providers", ",".join(LAYERED)]
+    found = _run(tmp_path, *arguments)
+    assert [row["provider"] for row in found[::2]] == ["topk", *LAYERED]
+    for row in found:
+        assert set(row) == FIELDS - {"kmin", "k", "counts"} | {"constraint", "nodes", "edges", "depth"}
+        assert row["edges"] > row["nodes"] > 64
+        assert row["max_abs_error"] is None or row["max_abs_error"] < 1e-5
+
+
 def test_the_naive_engine_runs_only_when_named(tmp_path: Path) -> None:
     found = {row["provider"] for row in _run(tmp_path)}
     assert {"topk", "sequential_dp", "sequential_dp:tuned", "circuitroute:torch"} <= found
@@ -172,6 +188,9 @@ def test_a_provider_that_returns_nonsense_gets_no_row(fill: float, message: str)
         (["--sizes", "8"], "expected two numbers"),
         (["--sizes", "8:9"], "kmin <= k <= n"),
         (["--range", "3:2"], "kmin <= k <= n"),
+        (["--op", "layered", "--circuits", "groups"], "expected a name and a number"),
+        (["--op", "layered", "--circuits", "rings:64"], "no constraint 'rings'"),
+        (["--op", "layered", "--circuits", "groups:60"], "multiple of 64"),
         (["--repeats", "0"], "'0' is not a whole number of at least 1"),
     ],
 )

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 import circuitroute as cr
 from tests.test_compile import NoNeighbours, Parity
+from tests.test_logic import formulas, says
 from tests.truth import enumerate_worlds, world_truth
 
-MAX_N = 8
+MAX_N = 10
 
 
 def meaning(constraint, worlds):
@@ -42,6 +43,8 @@ def meaning(constraint, worlds):
         case cr.LayerBudget(layers=layers, per_layer=each, total=total):
             layered = cr.EachGroup(cr.Groups(layers), each)
             return meaning(layered, worlds) & meaning(total, worlds)
+        case cr.Logic(expr=expr):
+            return says(expr, worlds)
         case Parity():
             return worlds.sum(1) % 2 == 0
         case NoNeighbours():
@@ -60,7 +63,7 @@ def partitions(draw, n):
 def simple(draw, n):
     """A constraint over n variables without operators."""
     a, b = sorted((draw(st.integers(0, n)), draw(st.integers(0, n))))
-    kind = draw(st.integers(0, 8))
+    kind = draw(st.integers(0, 9))
     if kind == 0:
         return cr.Between(a, b)
     if kind == 1:
@@ -79,7 +82,9 @@ def simple(draw, n):
     if kind == 6:
         layers = draw(st.sampled_from([d for d in range(1, n + 1) if n % d == 0]))
         return cr.LayerBudget(layers, n // layers, cr.AtMost(draw(st.integers(0, 3))), cr.Between(a, b))
-    return Parity() if kind == 7 else NoNeighbours()
+    if kind == 7:
+        return cr.Logic(draw(formulas(n)))
+    return Parity() if kind == 8 else NoNeighbours()
 
 
 @st.composite
@@ -247,9 +252,9 @@ def test_contradictions_name_the_smallest_part():
 
 
 def test_the_costliest_part_is_named():
-    powers = cr.Cost([2**i for i in range(20)], at_most=2**19)
-    with pytest.raises(cr.CircuitTooLargeError, match=r"its part Cost\(.*\) alone is too large"):
-        cr.compile(powers & cr.AtMost(3).over(range(10)), 20, max_nodes=2000)
+    costs = cr.Cost([3**i for i in range(20)], at_most=3**19 + 3**18 + 7)
+    with pytest.raises(cr.CircuitTooLargeError, match=r"Cost\(.*\) costs most: lower its limit.*or raise max_nodes"):
+        cr.compile(costs & cr.AtMost(3).over(range(10)), 20, max_nodes=400)
 
 
 def test_a_merge_that_is_not_associative_is_refused():

@@ -5,9 +5,12 @@ Legend: T tokens (all leading dimensions), N variables, K the largest allowed co
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -181,7 +184,8 @@ class Circuit:
         """Verify that the circuit is smooth, decomposable and deterministic.
 
         Raises:
-            CircuitPropertyError: it is not; the message names the node.
+            CircuitPropertyError: it is not, or a node could not be seen to be deterministic; the message names it.
+            CircuitTooLargeError: the scopes of the nodes do not fit in memory.
         """
         check(self._graph)
 
@@ -191,7 +195,7 @@ class Circuit:
 
         estimate = cost(self)
         count = self.model_count()
-        shown = str(count) if count < 10**15 else f"about {_scientific(count)}"
+        shown = str(count) if count < 10**15 else f"about {scientific(count)}"
         rows = [
             ("constraint", repr(self.constraint)),
             ("variables", f"{self.n}"),
@@ -208,6 +212,56 @@ class Circuit:
         ]
         pad = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{pad}}  {value}" for name, value in rows)
+
+    def draw(self, path: str | os.PathLike[str]) -> Path:
+        """Draw a small circuit, level by level, to a .png, .svg or .pdf file; see :mod:`circuitroute.drawing`.
+
+        Raises:
+            ValueError: another suffix, or a circuit that is too large to be read from a picture.
+            ImportError: matplotlib is not installed.
+        """
+        from circuitroute.drawing import draw
+
+        return draw(self, path)
+
+    def to_networkx(self) -> Any:
+        """A ``networkx.DiGraph`` of all nodes and products; see :mod:`circuitroute.interop.graphs`."""
+        from circuitroute.interop.graphs import to_networkx
+
+        return to_networkx(self)
+
+    def to_sympy(self) -> Any:
+        """The network polynomial as a sympy expression; see :mod:`circuitroute.interop.polynomial`.
+
+        Raises:
+            ValueError: the circuit is too large for sympy.
+        """
+        from circuitroute.interop.polynomial import to_sympy
+
+        return to_sympy(self)
+
+    def to_pyjuice(self) -> Any:
+        """The root of a PyJuice circuit, its inputs given per sample; see :mod:`circuitroute.interop.pyjuice_circuit`.
+
+        Raises:
+            ImportError: PyJuice is not installed.
+            ValueError: a weight would be too small for PyJuice's float32.
+        """
+        from circuitroute.interop.pyjuice_circuit import to_pyjuice
+
+        return to_pyjuice(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the circuit to a file that :func:`circuitroute.load` reads; see :mod:`circuitroute.interop.storage`.
+
+        A file that is there is replaced in one step. A forced engine is not part of the file.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        from circuitroute.interop.storage import save
+
+        save(self, path)
 
     def engine_for(self, device: torch.device | str) -> str:
         """The name of the engine that runs this circuit on ``device``."""
@@ -261,6 +315,12 @@ class Circuit:
         return self  # immutable; modules that hold one are copied often
 
 
-def _scientific(count: int) -> str:
-    digits = len(str(count)) - 1
-    return f"{str(count)[0]}.{str(count)[1:4]}e{digits}"
+def scientific(count: int) -> str:
+    """A large count as "7.161e13": its first digits, cut off. For ints that are too long for ``str``, too."""
+    exponent = int(math.log10(count))
+    leading = count // 10 ** (exponent - 3)
+    if leading >= 10_000:  # the logarithm was rounded down across a power of ten
+        exponent, leading = exponent + 1, leading // 10
+    elif leading < 1_000:  # or up
+        exponent, leading = exponent - 1, count // 10 ** (exponent - 4)
+    return f"{leading // 1000}.{leading % 1000:03d}e{exponent}"

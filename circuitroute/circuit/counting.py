@@ -1,7 +1,7 @@
 """A circuit that also knows how many variables are selected: every node split by its count.
 
-The product of a circuit with a counter on the circuit's own tree. Below the root every node of the result has one definite
-number of selected variables, and the root's elements come in order of theirs.
+The product of a circuit with a counter on the circuit's own tree. Below the root every node of the result has one
+definite number of selected variables, and the root's elements come in order of theirs.
 """
 
 from __future__ import annotations

@@ -17,3 +17,5 @@ from circuitroute.constraints.groups import ActiveGroups as ActiveGroups
 from circuitroute.constraints.groups import EachGroup as EachGroup
 from circuitroute.constraints.groups import Groups as Groups
 from circuitroute.constraints.groups import LayerBudget as LayerBudget
+from circuitroute.constraints.logic import Logic as Logic
+from circuitroute.constraints.logic import variables as variables

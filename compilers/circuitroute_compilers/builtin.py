@@ -7,45 +7,79 @@ else is lowered to terms and merged along a tree that keeps its scopes together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import combinations, islice
+from dataclasses import replace
 
 from circuitroute import Circuit, CircuitTooLargeError, Constraint, InfeasibleError, register_compiler
 from circuitroute.circuit import Graph
-from circuitroute.constraints import And, Cost, Count, CountIn, Not, Or
+from circuitroute.compilation import Prediction
+from circuitroute.constraints import And, Count, CountIn, Not, Or
 from circuitroute_compilers.associativity import check_associative
-from circuitroute_compilers.lowering import Capped, allowed_counts, count_of, flattened, joined, lower
-from circuitroute_compilers.machine import build_graph
-from circuitroute_compilers.terms import Complement, HowMany, Machine, Term
-from circuitroute_compilers.vtree import Vtree, around, keeps_order, natural
+from circuitroute_compilers.blame import contradiction, too_large
+from circuitroute_compilers.lowering import allowed_counts, count_of, lower
+from circuitroute_compilers.machine import UnhashableStateError, build_graph, most_states
+from circuitroute_compilers.plans import simple_parts
+from circuitroute_compilers.prediction import Choice, choose, is_foreign
+from circuitroute_compilers.terms import Machine
 
-# How many combinations of parts are tried to name the smallest contradiction, or the costliest part.
-MAX_BLAMED = 200
+# The limit that predictions are made for: that of circuitroute.compile.
+USUAL_NODES = 1_000_000
 
 
-@register_compiler(Constraint)
+def predict_builtin(constraint: Constraint, n: int) -> Prediction:
+    """What :func:`compile_builtin` will build; see :func:`circuitroute.compilation.predict`."""
+    simple = _simplest(constraint, n, _only_counts(constraint, n))
+    predicted = _chosen(simple, n, USUAL_NODES).prediction
+    return replace(predicted, culprit=constraint) if predicted.culprit == simple else predicted
+
+
+@register_compiler(Constraint, predict=predict_builtin)
 def compile_builtin(constraint: Constraint, n: int, max_nodes: int) -> Circuit:
     """Compile a constraint over ``n`` variables; see :func:`circuitroute.compile` for the errors."""
     counts = _only_counts(constraint, n)
-    if counts == []:
-        raise InfeasibleError(f"{constraint!r} over {n} variables: none of the counts 0 to {n} is allowed")
+    simple = _simplest(constraint, n, counts)
     try:
-        # One count over all variables, however it was said, is built as such.
-        simple = constraint if counts is None or isinstance(constraint, Count) else CountIn(counts)
         return Circuit(_graph(simple, n, max_nodes), constraint, counts)
     except InfeasibleError as error:
-        raise InfeasibleError(_contradiction(constraint, n, max_nodes) or str(error)) from None
-    except CircuitTooLargeError as error:
-        raise CircuitTooLargeError(f"{error}{_culprit(constraint, n, max_nodes)}") from None
+        raise InfeasibleError(contradiction(constraint, n, _is_feasible) or str(error)) from None
 
 
 def _graph(constraint: Constraint, n: int, max_nodes: int) -> Graph:
-    term = lower(constraint, tuple(range(n)))
-    graph = build_graph(constraint, term, _tree(term, n), max_nodes)
-    for machine in machines(term):
-        if _is_foreign(machine):
-            check_associative(machine)
+    choice = _chosen(constraint, n, max_nodes)
+    if choice.certain > most_states(max_nodes, n):
+        raise too_large(constraint, n, max_nodes, choice, f"at least {choice.certain} reachable states")
+    try:
+        graph = build_graph(constraint, choice.term, choice.tree, max_nodes)
+    except CircuitTooLargeError as error:
+        raise too_large(constraint, n, max_nodes, choice, str(error)) from None
+    for part in simple_parts(choice.plan):
+        if isinstance(part, Machine) and is_foreign(part):
+            check_associative(part)
     return graph
+
+
+def _chosen(constraint: Constraint, n: int, max_nodes: int) -> Choice:
+    try:
+        return choose(constraint, lower(constraint, tuple(range(n))), n, max_nodes)
+    except UnhashableStateError as error:
+        raise TypeError(f"{constraint!r}: states must be hashable, such as integers and tuples ({error})") from None
+
+
+def _is_feasible(constraint: Constraint, n: int) -> bool | None:
+    """Whether any subset satisfies a constraint; None if finding out takes too large a circuit."""
+    try:
+        _graph(constraint, n, USUAL_NODES)
+    except InfeasibleError:
+        return False
+    except CircuitTooLargeError:
+        return None
+    return True
+
+
+def _simplest(constraint: Constraint, n: int, counts: list[int] | None) -> Constraint:
+    """One count over all variables, however it was said, as such; anything else as it is."""
+    if counts == []:
+        raise InfeasibleError(f"{constraint!r} over {n} variables: none of the counts 0 to {n} is allowed")
+    return constraint if counts is None or isinstance(constraint, Count) else CountIn(counts)
 
 
 def _only_counts(constraint: Constraint, n: int) -> list[int] | None:
@@ -66,64 +100,3 @@ def _count_set(constraint: Constraint, n: int) -> set[int] | None:
         return set.intersection(*known) if isinstance(constraint, And) else set.union(*known)
     count, over = count_of(constraint, n)
     return None if count is None or len(over) != n else set(allowed_counts(count, n))
-
-
-def machines(term: Term) -> Iterator[Machine]:
-    """The machines a term is made of."""
-    match term:
-        case Machine():
-            yield term
-        case Complement(term=inner):
-            yield from machines(inner)
-        case HowMany(terms=inner):
-            for each in inner:
-                yield from machines(each)
-
-
-def _is_foreign(machine: Machine) -> bool:
-    """Whether the machine is a user's: it may be wrong, and it may depend on the order of its variables."""
-    return not isinstance(machine.constraint, (Capped, Cost))
-
-
-def _tree(term: Term, n: int) -> Vtree:
-    """A tree around the scopes, unless that would show some user's machine its variables out of order."""
-    found = list(machines(term))
-    tree = around((machine.scope for machine in found), n)
-    if all(keeps_order(tree, machine.scope) for machine in found if _is_foreign(machine)):
-        return tree
-    return natural(n)
-
-
-def _contradiction(constraint: Constraint, n: int, max_nodes: int) -> str | None:
-    """The smallest set of parts of a conjunction that nothing satisfies, in words."""
-    parts = joined(flattened(constraint, n), n)
-    tried = (some for size in range(1, len(parts)) for some in combinations(parts, size))
-    for some in islice(tried, MAX_BLAMED):
-        try:
-            _graph(And(some), n, max_nodes)
-        except InfeasibleError:
-            named = " and ".join(map(repr, some))
-            verb = "is impossible" if len(some) == 1 else "contradict each other"
-            return f"{named} {verb} over {n} variables, so {constraint!r} has no solution"
-        except CircuitTooLargeError:
-            continue
-    return None
-
-
-def _culprit(constraint: Constraint, n: int, max_nodes: int) -> str:
-    """Which part of a conjunction is the costliest on its own, in words."""
-    parts = joined(flattened(constraint, n), n)
-    if len(parts) == 1:
-        return ""
-    sizes: list[tuple[int, str]] = []
-    for part in parts[:MAX_BLAMED]:
-        try:
-            sizes.append((_graph(part, n, max_nodes).num_nodes, f"{part!r}"))
-        except CircuitTooLargeError:
-            return f" (its part {part!r} alone is too large)"
-        except InfeasibleError:
-            continue
-    if not sizes:
-        return ""
-    nodes, name = max(sizes)
-    return f" (of its parts, {name} costs most on its own: {nodes} nodes)"

@@ -1,4 +1,4 @@
-"""Constraint -> term: sizes checked, groups resolved, ranges over one scope joined.
+"""Constraint -> plan: sizes checked, groups resolved, ranges over one scope joined, rules gathered into formulas.
 
 Legend: a *scope* is a tuple of the n variables a constraint speaks of, in its own order.
 """
@@ -20,19 +20,22 @@ from circuitroute.constraints import (
     CountIn,
     EachGroup,
     LayerBudget,
+    Logic,
     Not,
     Or,
     Over,
     State,
 )
-from circuitroute_compilers.terms import Complement, HowMany, Machine, Term, all_of, any_of
+from circuitroute_compilers.plans import Negation, Number, Plan, all_of, any_of
+from circuitroute_compilers.rules import check_indices, formula_of, propositions, torn_counts
+from circuitroute_compilers.terms import Machine
 
 Indices = tuple[int, ...]
 
 
 @singledispatch
-def lower(constraint: Constraint, scope: Indices) -> Term:
-    """The term of a constraint over the variables ``scope``; one that defines its own machine needs no rule.
+def lower(constraint: Constraint, scope: Indices) -> Plan:
+    """The plan of a constraint over the variables ``scope``; one that defines its own machine needs no rule.
 
     Raises:
         ValueError: the constraint does not fit the number of variables.
@@ -46,15 +49,13 @@ def lower(constraint: Constraint, scope: Indices) -> Term:
 
 
 @lower.register
-def _(constraint: Over, scope: Indices) -> Term:
-    beyond = [v for v in constraint.indices if v >= len(scope)]
-    if beyond:
-        raise ValueError(f"{constraint!r} uses variable {max(beyond)}, but n={len(scope)}: indices must be below n")
+def _(constraint: Over, scope: Indices) -> Plan:
+    check_indices(constraint, len(scope))
     return lower(constraint.constraint, tuple(scope[i] for i in constraint.indices))
 
 
 @lower.register
-def _(constraint: Count, scope: Indices) -> Term:
+def _(constraint: Count, scope: Indices) -> Plan:
     counts = allowed_counts(constraint, len(scope))
     if not counts:
         raise InfeasibleError(f"{constraint!r}: no count of 0 to {len(scope)} selected variables is allowed")
@@ -68,7 +69,7 @@ def allowed_counts(constraint: Count, n: int) -> list[int]:
 
 class Capped(Constraint):
     """A count that tells apart only what matters: dead beyond the largest allowed count, and not counting on where
-    all further counts are allowed."""
+    all further counts are allowed (``goes_on``)."""
 
     def __init__(self, constraint: Count, counts: list[int], n: int) -> None:
         self._constraint = constraint
@@ -76,15 +77,17 @@ class Capped(Constraint):
         self._enough = n
         while self._largest == n and self._enough > 0 and constraint.allows(self._enough - 1):
             self._enough -= 1
+        self.goes_on = self._enough < n
 
-    def _state(self, count: int) -> State | None:
+    def state(self, count: int) -> State | None:
+        """What a block is that has ``count`` variables selected."""
         return None if count > self._largest else min(count, self._enough)
 
     def leaf(self, var: int) -> tuple[State | None, State | None]:
-        return 0, self._state(1)
+        return 0, self.state(1)
 
     def merge(self, left: State, right: State) -> State | None:
-        return self._state(int(left) + int(right))  # type: ignore[call-overload]
+        return self.state(int(left) + int(right))  # type: ignore[call-overload]
 
     def accepts(self, state: State) -> bool:
         return self._constraint.allows(int(state))  # type: ignore[call-overload]
@@ -94,7 +97,7 @@ class Capped(Constraint):
 
 
 @lower.register
-def _(constraint: Cost, scope: Indices) -> Term:
+def _(constraint: Cost, scope: Indices) -> Plan:
     if len(constraint.costs) != len(scope):
         raise ValueError(
             f"costs has {len(constraint.costs)} entries, but there are {len(scope)} variables: give one cost each"
@@ -105,9 +108,21 @@ def _(constraint: Cost, scope: Indices) -> Term:
 
 
 @lower.register
-def _(constraint: And, scope: Indices) -> Term:
+def _(constraint: And, scope: Indices) -> Plan:
     n = len(scope)
-    return all_of([lower(part, scope) for part in joined(flattened(constraint, n), n)])
+    parts = joined(flattened(constraint, n), n)
+    rules = {part: formula for part in parts if (formula := formula_of(part, n)) is not None}
+    rules |= torn_counts(parts, n)
+    plans = [(lower(part, scope), part) for part in parts if part not in rules]
+    plans += propositions(rules, scope)
+    if not plans:  # rules that say nothing
+        return lower(AtLeast(0), scope)
+    return all_of(*zip(*plans, strict=True))
+
+
+@lower.register
+def _(constraint: Logic, scope: Indices) -> Plan:
+    return lower(And([constraint]), scope)
 
 
 def flattened(constraint: Constraint, n: int) -> list[Constraint]:
@@ -117,8 +132,9 @@ def flattened(constraint: Constraint, n: int) -> list[Constraint]:
     if isinstance(constraint, LayerBudget):
         return [*_layers(constraint, n), constraint.total]
     if isinstance(constraint, EachGroup):
-        return [constraint.constraint.over(g) for g in constraint.groups.of(n)]
-    return [constraint]
+        return [p for g in constraint.groups.of(n) for p in flattened(constraint.constraint.over(g), n)]
+    formula = formula_of(constraint, n)
+    return [constraint] if formula is None else [Logic.of(part) for part in formula.conjuncts()]
 
 
 def joined(parts: list[Constraint], n: int) -> list[Constraint]:
@@ -154,34 +170,40 @@ def _intersection(parts: list[Constraint], over: Indices, n: int) -> Constraint:
 
 
 @lower.register
-def _(constraint: Or, scope: Indices) -> Term:
-    terms: list[Term] = []
+def _(constraint: Or, scope: Indices) -> Plan:
+    if formula_of(constraint, len(scope)) is not None:
+        return lower(And([constraint]), scope)
+    plans: list[Plan] = []
+    names: list[Constraint] = []
     reasons: list[str] = []
     for part in constraint.parts:
         try:
-            terms.append(lower(part, scope))
+            plans.append(lower(part, scope))
+            names.append(part)
         except InfeasibleError as error:  # one way out less
             reasons.append(str(error))
-    if not terms:
+    if not plans:
         raise InfeasibleError(f"{constraint!r}: no alternative is possible: {'; '.join(reasons)}")
-    return any_of(terms)
+    return any_of(plans, names)
 
 
 @lower.register
-def _(constraint: Not, scope: Indices) -> Term:
+def _(constraint: Not, scope: Indices) -> Plan:
+    if formula_of(constraint, len(scope)) is not None:
+        return lower(And([constraint]), scope)
     try:
-        return Complement(lower(constraint.part, scope))
+        return Negation(lower(constraint.part, scope))
     except InfeasibleError:  # the negation of what is impossible holds always
-        return Machine(AtLeast(0), scope)
+        return lower(AtLeast(0), scope)
 
 
 @lower.register
-def _(constraint: EachGroup, scope: Indices) -> Term:
+def _(constraint: EachGroup, scope: Indices) -> Plan:
     return lower(And(flattened(constraint, len(scope))), scope)
 
 
 @lower.register
-def _(constraint: LayerBudget, scope: Indices) -> Term:
+def _(constraint: LayerBudget, scope: Indices) -> Plan:
     return lower(And(flattened(constraint, len(scope))), scope)
 
 
@@ -196,9 +218,9 @@ def _layers(constraint: LayerBudget, n: int) -> list[Constraint]:
 
 
 @lower.register
-def _(constraint: ActiveGroups, scope: Indices) -> Term:
+def _(constraint: ActiveGroups, scope: Indices) -> Plan:
     groups = constraint.groups.of(len(scope))
     active = tuple(lower(AtLeast(1), tuple(scope[i] for i in group)) for group in groups)
     low, high = constraint.at_least, len(groups) if constraint.at_most is None else constraint.at_most
     allows: Callable[[int], bool] = range(low, high + 1).__contains__
-    return HowMany(active, allows)
+    return Number(active, allows, tuple(AtLeast(1).over(group) for group in groups))

@@ -1,11 +1,14 @@
-"""Term -> circuit: merge states up a tree, keep the useful ones, write the arrays.
+"""Term -> circuit: merge states up a tree, tell apart only what matters, write the arrays.
 
 Legend: a *block* is the set of variables under one tree node; its *states* are what the term can reach on it; a
-*table* lists, for two sibling blocks, every live pair (a, b) and the state it merges into.
+*table* lists, for two sibling blocks, every live pair (a, b) and the state it merges into; a *class* is a set of states
+that no completion tells apart.
 
 Blocks with equal state lists share one table, so a machine that treats all variables alike, such as a count,
 merges each pair of states once per tree level and not once per tree node. Three passes: up (states and
-tables), down (which states some accepted whole makes use of), and emission of one sum per useful state.
+tables), down (classes), and emission of one sum per class. The second makes the circuit the smallest that the tree
+allows, whatever way the constraint was said and however many states its machines went through: it is the minimisation
+of a deterministic automaton (Moore 1956) carried over to trees, where a state's context is its siblings.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from circuitroute import CircuitTooLargeError, Constraint, InfeasibleError
 from circuitroute.circuit import Graph, NodeKind
 from circuitroute.constraints import State
 from circuitroute_compilers.terms import FALSE, Term
-from circuitroute_compilers.vtree import Vtree
+from circuitroute_compilers.vtree import Vtree, nodes
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
@@ -38,16 +41,12 @@ def build_graph(constraint: Constraint, term: Term, tree: Vtree, max_nodes: int)
         CircuitTooLargeError: more than ``max_nodes`` nodes, or 16 times as many elements.
     """
     builder = _Builder(constraint, term, tree.scope.bit_count(), max_nodes)
-    try:
-        root = builder.up(tree)
-    except _UnhashableStateError as error:
-        raise TypeError(f"{constraint!r}: states must be hashable, such as integers and tuples ({error})") from None
-    accepted = np.ones(len(builder.states[root.states]), dtype=np.bool_)  # whole scopes settle to TRUE or are dead
-    if not accepted.any():
+    builder.up(tree)
+    if not builder.states[builder.blocks[-1].states]:  # whole scopes settle to TRUE or are dead
         raise InfeasibleError(f"no subset of {builder.n} variables satisfies {constraint!r}")
-    builder.down(root, accepted)
+    builder.down()
     builder.check_size()
-    return _Emitter(builder).emit(root)
+    return _Emitter(builder).emit()
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +59,18 @@ class _Table:
     states: int  # id of the list of resulting states
 
 
+@dataclass(frozen=True, eq=False)
+class _Classes:
+    """The class of each state of a block, -1 for one that no completion accepts, and the first state of each class."""
+
+    of: IntArray
+    first: BoolArray
+
+    @property
+    def count(self) -> int:
+        return int(self.first.sum())
+
+
 @dataclass(eq=False)
 class _Block:
     """A tree node, its state list, and for an inner one its table and halves."""
@@ -68,23 +79,39 @@ class _Block:
     states: int
     table: _Table | None = None
     halves: tuple[_Block, _Block] | None = None
-    useful: BoolArray = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
+    classes: _Classes = field(default_factory=lambda: _Classes(np.zeros(1, np.int64), np.ones(1, np.bool_)))
+
+    def inner(self) -> tuple[_Table, _Block, _Block]:
+        """Table and halves of a block that is not a single variable."""
+        if self.table is None or self.halves is None:
+            raise RuntimeError("a single variable has no halves")  # cannot happen: callers look first
+        return self.table, *self.halves
 
 
-class _UnhashableStateError(Exception):
+class UnhashableStateError(Exception):
     """A state cannot be hashed; carries Python's own words."""
 
 
-def _distinct(states: Sequence[State]) -> tuple[State, ...]:
-    """The different states, in order of first appearance."""
+def distinct(states: Sequence[State]) -> tuple[State, ...]:
+    """The different states, in order of first appearance; integers, such as counts and costs, in increasing order.
+
+    Then neighbouring states lead to neighbouring ones, and engines can treat tables as convolutions.
+    """
     try:
-        return tuple(dict.fromkeys(states))
+        found = tuple(dict.fromkeys(states))
     except TypeError as error:
-        raise _UnhashableStateError(str(error)) from None
+        raise UnhashableStateError(str(error)) from None
+    return tuple(sorted(found)) if all(type(state) is int for state in found) else found  # type: ignore[type-var]
+
+
+def leaf_states(term: Term, variable: int) -> tuple[State, State]:
+    """Settled states of a variable when (absent, present)."""
+    absent, present = term.leaf(variable)
+    return term.settle(absent, 1 << variable), term.settle(present, 1 << variable)
 
 
 class _Builder:
-    """Passes one and two: reachable states upward, useful states downward."""
+    """Passes one and two: reachable states upward, classes of them downward."""
 
     def __init__(self, constraint: Constraint, term: Term, n: int, max_nodes: int) -> None:
         self.constraint = constraint
@@ -92,36 +119,37 @@ class _Builder:
         self.n = n
         self.max_nodes = max_nodes
         self.states: list[tuple[State, ...]] = []
+        self.blocks: list[_Block] = []
         self._ids: dict[tuple[State, ...], int] = {}
         self._tables: dict[tuple[int, int, Hashable], _Table] = {}
-        self._useful: dict[tuple[int, bytes], tuple[BoolArray, BoolArray]] = {}
+        self._split: dict[tuple[int, bytes], tuple[_Classes, _Classes, int]] = {}
         self.nodes = 0
         self.edges = 0
         self.width = 0
         self._reachable = 0
 
-    def up(self, tree: Vtree) -> _Block:
-        """The block of a tree node with everything below it."""
-        if tree.halves is None:
-            leaf = _distinct([s for s in self.leaf(tree) if s is not FALSE])
-            return self._counted(_Block(tree, self._intern(leaf)))
-        left, right = self.up(tree.halves[0]), self.up(tree.halves[1])
-        table = self._table(left.states, right.states, tree)
-        return self._counted(_Block(tree, table.states, table, (left, right)))
+    def up(self, tree: Vtree) -> None:
+        """The blocks of a tree, halves before wholes."""
+        block_of: dict[int, _Block] = {}
+        for node in nodes(tree):
+            if node.halves is None:
+                states = distinct([s for s in leaf_states(self.term, node.first) if s is not FALSE])
+                block = _Block(node, self._intern(states))
+            else:
+                left, right = (block_of[id(half)] for half in node.halves)
+                table = self._table(left.states, right.states, node)
+                block = _Block(node, table.states, table, (left, right))
+            block_of[id(node)] = block
+            self._count(block)
+            self.blocks.append(block)
 
-    def leaf(self, tree: Vtree) -> tuple[State, State]:
-        """Settled states of a variable when (absent, present)."""
-        absent, present = self.term.leaf(tree.first)
-        return self.term.settle(absent, tree.scope), self.term.settle(present, tree.scope)
-
-    def _counted(self, block: _Block) -> _Block:
+    def _count(self, block: _Block) -> None:
         width = len(self.states[block.states])
         self.width = max(self.width, width)
         self._reachable += width
         # Unpruned states bound the useful ones from above; stop early only when hopelessly over.
-        if self._reachable > 4 * self.max_nodes + 4 * self.n:
+        if self._reachable > most_states(self.max_nodes, self.n):
             raise self._too_large(f"at least {self._reachable} reachable states")
-        return block
 
     def _intern(self, states: tuple[State, ...]) -> int:
         known = self._ids.setdefault(states, len(self.states))
@@ -136,7 +164,7 @@ class _Builder:
         return self._tables[key]
 
     def _merge_all(self, lefts: Sequence[State], rights: Sequence[State], tree: Vtree) -> _Table:
-        if len(lefts) * len(rights) > 4 * EDGES_PER_NODE * self.max_nodes:
+        if len(lefts) * len(rights) > most_pairs(self.max_nodes):
             raise self._too_large(f"{len(lefts)} x {len(rights)} pairs of states at one tree node")
         merged = [
             (a, b, state)
@@ -144,40 +172,37 @@ class _Builder:
             for b, right in enumerate(rights)
             if (state := self.term.settle(self.term.merge(left, right), tree.scope)) is not FALSE
         ]
-        states = _distinct([state for _, _, state in merged])
+        states = distinct([state for _, _, state in merged])
         index = {state: i for i, state in enumerate(states)}
         array = np.array([(a, b, index[state]) for a, b, state in merged], dtype=np.int64).reshape(-1, 3)
         return _Table(array[:, 0], array[:, 1], array[:, 2], self._intern(states))
 
-    def down(self, block: _Block, useful: BoolArray) -> None:
-        """Mark the states that take part in some accepted assignment of all variables."""
-        block.useful = useful
-        if block.table is None or block.halves is None:
-            self.nodes += self._leaf_nodes(block)
-            return
-        self.nodes += int(useful.sum())
-        self.edges += int(useful[block.table.result].sum())
-        left, right = block.halves
-        use_left, use_right = self._useful_halves(block.table, left, right, useful)
-        self.down(left, use_left)
-        self.down(right, use_right)
+    def down(self) -> None:
+        """Give every block its classes, from the root, all of whose states are accepted, to the variables."""
+        for block in reversed(self.blocks):
+            if block.halves is None:
+                self.nodes += self._leaf_nodes(block)
+                continue
+            table, left, right = block.inner()
+            left.classes, right.classes, edges = self._halves(table, left, right, block.classes)
+            self.nodes += block.classes.count
+            self.edges += edges
 
-    def _useful_halves(
-        self, table: _Table, left: _Block, right: _Block, useful: BoolArray
-    ) -> tuple[BoolArray, BoolArray]:
-        key = (id(table), useful.tobytes())
-        if key not in self._useful:
-            live = useful[table.result]
-            use_left = np.zeros(len(self.states[left.states]), dtype=np.bool_)
-            use_right = np.zeros(len(self.states[right.states]), dtype=np.bool_)
-            use_left[table.left[live]] = True
-            use_right[table.right[live]] = True
-            self._useful[key] = (use_left, use_right)
-        return self._useful[key]
+    def _halves(self, table: _Table, left: _Block, right: _Block, whole: _Classes) -> tuple[_Classes, _Classes, int]:
+        """The classes of two halves, and the number of elements that the whole's sums have."""
+        key = (id(table), whole.of.tobytes())
+        if key not in self._split:
+            shape = (len(self.states[left.states]), len(self.states[right.states]))
+            self._split[key] = _split(table, whole.of, shape)
+        return self._split[key]
 
     def _leaf_nodes(self, block: _Block) -> int:
-        absent, present = self.leaf(block.tree)
-        return 3 if absent == present and absent is not FALSE else int(block.useful.sum())
+        """Literals that some completion accepts, and a sum if both lead to the same."""
+        states = self.states[block.states]
+        absent, present = leaf_states(self.term, block.tree.first)
+        classes = [block.classes.of[states.index(s)] for s in (absent, present) if s is not FALSE]
+        literals = [c for c in classes if c >= 0]
+        return len(literals) + (len(literals) > len(set(literals)))
 
     def check_size(self) -> None:
         """Refuse a circuit over the limits before any array is made."""
@@ -187,11 +212,41 @@ class _Builder:
             raise self._too_large(f"{self.edges} elements (the limit is {EDGES_PER_NODE} per node)")
 
     def _too_large(self, what: str) -> CircuitTooLargeError:
-        return CircuitTooLargeError(
-            f"{self.constraint!r} over {self.n} variables needs {what}, more than max_nodes={self.max_nodes} allows; "
-            f"estimated width {self.width} states at one tree node, caused by {self.constraint!r}. "
-            "Lower its largest count or split its scope, or raise max_nodes"
-        )
+        return CircuitTooLargeError(f"{what}, with width {self.width} states at one tree node")
+
+
+def most_states(max_nodes: int, n: int) -> int:
+    """How many reachable states are built before giving up; a part of them will turn out to be of no use."""
+    return 4 * max_nodes + 4 * n
+
+
+def most_pairs(max_nodes: int) -> int:
+    """How many pairs of states are merged at one tree node before giving up."""
+    return 4 * EDGES_PER_NODE * max_nodes
+
+
+def _split(table: _Table, whole: IntArray, shape: tuple[int, int]) -> tuple[_Classes, _Classes, int]:
+    """Classes of the halves: two states are alike if with every sibling they lead to the same class, or nowhere."""
+    live = whole[table.result] >= 0
+    rows, columns, result = table.left[live], table.right[live], whole[table.result[live]]
+    left, right = _alike(rows, columns, result, shape[0]), _alike(columns, rows, result, shape[1])
+    return left, right, int((left.first[rows] & right.first[columns]).sum())
+
+
+def _alike(own: IntArray, siblings: IntArray, result: IntArray, count: int) -> _Classes:
+    """Classes of ``count`` states by where each leads with which sibling."""
+    order = np.lexsort((siblings, own))
+    behaviour = np.stack([siblings[order], result[order]], axis=1)
+    ends = np.cumsum(np.bincount(own, minlength=count))
+    of = np.full(count, -1, dtype=np.int64)
+    first = np.zeros(count, dtype=np.bool_)
+    known: dict[bytes, int] = {}
+    for state, (start, end) in enumerate(zip(np.concatenate([[0], ends[:-1]]).tolist(), ends.tolist(), strict=True)):
+        if start < end:
+            fresh = len(known)
+            of[state] = known.setdefault(behaviour[start:end].tobytes(), fresh)
+            first[state] = of[state] == fresh
+    return _Classes(of, first)
 
 
 class _Emitter:
@@ -207,9 +262,15 @@ class _Emitter:
         self._right: list[IntArray] = []
         self._true: int | None = None
 
-    def emit(self, root: _Block) -> Graph:
-        """The whole graph; the root has one state and becomes the last node."""
-        self._block(root)
+    def emit(self) -> Graph:
+        """The whole graph; the root has one class and becomes the last node."""
+        node_of_class: dict[int, IntArray] = {}
+        for block in self._builder.blocks:
+            if block.halves is None:
+                node_of_class[id(block)] = self._leaf(block)
+            else:
+                halves = [node_of_class.pop(id(half)) for half in block.halves]
+                node_of_class[id(block)] = self._inner(block, *halves)
         first = np.concatenate([[0], np.cumsum(np.concatenate(self._sizes))])
         empty = [np.zeros(0, dtype=np.int64)]
         return Graph(
@@ -221,39 +282,30 @@ class _Emitter:
             right=np.concatenate(self._right or empty).astype(np.int32),
         )
 
-    def _block(self, block: _Block) -> IntArray:
-        """Emit a block; returns the node of each state, -1 for useless ones."""
-        if block.table is None:
-            return self._leaf(block)
-        return self._inner(block, np.where(block.useful, np.cumsum(block.useful) - 1, -1))
-
-    def _inner(self, block: _Block, sum_of_state: IntArray) -> IntArray:
-        """One sum per value of ``sum_of_state`` that is not -1, made of the table's pairs that lead there."""
-        if block.table is None or block.halves is None:
-            raise RuntimeError("an inner block has a table and two halves")  # cannot happen: _block decides
-        left, right = self._block(block.halves[0]), self._block(block.halves[1])
-        owner = sum_of_state[block.table.result]
-        order = np.flatnonzero(owner >= 0)
+    def _inner(self, block: _Block, left_nodes: IntArray, right_nodes: IntArray) -> IntArray:
+        """One sum per class, made of the pairs of classes that lead there; returns the nodes."""
+        table, left, right = block.inner()
+        owner = block.classes.of[table.result]
+        # Of states that are alike the first speaks for all.
+        order = np.flatnonzero((owner >= 0) & left.classes.first[table.left] & right.classes.first[table.right])
         order = order[np.argsort(owner[order], kind="stable")]
         sizes = np.bincount(owner[order])
-        self._left.append(left[block.table.left[order]])
-        self._right.append(right[block.table.right[order]])
+        self._left.append(left_nodes[left.classes.of[table.left[order]]])
+        self._right.append(right_nodes[right.classes.of[table.right[order]]])
         first = self._add(np.full(len(sizes), int(NodeKind.SUM)), np.full(len(sizes), -1), sizes)
-        return np.where(sum_of_state >= 0, sum_of_state + first, -1)
+        return first + np.arange(len(sizes))
 
     def _leaf(self, block: _Block) -> IntArray:
-        """Emit the useful literals of one variable; two of the same state become one sum."""
+        """Emit the useful literals of one variable, those of one class as a sum; returns a node per class."""
         states = self._builder.states[block.states]
-        nodes = np.full(len(states), -1, dtype=np.int64)
-        literals: dict[int, list[int]] = {}
-        for kind, state in zip((NodeKind.ABSENT, NodeKind.PRESENT), self._builder.leaf(block.tree), strict=True):
-            position = states.index(state) if state is not FALSE else -1
-            if position >= 0 and block.useful[position]:
+        literals: list[list[int]] = [[] for _ in range(block.classes.count)]
+        both = leaf_states(self._builder.term, block.tree.first)
+        for kind, state in zip((NodeKind.ABSENT, NodeKind.PRESENT), both, strict=True):
+            found = int(block.classes.of[states.index(state)]) if state is not FALSE else -1
+            if found >= 0:
                 node = self._add(np.array([int(kind)]), np.array([block.tree.first]), np.array([0]))
-                literals.setdefault(position, []).append(node)
-        for position, found in literals.items():
-            nodes[position] = found[0] if len(found) == 1 else self._either(found)
-        return nodes
+                literals[found].append(node)
+        return np.array([some[0] if len(some) == 1 else self._either(some) for some in literals], dtype=np.int64)
 
     def _either(self, literals: list[int]) -> int:
         """The sum of both literals of a variable that is left free."""

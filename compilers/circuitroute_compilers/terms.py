@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import functools
 import operator
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol, TypeAlias, cast
@@ -56,7 +56,7 @@ class Term(Protocol):
         ...
 
 
-def _settled(left: State, right: State) -> State | None:
+def settled(left: State, right: State) -> State | None:
     """The merged state where one side needs no machine, else None."""
     if left is FREE or right is TRUE or right is FALSE:
         return right
@@ -87,9 +87,9 @@ class Machine:
         return FALSE if absent is None else absent, FALSE if present is None else present
 
     def merge(self, left: State, right: State) -> State:
-        settled = _settled(left, right)
-        if settled is not None:
-            return settled
+        known = settled(left, right)
+        if known is not None:
+            return known
         merged = self.constraint.merge(left, right)
         return FALSE if merged is None else merged
 
@@ -155,8 +155,14 @@ class HowMany:
         return functools.reduce(operator.or_, (term.scope for term in self.terms))
 
     @cached_property
-    def _verdicts(self) -> tuple[bool, ...]:
+    def verdicts(self) -> tuple[bool, ...]:
+        """What ``allows`` says of 0, 1, ... terms that hold."""
         return tuple(self.allows(j) for j in range(len(self.terms) + 1))
+
+    @cached_property
+    def all_must(self) -> bool:
+        """Whether this is a conjunction."""
+        return not any(self.verdicts[:-1])
 
     @cached_property
     def _of_variable(self) -> dict[int, tuple[int, ...]]:
@@ -177,7 +183,7 @@ class HowMany:
     def _state(self, holding: int, failing: int, listed: dict[int, State]) -> State:
         least = holding + sum(s is TRUE for s in listed.values())
         most = len(self.terms) - failing - sum(s is FALSE for s in listed.values())
-        possible = self._verdicts[least : most + 1]
+        possible = self.verdicts[least : most + 1]
         if all(possible):
             return TRUE
         if not any(possible):
@@ -185,9 +191,9 @@ class HowMany:
         return Tally(holding, failing, tuple(sorted(listed.items(), key=lambda item: item[0])))
 
     def merge(self, left: State, right: State) -> State:
-        settled = _settled(left, right)
-        if settled is not None:
-            return settled
+        known = settled(left, right)
+        if known is not None:
+            return known
         a, b = cast(Tally, left), cast(Tally, right)
         listed = dict(a.listed)
         for i, state in b.listed:
@@ -216,13 +222,3 @@ class HowMany:
 def variables(scope: Scope) -> list[int]:
     """The variables of a scope, increasing."""
     return [v for v in range(scope.bit_length()) if scope >> v & 1]
-
-
-def all_of(terms: Sequence[Term]) -> Term:
-    """The conjunction."""
-    return terms[0] if len(terms) == 1 else HowMany(tuple(terms), len(terms).__eq__)
-
-
-def any_of(terms: Sequence[Term]) -> Term:
-    """The disjunction."""
-    return terms[0] if len(terms) == 1 else HowMany(tuple(terms), (0).__lt__)

@@ -25,7 +25,7 @@ from circuitroute.engines.layered.runs import Contraction, IntArray
 from circuitroute.engines.layered.steps import Dense, Pairs, Pool, Step, Table
 
 # A dense step must do at least this many products per tensor operation; otherwise gathering pairs is as good.
-MIN_PRODUCTS_PER_RUN = 4
+MIN_PRODUCTS_PER_RUN = 12
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,186 @@
+"""Graphs from the nodes of foreign circuits: products of two, smooth sums, no dead branches.
+
+Legend: a *value* is what a foreign node became: None for false, a node, or the two factors of a product that no node
+was made for (an element of a sum needs none).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+
+from circuitroute.circuit.bitsets import Pool
+from circuitroute.circuit.graph import Graph, NodeKind
+from circuitroute.errors import CircuitTooLargeError
+
+Pair: TypeAlias = tuple[int, int]
+Value: TypeAlias = int | Pair | None
+
+MAX_VARIABLES = 1 << 16
+# Elements are two 32-bit indices; a circuit may have this many of them per allowed node.
+EDGES_PER_NODE = 16
+TRUE = 0
+
+
+class Builder:
+    """Nodes in the order they are made, children first.
+
+    Args:
+        n: number of variables.
+        max_nodes: the largest circuit to build.
+        source: what is read, for messages.
+
+    Attributes:
+        scope: the variables below each node, as bit sets.
+        origin: for each node the foreign node it was made for, -1 where smoothing made it.
+    """
+
+    def __init__(self, n: int, max_nodes: int, source: str) -> None:
+        if n > MAX_VARIABLES:
+            raise CircuitTooLargeError(f"{source} has {n} variables, more than the {MAX_VARIABLES} that can be read")
+        self.n = n
+        self.scope: list[int] = []
+        self.origin: list[int] = []
+        self._max_nodes = max_nodes
+        self._source = source
+        self._kind: list[int] = []
+        self._variable: list[int] = []
+        self._elements: list[Sequence[Pair]] = []
+        self._edges = 0
+        self._pool = Pool()
+        self._literals: dict[Pair, int] = {}
+        self._products: dict[Pair, int] = {}
+        self._free: dict[int, int] = {}
+        self._add(NodeKind.TRUE, -1, (), 0, -1)
+
+    def _add(self, kind: NodeKind, variable: int, elements: Sequence[Pair], scope: int, origin: int) -> int:
+        self._kind.append(int(kind))
+        self._variable.append(variable)
+        self._elements.append(elements)
+        self.scope.append(self._pool.shared(scope))
+        self.origin.append(origin)
+        self._edges += len(elements)
+        if len(self._kind) > self._max_nodes or self._edges > EDGES_PER_NODE * self._max_nodes:
+            raise CircuitTooLargeError(
+                f"{self._source} needs more than max_nodes={self._max_nodes} nodes or {EDGES_PER_NODE} times as many "
+                f"products, once it is smooth over {self.n} variables; raise max_nodes"
+            )
+        return len(self._kind) - 1
+
+    def literal(self, variable: int, present: bool) -> int:
+        """The node of a literal."""
+        key = variable, int(present)
+        if key not in self._literals:
+            kind = NodeKind.PRESENT if present else NodeKind.ABSENT
+            self._literals[key] = self._add(kind, variable, (), 1 << variable, -1)
+        return self._literals[key]
+
+    def product(self, left: int, right: int, origin: int) -> int:
+        """The product of two nodes, as a node: a sum of one element."""
+        if TRUE in (left, right):
+            return left or right  # the other one: TRUE is node 0
+        key = left, right
+        if key not in self._products:
+            scope = self.scope[left] | self.scope[right]
+            self._products[key] = self._add(NodeKind.SUM, -1, (key,), scope, origin)
+        return self._products[key]
+
+    def node(self, value: int | Pair, origin: int) -> int:
+        """A node for a value that is not false."""
+        return value if isinstance(value, int) else self.product(*value, origin)
+
+    def overlap(self, factors: Sequence[int]) -> int:
+        """The variables that two of the nodes share; none if their product is decomposable."""
+        seen = shared = 0
+        for factor in factors:
+            shared |= seen & self.scope[factor]
+            seen |= self.scope[factor]
+        return shared
+
+    def conjunction(self, factors: Sequence[int], origin: int) -> int | Pair:
+        """The product of any number of nodes: a balanced tree of products of two, the topmost left open."""
+        factors = [factor for factor in factors if factor != TRUE]
+        while len(factors) > 2:
+            pairs = zip(factors[::2], factors[1::2], strict=False)
+            odd = factors[-1:] if len(factors) % 2 else []
+            factors = [self.product(a, b, origin) for a, b in pairs] + odd
+        if len(factors) == 2:
+            return factors[0], factors[1]
+        return factors[0] if factors else TRUE
+
+    def sum(self, elements: Sequence[Pair], origin: int) -> int:
+        """A sum of products that share one scope."""
+        left, right = elements[0]
+        return self._add(NodeKind.SUM, -1, elements, self.scope[left] | self.scope[right], origin)
+
+    def disjunction(self, values: Sequence[Value], origin: int) -> Value:
+        """The sum of any number of values, made smooth: what one of them does not mention, it leaves free."""
+        alive = [value for value in values if value is not None]
+        if len(alive) < 2:
+            return alive[0] if alive else None
+        scope = 0
+        for value in alive:
+            scope |= self._scope_of(value)
+        return self.sum([self._widened(value, scope, origin) for value in alive], origin)
+
+    def _scope_of(self, value: int | Pair) -> int:
+        return self.scope[value] if isinstance(value, int) else self.scope[value[0]] | self.scope[value[1]]
+
+    def _widened(self, value: int | Pair, scope: int, origin: int) -> Pair:
+        """A value as an element of a sum over ``scope``."""
+        missing = scope & ~self._scope_of(value)
+        if not missing and not isinstance(value, int):
+            return value
+        return self.node(value, origin), self.free(missing)
+
+    def free(self, scope: int) -> int:
+        """The product of (x or not x) for all variables of a set.
+
+        Sets are split at the same places, multiples of powers of two, so that they share their equal parts.
+        """
+        if scope not in self._free:
+            low, high = (scope & -scope).bit_length() - 1, scope.bit_length() - 1
+            if low < high:
+                bit = (low ^ high).bit_length() - 1
+                below = scope & (1 << (high >> bit << bit)) - 1
+                self._free[scope] = self.product(self.free(below), self.free(scope ^ below), -1)
+            else:
+                self._free[scope] = self._either(low) if scope else TRUE
+        return self._free[scope]
+
+    def _either(self, variable: int) -> int:
+        both = [(self.literal(variable, False), TRUE), (self.literal(variable, True), TRUE)]
+        return self._add(NodeKind.SUM, -1, both, 1 << variable, -1)
+
+    def finish(self, root: int | Pair, origin: int) -> tuple[Graph, list[int]]:
+        """The graph below ``root`` over all variables, and the origin of each of its nodes."""
+        missing = (1 << self.n) - 1 & ~self._scope_of(root)
+        top = self.product(self.node(root, origin), self.free(missing), origin)
+        kept = self._below(top)
+        place = dict(zip(kept, range(len(kept)), strict=True))
+        elements = [(place[a], place[b]) for node in kept for a, b in self._elements[node]]
+        sizes = [len(self._elements[node]) for node in kept]
+        pairs = np.array(elements, dtype=np.int32).reshape(-1, 2)
+        graph = Graph(
+            n=self.n,
+            kind=np.array([self._kind[node] for node in kept], dtype=np.uint8),
+            variable=np.array([self._variable[node] for node in kept], dtype=np.int32),
+            first=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
+            left=pairs[:, 0].copy(),
+            right=pairs[:, 1].copy(),
+        )
+        return graph, [self.origin[node] for node in kept]
+
+    def _below(self, top: int) -> list[int]:
+        """The nodes that ``top`` is made of, children first; itself last."""
+        found = {top}
+        waiting = [top]
+        while waiting:
+            for pair in self._elements[waiting.pop()]:
+                for child in pair:
+                    if child not in found:
+                        found.add(child)
+                        waiting.append(child)
+        return sorted(found)

@@ -1,0 +1,245 @@
+"""Sentential decision diagrams in libsdd's text formats (Darwiche, SDD: A New Canonical Representation, 2011).
+
+An SDD file has a node per line, children first, the last one being the root; its vtree is a file of its own::
+
+    sdd 5                           vtree 3
+    L 1 0 1     id vtree literal    L 0 1       id variable
+    L 2 2 -2                        L 2 2
+    L 3 0 -1                        I 1 0 2     id left right
+    F 4         id
+    D 0 1 2 1 2 3 4                 id vtree count (prime sub)...
+
+Lines that start with ``c`` are comments, ``T id`` is true. Variables are counted from 1 in files, from 0 here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from circuitroute._validate import int_at_least
+from circuitroute.circuit import Circuit
+from circuitroute.circuit.properties import check
+from circuitroute.errors import InfeasibleError
+from circuitroute.interop.building import TRUE, Builder
+from circuitroute.interop.imported import Imported
+from circuitroute.interop.text import Line, TextFile
+
+_SDD = "F id, T id, L id vtree literal, or D id vtree count and that many pairs prime sub"
+_VTREE = "L id variable, or I id left right"
+# A node and the place in the vtree it belongs to (None: true, which fits everywhere); None for false.
+_Value: TypeAlias = tuple[int, int | None] | None
+
+
+def read_sdd(path: str | os.PathLike[str], vtree: str | os.PathLike[str], max_nodes: int = 1_000_000) -> Circuit:
+    """Read a sentential decision diagram and its vtree, as libsdd and PySDD save them.
+
+    The circuit is made smooth along the vtree, so that it stays structured, and verified to be decomposable and
+    deterministic.
+
+    Args:
+        path: the SDD.
+        vtree: the file of the vtree it was saved with.
+        max_nodes: the largest circuit to build, in nodes.
+
+    Returns:
+        A circuit over the vtree's variables, 1 becoming 0; its constraint only tells where it came from.
+
+    Raises:
+        CircuitFileError: a file is malformed, of another kind, or not the vtree of this SDD; names path, line, what
+            was found and expected.
+        CircuitPropertyError: a node is not deterministic, or could not be verified to be; named as in the file.
+        InfeasibleError: the circuit is false.
+        CircuitTooLargeError: the smooth circuit needs more than ``max_nodes`` nodes.
+    """
+    max_nodes = int_at_least("max_nodes", max_nodes, 1)
+    file, tree_file = TextFile(path), TextFile(vtree)
+    tree = _read_vtree(tree_file)
+    reader = _Reader(file, tree, Builder(tree.variables, max_nodes, str(file.path)))
+    value = reader.read()
+    if value is None:
+        raise InfeasibleError(f"{file.path}: the circuit is false, no subset satisfies it")
+    graph, origin = reader.builder.finish(reader.lifted(value, tree.root), -1)
+    check(graph, lambda i: f"node {origin[i]} of {file.path}")
+    return Circuit(graph, Imported("sdd", hashlib.sha256(file.data + tree_file.data).hexdigest()))
+
+
+# ---------------------------------------------------------------------------------------------- the vtree
+
+
+@dataclass
+class _Vtree:
+    """Nodes by id: the variable (counted from 0) of a leaf, the halves of an inner node, and the parent."""
+
+    path: str
+    variable: dict[int, int]
+    halves: dict[int, tuple[int, int]]
+    parent: dict[int, int]
+    root: int
+    span: dict[int, tuple[int, int]]  # the first leaf below a node and the one after its last, from left to right
+
+    @property
+    def variables(self) -> int:
+        return len(self.variable)
+
+    def contains(self, node: int, other: int) -> bool:
+        """Whether ``other`` is ``node`` or lies below it."""
+        start, stop = self.span[node]
+        return start <= self.span[other][0] and self.span[other][1] <= stop
+
+
+def _sized(file: TextFile, kind: str) -> tuple[list[Line], Line, int]:
+    """The lines after the header, the header, and the number in it."""
+    lines = file.lines()
+    header = next(lines, None)
+    if header is None or header.words[0] != kind.encode():
+        raise file.wrong("SDD" if kind == "sdd" else "vtree")
+    numbers = file.numbers(header, f"{kind} and the number of nodes")
+    rest = list(lines)
+    if len(numbers) != 1 or numbers[0] != len(rest) or not rest:
+        expected = f"{kind} {max(len(rest), 1)}, the number of nodes (is the file complete?)"
+        raise file.error(header.number, b" ".join(header.words), expected)
+    return rest, header, numbers[0]
+
+
+def _read_vtree(file: TextFile) -> _Vtree:
+    lines, header, _ = _sized(file, "vtree")
+    variable: dict[int, int] = {}
+    halves: dict[int, tuple[int, int]] = {}
+    parent: dict[int, int] = {}
+    span: dict[int, tuple[int, int]] = {}
+    for line in lines:
+        match line.words[0], file.numbers(line, _VTREE):
+            case b"L", [node, v] if node not in variable and node not in halves and 1 <= v <= len(lines):
+                variable[node] = v - 1
+            case b"I", [node, left, right] if node not in variable and node not in halves and left != right:
+                for half in (left, right):
+                    if half in parent or not (half in variable or half in halves):
+                        raise file.error(line.number, f"half {half}", "a node before it that is no half of another")
+                    parent[half] = node
+                halves[node] = left, right
+            case _:
+                raise file.error(line.number, b" ".join(line.words), f"{_VTREE}; ids and variables used once")
+    roots = [node for node in (*variable, *halves) if node not in parent]
+    if len(roots) != 1 or sorted(variable.values()) != list(range(len(variable))):
+        found = f"{len(roots)} roots and the variables {sorted(v + 1 for v in variable.values())[:10]}"
+        raise file.error(header.number, found, f"one root, and each of the variables 1 to {len(variable)} once")
+    tree = _Vtree(str(file.path), variable, halves, parent, roots[0], span)
+    _number_leaves(tree)
+    return tree
+
+
+def _number_leaves(tree: _Vtree) -> None:
+    leaves = 0
+    waiting = [(tree.root, False)]
+    while waiting:
+        node, done = waiting.pop()
+        if node in tree.variable:
+            tree.span[node] = leaves, leaves + 1
+            leaves += 1
+        elif done:
+            left, right = tree.halves[node]
+            tree.span[node] = tree.span[left][0], tree.span[right][1]
+        else:
+            left, right = tree.halves[node]
+            waiting += [(node, True), (right, False), (left, False)]
+
+
+# ---------------------------------------------------------------------------------------------- the diagram
+
+
+class _Reader:
+    """Reads nodes in the order of the file; every node is made smooth over its place in the vtree."""
+
+    def __init__(self, file: TextFile, tree: _Vtree, builder: Builder) -> None:
+        self.builder = builder
+        self._file = file
+        self._tree = tree
+        self._values: dict[int, _Value] = {}
+        self._free: dict[int, int] = {}
+        self._lifted: dict[tuple[int, int], int] = {}
+
+    def read(self) -> _Value:
+        """The value of the last node."""
+        value: _Value = None
+        for line in _sized(self._file, "sdd")[0]:
+            node, value = self._node(line)
+            if node in self._values:
+                raise self._file.error(line.number, f"node {node} a second time", "every id once")
+            self._values[node] = value
+        return value
+
+    def _node(self, line: Line) -> tuple[int, _Value]:
+        match line.words[0], self._file.numbers(line, _SDD):
+            case b"F", [node]:
+                return node, None
+            case b"T", [node]:
+                return node, (TRUE, None)
+            case b"L", [node, place, literal]:
+                return node, self._literal(line, place, literal)
+            case b"D", [node, place, count, *parts] if count >= 1 and len(parts) == 2 * count:
+                return node, self._decision(line, node, place, parts)
+        raise self._file.error(line.number, b" ".join(line.words), _SDD)
+
+    def _literal(self, line: Line, place: int, literal: int) -> _Value:
+        variable = self._tree.variable.get(place)
+        if variable != abs(literal) - 1 or literal == 0:
+            expected = f"a literal of vtree node {place}" + (
+                f", {variable + 1} or -{variable + 1}" if variable is not None else f", a leaf of {self._tree.path}"
+            )
+            raise self._file.error(line.number, f"literal {literal}", expected)
+        return self.builder.literal(variable, literal > 0), place
+
+    def _decision(self, line: Line, node: int, place: int, parts: list[int]) -> _Value:
+        if place not in self._tree.halves:
+            expected = f"an inner node of {self._tree.path} (is it this SDD's vtree?)"
+            raise self._file.error(line.number, f"vtree node {place}", expected)
+        left, right = self._tree.halves[place]
+        elements = []
+        for prime, sub in zip(parts[::2], parts[1::2], strict=True):
+            a, b = self._child(line, prime, left), self._child(line, sub, right)
+            if a is not None and b is not None:
+                elements.append((self.lifted(a, left), self.lifted(b, right)))
+        return (self.builder.sum(elements, node), place) if elements else None
+
+    def _child(self, line: Line, child: int, half: int) -> _Value:
+        """The value of a prime or sub, which must belong below its half of the vtree."""
+        if child not in self._values:
+            raise self._file.error(line.number, f"node {child}", "a node before it")
+        value = self._values[child]
+        if value is not None and value[1] is not None and not self._tree.contains(half, value[1]):
+            expected = f"a node at or below vtree node {half} of {self._tree.path} (is it this SDD's vtree?)"
+            raise self._file.error(line.number, f"node {child}, at vtree node {value[1]}", expected)
+        return value
+
+    def lifted(self, value: tuple[int, int | None], target: int) -> int:
+        """A value made smooth over the variables of a vtree node at or above its own."""
+        node, place = value
+        if place is None:
+            return self._all_free(target)
+        while place != target:
+            parent = self._tree.parent[place]
+            if (node, parent) not in self._lifted:
+                left, right = self._tree.halves[parent]
+                pair = (node, self._all_free(right)) if place == left else (self._all_free(left), node)
+                self._lifted[node, parent] = self.builder.product(*pair, self.builder.origin[node])
+            node, place = self._lifted[node, parent], parent
+        return node
+
+    def _all_free(self, target: int) -> int:
+        """The product of (x or not x) over the variables of a vtree node, factored like the vtree."""
+        waiting = [] if target in self._free else [target]
+        while waiting:
+            place = waiting[-1]
+            if place in self._tree.variable:
+                self._free[place] = self.builder.free(1 << self._tree.variable[place])
+            halves = self._tree.halves.get(place, ())
+            missing = [half for half in halves if half not in self._free]
+            waiting += missing
+            if not missing:
+                waiting.pop()
+                if halves:
+                    self._free[place] = self.builder.product(self._free[halves[0]], self._free[halves[1]], -1)
+        return self._free[target]

@@ -1,0 +1,104 @@
+"""Text files of numbers: lines split into words, errors that name path, line and what was found.
+
+Files come from anywhere. What is read is bounded by the size of the file, never by a number in it, and words become
+integers only if they are short runs of ASCII digits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from circuitroute.errors import CircuitFileError
+
+MAX_DIGITS = 18
+_DIGITS = b"0123456789-"
+_SHOWN = 40
+
+
+class Line(NamedTuple):
+    """A line that says something: its number in the file, counted from 1, and its words."""
+
+    number: int
+    words: list[bytes]
+
+
+class TextFile:
+    """The lines of a file, without empty ones and comments (lines that start with the word ``c``)."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.data = self.path.read_bytes()
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the content, in hexadecimal."""
+        return hashlib.sha256(self.data).hexdigest()
+
+    def lines(self) -> Iterator[Line]:
+        """The lines in order."""
+        for number, line in enumerate(self.data.split(b"\n"), start=1):
+            words = line.split()
+            if words and words[0] != b"c":
+                yield Line(number, words)
+
+    def numbers(self, line: Line, expected: str, skip: int = 1) -> list[int]:
+        """The words of a line after the first ``skip`` as integers.
+
+        Raises:
+            CircuitFileError: one is not an integer, or has more than 18 digits.
+        """
+        words = line.words[skip:]
+        if not words:
+            return []
+        if b"".join(words).translate(None, _DIGITS) or max(map(len, words)) > MAX_DIGITS:
+            wrong = next(word for word in words if len(word) > MAX_DIGITS or word.translate(None, _DIGITS))
+            raise self.error(line.number, wrong, expected)
+        try:
+            return list(map(int, words))
+        except ValueError:  # dashes in odd places
+            raise self.error(line.number, b" ".join(words), expected) from None
+
+    def error(self, line: int, found: object, expected: str) -> CircuitFileError:
+        """The error for a line: what it holds, and what should be there."""
+        return CircuitFileError(f"{self.path}, line {line}: found {shown(found)}, expected {expected}")
+
+    def wrong(self, expected: str) -> CircuitFileError:
+        """The error for a file of another kind."""
+        return CircuitFileError(f"{self.path} is no {expected}: it looks like {kind_of(self.data)}")
+
+
+def shown(found: object) -> str:
+    """What was found, as short as it can be shown."""
+    text = found.decode("ascii", "backslashreplace") if isinstance(found, bytes) else str(found)
+    return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")
+
+
+# How files begin that are likely to be mistaken for one another, and what reads them.
+_BEGINNINGS = (
+    (b"circuitroute circuit ", "a saved circuit (read it with cr.load)"),
+    (b"nnf ", "an NNF circuit in c2d's format (read it with cr.read_nnf)"),
+    (b"sdd ", "an SDD (read it with cr.read_sdd)"),
+    (b"vtree ", "a vtree (give it to cr.read_sdd, beside its SDD)"),
+    (b"p cnf", "a CNF (compile it to a circuit first, with c2d, d4 or libsdd)"),
+    (b"PK\x03\x04", "a zip archive, such as torch.save writes"),
+    (b"\x80", "a Python pickle"),
+)
+
+
+def kind_of(data: bytes) -> str:
+    """What a file looks like, in words."""
+    if not data.strip():
+        return "an empty file"
+    start = next((line for line in data[:4096].splitlines() if line.strip() and line.split()[0] != b"c"), b"")
+    for begins, kind in _BEGINNINGS:
+        if start.startswith(begins):
+            return kind
+    if start.split()[:1] in ([b"o"], [b"a"], [b"t"], [b"f"]):
+        return "an NNF circuit in d4's format (read it with cr.read_nnf)"
+    if b"\0" in data[:4096] or not data[:4096].isascii():
+        return "binary data"
+    return f"text that begins with {shown(data[:200].strip())}"

@@ -1,0 +1,95 @@
+"""Plans: what constraints become before the order of variables is known. Given an order, a plan becomes a term."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+from circuitroute import Constraint
+from circuitroute.constraints.formula import Formula
+from circuitroute_compilers.diagram import diagrams
+from circuitroute_compilers.terms import Complement, HowMany, Machine, Scope, Term
+
+
+@dataclass(frozen=True)
+class Proposition:
+    """All of ``formulas`` hold; they hang together by shared variables, and came from ``constraint``."""
+
+    constraint: Constraint
+    formulas: tuple[Formula, ...]
+
+    @cached_property
+    def scope(self) -> Scope:
+        return sum(1 << v for v in {v for formula in self.formulas for v in formula.variables})
+
+
+@dataclass(frozen=True)
+class Negation:
+    """The plan does not hold."""
+
+    plan: Plan
+
+    @property
+    def scope(self) -> Scope:
+        return self.plan.scope
+
+
+@dataclass(frozen=True)
+class Number:
+    """``allows`` the number of ``plans`` that hold; ``names`` are the constraints they came from."""
+
+    plans: tuple[Plan, ...]
+    allows: Callable[[int], bool]
+    names: tuple[Constraint, ...]
+
+    @cached_property
+    def scope(self) -> Scope:
+        scope = 0
+        for plan in self.plans:
+            scope |= plan.scope
+        return scope
+
+
+Plan: TypeAlias = Machine | Proposition | Negation | Number
+
+
+def all_of(plans: Sequence[Plan], names: Sequence[Constraint]) -> Plan:
+    """The conjunction."""
+    return plans[0] if len(plans) == 1 else Number(tuple(plans), len(plans).__eq__, tuple(names))
+
+
+def any_of(plans: Sequence[Plan], names: Sequence[Constraint]) -> Plan:
+    """The disjunction."""
+    return plans[0] if len(plans) == 1 else Number(tuple(plans), (0).__lt__, tuple(names))
+
+
+def simple_parts(plan: Plan) -> Iterator[Machine | Proposition]:
+    """The machines and propositions a plan is made of."""
+    match plan:
+        case Machine() | Proposition():
+            yield plan
+        case Negation(plan=inner):
+            yield from simple_parts(inner)
+        case Number(plans=inner):
+            for each in inner:
+                yield from simple_parts(each)
+
+
+def along(plan: Plan, order: Sequence[int], limit: int) -> Term:
+    """The term of a plan for trees that meet the variables in ``order``.
+
+    Raises:
+        CircuitTooLargeError: a formula needs more than ``limit`` nodes of decision diagrams.
+    """
+    match plan:
+        case Machine():
+            return plan
+        case Proposition(constraint=constraint, formulas=formulas):
+            found = diagrams(constraint, formulas, order, limit)
+            return found[0] if len(found) == 1 else HowMany(tuple(found), len(found).__eq__)
+        case Negation(plan=inner):
+            return Complement(along(inner, order, limit))
+        case Number(plans=inner, allows=allows):
+            return HowMany(tuple(along(each, order, limit) for each in inner), allows)

@@ -1,0 +1,121 @@
+"""What a circuit will cost, before it is built: the tree is chosen by it, and refusals are explained with it.
+
+Sizes are those of the states that can be reached, counted part by part (see ``profile``): usually more than the
+circuit has, which leaves out what no completion accepts and joins what no completion tells apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from circuitroute import CircuitTooLargeError, Constraint
+from circuitroute.compilation import Prediction
+from circuitroute.constraints import Cost
+from circuitroute_compilers.lowering import Capped
+from circuitroute_compilers.order import candidates
+from circuitroute_compilers.plans import Number, Plan, Proposition, along, simple_parts
+from circuitroute_compilers.profile import UNTOUCHED, Profiles, Tree, profiles, together
+from circuitroute_compilers.terms import HowMany, Machine, Scope, Term
+from circuitroute_compilers.vtree import Vtree, depth, keeps_order, met, natural
+
+# Building takes about this long.
+SECONDS_PER_EDGE = 4e-6
+SECONDS_PER_NODE = 2e-5
+# Engines run one level after another: a level is worth this many elements.
+EDGES_PER_LEVEL = 16
+# The nodes of a decision diagram may be this many even where the circuit may not.
+LEAST_DIAGRAM_NODES = 50_000
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plan, a tree, the term that goes with both, and what building it takes; ``certain`` states are reached in any
+    case."""
+
+    plan: Plan
+    tree: Vtree
+    term: Term
+    prediction: Prediction
+    certain: int
+
+    @property
+    def cost(self) -> int:
+        """What an evaluation of the circuit takes, in elements."""
+        return self.prediction.edges + EDGES_PER_LEVEL * depth(self.tree)
+
+
+def choose(constraint: Constraint, plan: Plan, n: int, max_nodes: int) -> Choice:
+    """The tree of smallest predicted cost among a few.
+
+    Raises:
+        CircuitTooLargeError: a formula needs too large a decision diagram in every one of the orders.
+    """
+    choices: list[Choice] = []
+    refusals: list[CircuitTooLargeError] = []
+    for tree in _possible(plan, n):
+        try:
+            term = along(plan, met(tree), max(max_nodes, LEAST_DIAGRAM_NODES))
+        except CircuitTooLargeError as error:
+            refusals.append(error)
+        else:
+            choices.append(_predicted(constraint, plan, term, tree))
+    if not choices:
+        raise refusals[-1]
+    return min(choices, key=lambda choice: choice.cost)
+
+
+def _possible(plan: Plan, n: int) -> Iterator[Vtree]:
+    """Trees around the scopes, but none that shows a user's machine its variables out of order."""
+    parts = list(simple_parts(plan))
+    ordered = [part.scope for part in parts if isinstance(part, Machine) and is_foreign(part)]
+    found = 0
+    for tree in candidates(_scopes(parts), n):
+        order = met(tree)
+        if all(keeps_order(order, scope) for scope in ordered):
+            found += 1
+            yield tree
+    if not found:
+        yield natural(n)
+
+
+def is_foreign(machine: Machine) -> bool:
+    """Whether the machine is a user's: it may be wrong, and it may depend on the order of its variables."""
+    return not isinstance(machine.constraint, (Capped, Cost))
+
+
+def _scopes(parts: Sequence[Machine | Proposition]) -> Iterator[Scope]:
+    """What should stay together: the scopes of machines, of propositions, and of the formulas inside these."""
+    for part in parts:
+        yield part.scope
+        if isinstance(part, Proposition):
+            for formula in part.formulas:
+                yield from formula.scopes()
+
+
+def _predicted(constraint: Constraint, plan: Plan, term: Term, tree: Vtree) -> Choice:
+    numbered = Tree(tree)
+    if isinstance(plan, Number) and isinstance(term, HowMany):
+        parts, names = [profiles(part, numbered) for part in term.terms], plan.names
+        whole = together(term, parts, numbered)
+    else:
+        whole = profiles(term, numbered)
+        parts, names = [whole], (constraint,)
+    inner = [node for node, halves in enumerate(numbered.halves) if halves]
+    at = [whole.get(node, UNTOUCHED) for node in inner]
+    free = sum(node not in whole for node, halves in enumerate(numbered.halves) if not halves)
+    nodes = sum(max(p.live, 1) for p in at) + 2 * (len(inner) + 1) + free + (free > 0)
+    edges = sum(max(p.pairs, 1) for p in at) + 2 * free
+    seconds = min(edges, 10**15) * SECONDS_PER_EDGE + min(nodes, 10**15) * SECONDS_PER_NODE
+    width = max((p.live for p in whole.values()), default=1)
+    culprit = names[_costliest(parts, whole)]
+    certain = sum(p.open for p in whole.values() if p.exact)
+    return Choice(plan, tree, term, Prediction(width, nodes, edges, seconds, culprit), certain)
+
+
+def _costliest(parts: Sequence[Profiles], whole: Profiles) -> int:
+    """The part without which most elements would be saved."""
+    saved = [
+        sum(whole[node].pairs * (p.pairs - 1) // p.pairs for node, p in part.items() if p.pairs > 1) for part in parts
+    ]
+    return max(range(len(parts)), key=saved.__getitem__)
