@@ -17,6 +17,7 @@ from circuitroute.engines.layered import NaiveLayered, TorchLayered, eager, step
 from circuitroute.engines.layered.plan import lay_out
 from circuitroute.engines.layered.runs import Contraction, LargestSum
 from circuitroute.engines.layered.steps import Dense, Pairs, Pool
+from circuitroute.keys import uniform
 from tests.test_compile import NoNeighbours, Parity
 from tests.truth import enumerate_worlds, world_truth
 
@@ -262,6 +263,31 @@ def test_engines_are_chosen_and_forced():
     assert isinstance(layered_engine(circuit.with_engine("naive"), CPU), NaiveLayered)
     with pytest.raises(cr.EngineError, match="no such engine"):
         circuit.with_engine("magic")
+
+
+def test_choices_that_rounding_could_decide_are_noticed():
+    """Cumulative weights within the margin of the threshold, on either side; certain choices are not bothered."""
+    plan, key = lay_out(cr.compile(GROUPS, 64).graph, CPU), cr.random_key(0, torch.arange(5))
+    u = uniform(key, 3, 1, torch.float64)[0]
+    share = u + torch.tensor([0.0, 5e-5, -5e-5, 2e-4, -2e-4], dtype=torch.float64)
+    draw = walk.Draw(plan, key, margin=1e-4)
+    chosen = draw.invert(torch.stack([share, 1 - share])[:, None], torch.full((1, 5), 3))
+    assert draw.uncertain.tolist() == [True, True, True, False, False]
+    assert chosen[0, 3:].tolist() == [0, 1]
+
+
+def test_samples_in_doubt_are_drawn_again(monkeypatch):
+    """With everything in doubt, every row goes to float64 and from there to the naive engine: the same samples."""
+    circuit, key = cr.compile(GROUPS, 64), cr.random_key(0, torch.arange(30))
+    logits = logits_of(30, 64, 1.0, torch.float32)
+    expected = circuit(logits).sample(key=key)
+    redrawn = []
+    naive = NaiveLayered.sample
+    monkeypatch.setattr(NaiveLayered, "sample", lambda self, x, *rest: redrawn.append(len(x)) or naive(self, x, *rest))
+    monkeypatch.setattr(eager, "MARGIN", {torch.float32: 2.0, torch.float64: 2.0})
+    assert torch.equal(circuit(logits).sample(key=key), expected)
+    assert torch.equal(circuit(logits).sample_in_sweep(key).float(), expected)
+    assert redrawn == [30, 30]
 
 
 # ---------------------------------------------------------------------------------------------- the parts
