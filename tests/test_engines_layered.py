@@ -142,6 +142,16 @@ def test_rows_that_nothing_satisfies_are_nan_alone():
         circuit(logits[:3])
 
 
+def test_evidence_is_certain_and_no_variable():
+    logits = logits_of(1, 64, 1.0, torch.float32)
+    logits[0, 3], logits[0, 40] = math.inf, -math.inf
+    dist = cr.compile(GROUPS, 64)(logits.requires_grad_())
+    assert dist.marginals[0, [3, 40]].tolist() == [1.0, 0.0]
+    (gradient,) = torch.autograd.grad(dist.log_partition.sum(), logits)
+    assert gradient[0, [3, 40]].tolist() == [0.0, 0.0]
+    assert (gradient[0, :3] > 0).all()
+
+
 @pytest.mark.parametrize("case", [SMALL[0], SMALL[1], SMALL[3]], ids=name)
 def test_gradients_numerically(case):
     constraint, n = case

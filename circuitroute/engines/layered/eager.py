@@ -336,7 +336,6 @@ class _Block:
             weights = (self.rows[left] * self.rows[right]).mul_(self.root.adjoint[slot])
             last = key_B.new_full((1, len(key_B)), self.plan.nodes - 1)
             chosen = draw.invert(weights[:, None], last)[0]
-        chosen = torch.where(self.root.underflow, -1, chosen)
         mask = walk(plan, self.rows, torch.Tensor.mul_, 0.0, draw, chosen)
         return mask, draw.uncertain
 
