@@ -77,7 +77,7 @@ def test_composed_circuits_agree_with_the_truth(tmp_path: Path, constraint: str)
     found = _run(tmp_path, *arguments)
     assert [row["provider"] for row in found[::2]] == ["topk", *LAYERED]
     for row in found:
-        assert set(row) == FIELDS - {"kmin", "k", "counts"} | {"constraint", "nodes", "edges", "depth"}
+        assert set(row) == FIELDS - {"kmin", "k", "counts"} | {"constraint", "nodes", "edges", "depth", "compile_s"}
         assert row["edges"] > row["nodes"] > 64
         assert row["max_abs_error"] is None or row["max_abs_error"] < 1e-5
 

@@ -13,7 +13,7 @@ import circuitroute as cr
 from circuitroute.circuit import Graph, NodeKind
 from circuitroute.circuit.counting import split_by_count
 from circuitroute.engines import layered_engine
-from circuitroute.engines.layered import NaiveLayered, TorchLayered, eager, steps, walk
+from circuitroute.engines.layered import NaiveLayered, TorchLayered, eager, evaluated, steps, walk
 from circuitroute.engines.layered.plan import lay_out
 from circuitroute.engines.layered.runs import Contraction, LargestSum
 from circuitroute.engines.layered.steps import Dense, Pairs, Pool
@@ -120,7 +120,7 @@ def test_far_apart_logits_take_the_exact_paths():
     engine = layered_engine(circuit, CPU)
     found = engine.infer(logits, None)
     groups = cr.compile(cr.EachGroup(cr.Groups(4), cr.Between(1, 2)), 32)
-    unshifted = layered_engine(groups, CPU)
+    unshifted = TorchLayered(groups.graph, 8)
     assert found.fallback.tolist() == [False, False, False]  # the shift sees to it
     assert unshifted.infer(logits, None).fallback.tolist() == [False, True, True]
     assert unshifted.infer(logits.double(), None).fallback.tolist() == [False, False, True]
@@ -264,6 +264,43 @@ def test_splitting_by_count_changes_no_subset(case):
     plan = lay_out(split.graph, CPU)
     assert plan.counts is not None
     assert plan.counts[-1] == circuit.max_count
+
+
+def test_nodes_are_split_by_count_where_that_is_cheap():
+    """Then logits that ask for far too many variables are no reason to leave float32."""
+    budget = cr.compile(cr.LayerBudget(layers=16, experts=16, per_layer=cr.Between(1, 6), total=cr.AtMost(40)), 256)
+    engine = layered_engine(budget, CPU)
+    found = engine.infer(logits_of(50, 256, 1.0, torch.float32) + 3, None)
+    assert not found.fallback.any()
+    assert found.count_probs is not None
+    wide = cr.compile(cr.EachGroup(cr.Groups(64), cr.Between(0, 15)), 1024)
+    assert evaluated(wide.graph) is wide.graph  # would be hundreds of times larger
+    definite = cr.compile(GROUPS, 64).graph
+    assert evaluated(definite) is definite
+
+
+@pytest.mark.parametrize("case", [*(c for c in SMALL if c[1] > 1), LARGE[1]], ids=name)
+def test_unsplit_circuits(case):
+    """Nodes without definite counts: no shift, and the count posterior from a product made on demand."""
+    constraint, n = case
+    circuit = cr.compile(constraint, n)
+    fast, slow = TorchLayered(circuit.graph, circuit.max_count), NaiveLayered(circuit.graph)
+    logits = logits_of(6, n, 3.0).requires_grad_()
+    found, exact = fast.infer(logits.detach(), None), slow.infer(logits.detach(), None)
+    torch.testing.assert_close(found.marginals, exact.marginals, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.log_partition, exact.log_partition)
+    attached = fast.attach(found, logits, None).marginals, slow.attach(exact, logits, None).marginals
+    u = logits_of(6, n, 1.0, seed=1)
+    ours, theirs = (torch.autograd.grad((m * u).sum(), logits, materialize_grads=True)[0] for m in attached)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+    counts = fast.count_probs(logits, circuit.max_count), slow.count_probs(logits, circuit.max_count)
+    torch.testing.assert_close(*counts, rtol=0, atol=1e-11)
+    v = logits_of(6, circuit.max_count + 1, 1.0, seed=2)
+    ours, theirs = (torch.autograd.grad((q * v).sum(), logits, materialize_grads=True)[0] for q in counts)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+    key = cr.random_key(0, torch.arange(6))
+    assert torch.equal(fast.sample(logits.detach(), None, key), slow.sample(logits.detach(), None, key))
+    assert torch.equal(fast.mode(logits.detach()), slow.mode(logits.detach()))
 
 
 def test_engines_are_chosen_and_forced():

@@ -10,10 +10,25 @@ from collections import defaultdict
 
 import numpy as np
 
-from circuitroute.circuit.graph import Graph, NodeKind
+from circuitroute.circuit.graph import Graph, NodeKind, count_ranges
 
 # (left, right) node pairs
 Pairs = list[tuple[int, int]]
+
+
+def has_definite_counts(graph: Graph) -> bool:
+    """Whether below the root every node has one definite number of selected variables."""
+    fewest, most = count_ranges(graph)
+    last = slice(int(graph.first[-2]), int(graph.first[-1]))
+    children = np.concatenate([graph.left[last], graph.right[last]])
+    return bool((fewest[children] == most[children]).all())
+
+
+def most_elements_split(graph: Graph) -> int:
+    """An upper bound on the elements of :func:`split_by_count`, from the counts each node can have."""
+    fewest, most = count_ranges(graph)
+    counts = most - fewest + 1
+    return int((counts[graph.left] * counts[graph.right]).sum())
 
 
 def split_by_count(graph: Graph) -> Graph:

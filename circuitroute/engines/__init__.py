@@ -14,7 +14,7 @@ from circuitroute.circuit import Circuit
 from circuitroute.engines.base import Engine as Engine
 from circuitroute.engines.base import Inference as Inference
 from circuitroute.engines.base import LayeredEngine as LayeredEngine
-from circuitroute.engines.layered import NaiveLayered, PyjuiceLayered, TorchLayered
+from circuitroute.engines.layered import NaiveLayered, PyjuiceLayered, TorchLayered, evaluated
 from circuitroute.engines.layered.pyjuice import missing as missing_for_pyjuice
 from circuitroute.engines.subset import NaiveSubset, TorchSubset
 from circuitroute.errors import EngineError
@@ -63,10 +63,10 @@ def layered_engine(circuit: Circuit, device: torch.device) -> LayeredEngine:
 
 def _make_layered(circuit: Circuit, name: str) -> LayeredEngine:
     if name == "naive":
-        return NaiveLayered(circuit.graph)
+        return NaiveLayered(evaluated(circuit.graph))
     if name == "pyjuice":
         return PyjuiceLayered(circuit)
-    return TorchLayered(circuit.graph, circuit.max_count)
+    return TorchLayered(evaluated(circuit.graph), circuit.max_count)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from circuitroute.circuit.graph import Graph, Level, NodeKind
+from circuitroute.circuit.graph import Graph, Level, NodeKind, count_ranges
 from circuitroute.engines.layered.runs import Contraction, IntArray
 from circuitroute.engines.layered.steps import Dense, Pairs, Pool, Step, Table
 
@@ -175,7 +175,7 @@ class _Layout:
 
     def _root(self, root: int) -> tuple[IntArray, tuple[int, ...] | None, tuple[IntArray, IntArray, IntArray] | None]:
         """The last step, which collects the root's elements by their count."""
-        fewest, most = _counts(self.graph)
+        fewest, most = count_ranges(self.graph)
         if self.graph.kind[root] != NodeKind.SUM:
             return self.row[[root]], (int(fewest[root]),), None
         span = slice(int(self.graph.first[root]), int(self.graph.first[root + 1]))
@@ -281,9 +281,3 @@ def _scope_names(graph: Graph) -> IntArray:
     for level in graph.levels:
         own[level.nodes] = own[level.left[level.starts]] ^ own[level.right[level.starts]]
     return own
-
-
-def _counts(graph: Graph) -> tuple[IntArray, IntArray]:
-    """Fewest and most selected variables below every node."""
-    present = (graph.kind == NodeKind.PRESENT).astype(np.int64)
-    return graph.fold(present, np.add, np.minimum), graph.fold(present, np.add, np.maximum)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from circuitroute.engines.autograd import attach
 from circuitroute.engines.base import Inference
+from circuitroute.engines.layered.definite import evaluated
 from circuitroute.engines.layered.eager import TorchLayered
 from circuitroute.engines.logspace import log_coins, log_literals, nan_rows
 from circuitroute.errors import EngineError
@@ -53,7 +54,7 @@ class PyjuiceLayered:
 
     def __init__(self, circuit: Circuit) -> None:
         self._circuit = circuit
-        self._torch = TorchLayered(circuit.graph, circuit.max_count)
+        self._torch = TorchLayered(evaluated(circuit.graph), circuit.max_count)
         self._compiled: dict[torch.device, Any] = {}
 
     @torch.no_grad()

@@ -1,0 +1,23 @@
+"""Which graph the engines run for a circuit: nodes split by their count, where that is cheap.
+
+Nodes of definite count allow the logits to be shifted, which keeps float32 in range when they ask for many more or
+fewer variables than the constraint allows, and give the posterior of the count for nothing. Compilers may have merged
+nodes of different counts that no completion tells apart.
+"""
+
+from __future__ import annotations
+
+from circuitroute.circuit.counting import has_definite_counts, most_elements_split, split_by_count
+from circuitroute.circuit.graph import Graph
+
+# How many times more elements, and how many at a price not worth speaking of, the split graph may have.
+MAX_GROWTH = 4
+SMALL = 10_000
+
+
+def evaluated(graph: Graph) -> Graph:
+    """The graph, split by count unless it has definite counts already or would grow too much."""
+    if has_definite_counts(graph):
+        return graph
+    affordable = max(MAX_GROWTH * graph.num_edges, SMALL)
+    return split_by_count(graph) if most_elements_split(graph) <= affordable else graph
