@@ -251,7 +251,7 @@ def test_infeasible_rows_are_nan_alone():
 
 def test_unknown_and_unfit_engines_say_why():
     circuit = cr.compile(cr.Exactly(2), 6)
-    with pytest.raises(cr.EngineError, match="no such engine; known are naive, .*torch"):
+    with pytest.raises(cr.EngineError, match=r"no such engine; known are naive, .*torch"):
         circuit.with_engine("warp")
     with pytest.raises(cr.EngineError, match="'pyjuice' runs no circuit of op 'subset'"):
         circuit.with_engine("pyjuice")
