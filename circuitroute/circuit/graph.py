@@ -99,7 +99,9 @@ class Graph:
         """The sums, level by level, from the literals up."""
         sums = np.flatnonzero(self.kind == NodeKind.SUM)
         depth = self.level_of[sums]
-        return tuple(self._level(sums[depth == d]) for d in range(1, int(depth.max(initial=0)) + 1))
+        order = np.argsort(depth, kind="stable")
+        ends = np.cumsum(np.bincount(depth, minlength=1)[1:])
+        return tuple(self._level(nodes) for nodes in np.split(sums[order], ends[:-1]) if len(nodes))
 
     def _level(self, nodes: IntArray) -> Level:
         sizes = self.first[nodes + 1] - self.first[nodes]
