@@ -14,9 +14,9 @@ from benchmarks.runner import run_case
 ROWS = Path(__file__).parent / "rows"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m benchmarks") -> int:
     """Run the benchmarks that the command line asks for; returns the exit status."""
-    parser = _parser()
+    parser = _parser(prog)
     options = parser.parse_args(arguments)
     op = registry.get_op(options.op)
     try:
@@ -45,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description="Time, append rows, print the table.")
     ops = registry.ops()
     parser.add_argument("--op", choices=sorted(ops), default="subset", help="the workload (default: subset)")
     parser.add_argument("--providers", type=_names, help="only these, by name, separated by commas")

@@ -13,8 +13,14 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 MIB = 2**20
+
+# Copies go round a ring of buffers, so that each finds its bytes in memory rather than in a cache: this much in all,
+# short of it where the buffers are tiny.
+RING_MIB = 128
+RING_MAX = 64
 
 
 class Clock(Protocol):
@@ -74,6 +80,26 @@ def quiet(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
         if collecting:
             gc.enable()
+
+
+class Copies:
+    """The memory floor: what a copy of an input of this size takes, one read and one write of its bytes.
+
+    Reading the logits and writing the marginals cannot take less. The copies of a pass over the ring are timed
+    together, so that neither the clock's steps nor starting a kernel counts for much.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        count = min(RING_MAX, max(1, RING_MIB * MIB // (2 * like.nbytes)))
+        # Written once here: memory that was never touched is given out on the first write, which takes time.
+        self._pairs = [(torch.ones_like(like), torch.ones_like(like)) for _ in range(count)]
+
+    def time(self, clock: Clock) -> float:
+        """Milliseconds of one copy."""
+        start = clock.mark()
+        for source, target in self._pairs:
+            target.copy_(source)
+        return (clock.mark() - start) / len(self._pairs)
 
 
 def peak_mib(run: Callable[[], object], device: torch.device) -> float | None:

@@ -32,6 +32,7 @@ class Outputs:
 
     result: Tensor
     values: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)  # row fields where this provider departs from the case
 
 
 Forward = Callable[[Tensor], Outputs]
@@ -68,13 +69,17 @@ class Op(Protocol):
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to do an op: ``build(case)`` returns the forward pass, or raises ``UnavailableError``."""
+    """One way to do an op: ``build(case)`` returns the forward pass, or raises ``UnavailableError``.
+
+    ``note`` says in its rows, the table and the plots what it does less or otherwise than the op asks for.
+    """
 
     op: str
     name: str
     engine: str
     build: Callable[[Any], Forward]
     by_default: bool
+    note: str | None = None
 
 
 _ops: dict[str, Op] = {}
@@ -93,13 +98,15 @@ def op(cls: OpClass) -> OpClass:
     return cls
 
 
-def provider(op: str, name: str, *, engine: str = "eager", by_default: bool = True) -> Callable[[Build], Build]:
+def provider(
+    op: str, name: str, *, engine: str = "eager", by_default: bool = True, note: str | None = None
+) -> Callable[[Build], Build]:
     """Decorator for ``build(case) -> forward``; ``by_default=False`` runs it only when it is named."""
 
     def register(build: Build) -> Build:
         if (op, name) in _providers:
             raise ValueError(f"op {op!r} has a provider named {name!r} already")
-        _providers[op, name] = Provider(op, name, engine, build, by_default)
+        _providers[op, name] = Provider(op, name, engine, build, by_default, note)
         return build
 
     return register

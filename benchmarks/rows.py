@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import platform
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,15 @@ COLUMNS: tuple[tuple[str, str], ...] = (
     ("median ms", "{median_ms:.2f}"),
     ("p20 - p80", "{p20_ms:.2f} - {p80_ms:.2f}"),
     ("x topk", "{ratio_to_topk:.1f}"),
+    ("x floor", "{ratio_to_floor:.0f}"),
     ("peak MiB", "{peak_mib:.0f}"),
     ("max error", "{max_abs_error:.1e}"),
 )
 # The table needs this much room, also where the output is not a terminal.
-WIDTH = 110
+WIDTH = 140
+
+# Engines that other packages run, whose versions matter: the engine's name is that of the module.
+PACKAGES = ("klay", "numba", "pyjuice", "triton")
 
 
 def environment(device: torch.device) -> Row:
@@ -38,6 +44,18 @@ def environment(device: torch.device) -> Row:
         "circuitroute": _version(),
         "utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def versions(engine: str) -> Row:
+    """The version of the package that runs an engine; nothing for engines that need torch alone."""
+    return {engine: _package_version(engine)} if engine in PACKAGES else {}
+
+
+@cache
+def _package_version(module: str) -> str:
+    """By the module, since builds of a package differ in name."""
+    (name, *_) = importlib.metadata.packages_distributions()[module]
+    return importlib.metadata.version(name)
 
 
 def cpu_model() -> str:
@@ -54,6 +72,12 @@ def _version() -> str:
     import circuitroute
 
     return str(circuitroute.__version__)
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What providers do less or otherwise than the op asks for, once each."""
+    found = dict.fromkeys(f"{row['provider']}: {row['note']}" for row in rows if row.get("note"))
+    return list(found)
 
 
 def append(path: Path, rows: Sequence[Row]) -> None:
@@ -73,15 +97,21 @@ def read(path: Path) -> list[Row]:
 
 
 def show(title: str, rows: Sequence[Row]) -> None:
-    """Print the rows as a table: with rich where it is installed, else plainly."""
+    """Print the rows as a table, with rich where it is installed, else plainly; then the notes."""
     headings = [heading for heading, _ in COLUMNS]
     cells = [[_cell(row, form) for _, form in COLUMNS] for row in rows]
     try:
-        from rich.console import Console
-        from rich.table import Table
+        _show_rich(title, headings, cells)
     except ImportError:
         _show_plain(title, headings, cells)
-        return
+    for note in notes(rows):
+        print(note)
+
+
+def _show_rich(title: str, headings: list[str], cells: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title=title)
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="left" if index < 2 else "right", no_wrap=True)
@@ -94,7 +124,7 @@ def show(title: str, rows: Sequence[Row]) -> None:
 def _cell(row: Row, form: str) -> str:
     try:
         return form.format(**row)
-    except TypeError:  # None: not measured
+    except (TypeError, KeyError):  # None or no such field: not measured
         return "-"
 
 

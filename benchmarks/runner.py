@@ -1,6 +1,7 @@
 """Time the providers of a case side by side and make rows of it.
 
-One round runs every provider once, in an order that rotates, so that drift of the machine touches all alike.
+One round runs every provider once, in an order that rotates, and copies for the memory floor, so that drift of the
+machine touches all alike.
 A run is a training step's worth: forward with the graph that backward needs, then backward.
 """
 
@@ -14,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Clock, clock_for, peak_mib, quiet
+from benchmarks.measure import Clock, Copies, clock_for, peak_mib, quiet
 from benchmarks.registry import BOTH, FORWARD, PASSES, Case, Forward, Op, Outputs, Provider, UnavailableError
-from benchmarks.rows import Row, environment
+from benchmarks.rows import Row, environment, versions
 
 WARM_UP = 2
 
@@ -55,11 +56,11 @@ def run_case(
         for entry in entries:
             for _ in range(WARM_UP):
                 _run(entry.forward, case)
-        for round_number in range(repeats):
-            _time_round(entries, case, clock, first=round_number % len(entries))
-        common = {**environment(device), "threads": threads, "repeats": repeats, "clock": clock.name}
+        floor_ms = _time_rounds(entries, case, clock, repeats)
+        common = {"floor_ms": floor_ms, **environment(device)}
+        common |= {"threads": threads, "repeats": repeats, "clock": clock.name}
         baseline = next(entry for entry in entries if entry.provider.name == op.baseline)
-        return [row | common for entry in entries for row in _rows(op, case, entry, baseline)]
+        return [row | common for entry in entries for row in _rows(op, case, entry, baseline, floor_ms)]
 
 
 def _prepare(
@@ -78,6 +79,17 @@ def _entry(provider: Provider, case: Case, skip_unavailable: bool, report: Calla
             raise
         report(f"skipped {provider.name}: {reason}")
         return None
+
+
+def _time_rounds(entries: list[Entry], case: Case, clock: Clock, repeats: int) -> float:
+    """Fill the entries' samples; returns the median milliseconds of a copy, the memory floor."""
+    copies = Copies(case.logits)
+    copies.time(clock)  # the first pass warms up
+    floors_ms = []
+    for round_number in range(repeats):
+        _time_round(entries, case, clock, first=round_number % len(entries))
+        floors_ms.append(copies.time(clock))
+    return float(np.median(floors_ms))
 
 
 def _time_round(entries: list[Entry], case: Case, clock: Clock, first: int) -> None:
@@ -107,17 +119,11 @@ def _run(forward: Forward, case: Case) -> tuple[Outputs, Tensor]:
     return outputs, _backward(outputs, leaf, case)
 
 
-def _rows(op: Op, case: Case, entry: Entry, baseline: Entry) -> list[Row]:
-    errors = _checked(entry, op.errors(case, *_run(entry.forward, case)))
+def _rows(op: Op, case: Case, entry: Entry, baseline: Entry, floor_ms: float) -> list[Row]:
+    errors, about = _judged(op, case, entry)
     peaks = {
         FORWARD: peak_mib(lambda: entry.forward(_leaf(case)), case.logits.device),
         BOTH: peak_mib(lambda: _run(entry.forward, case), case.logits.device),
-    }
-    about = {
-        "op": op.name,
-        "provider": entry.provider.name,
-        "engine": entry.provider.engine,
-        **case.describe(),
     }
     return [
         {
@@ -125,11 +131,28 @@ def _rows(op: Op, case: Case, entry: Entry, baseline: Entry) -> list[Row]:
             "pass": name,
             **_timings(entry.samples_ms[name]),
             "ratio_to_topk": entry.median_ms(name) / baseline.median_ms(name),
+            "ratio_to_floor": entry.median_ms(name) / floor_ms,
             "peak_mib": peaks[name],
             "max_abs_error": errors[name],
         }
         for name in PASSES
     ]
+
+
+def _judged(op: Op, case: Case, entry: Entry) -> tuple[dict[str, float | None], Row]:
+    """The errors of one more run, and what the rows say of the provider and the case."""
+    outputs, gradient = _run(entry.forward, case)
+    errors = _checked(entry, op.errors(case, outputs, gradient))
+    about = {
+        "op": op.name,
+        "provider": entry.provider.name,
+        "engine": entry.provider.engine,
+        "note": entry.provider.note,
+        **versions(entry.provider.engine),
+        **case.describe(),
+        **outputs.about,
+    }
+    return errors, about
 
 
 def _checked(entry: Entry, errors: dict[str, float | None]) -> dict[str, float | None]:

@@ -1,4 +1,4 @@
-"""The command line: `circuitroute demo` and `circuitroute explain`."""
+"""The command line: `circuitroute demo`, `circuitroute explain` and `circuitroute bench`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import circuitroute as cr
+from circuitroute import bench
 from circuitroute.demo import command as demo
 from circuitroute.explain import command as explain
 
 # Each adds one subcommand, whose parser sets `run`: (options, command line) -> exit code.
-COMMANDS: tuple[Callable[[Any], None], ...] = (demo.add_parser, explain.add_parser)
+COMMANDS: tuple[Callable[[Any], None], ...] = (demo.add_parser, explain.add_parser, bench.add_parser)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 from torch import Size, Tensor
+from torch.compiler import is_compiling
 from torch.distributions import Distribution, constraints
 from torch.nn import functional as F
 
 from circuitroute.arguments import as_logits, as_potential, common_batch
 from circuitroute.circuit import Circuit
-from circuitroute.engines import Inference, engine_of, layered_engine
+from circuitroute.engines import Inference, certainly_finite, engine_of, layered_engine, ops
 from circuitroute.engines.logspace import nan_rows
 from circuitroute.engines.subset.mode import mode as subset_mode
 from circuitroute.evidence import condition_logits, rows_text, unsatisfiable_rows
@@ -90,13 +91,16 @@ class SubsetDistribution(Distribution):
             batch_shape = common_batch(batch_shape, self.count_potential.shape[:-1])
             self.logits = self.logits.expand(*batch_shape, circuit.n)
         self._cached: Inference | None = None
-        if _validating(validate_args):
+        checked = _validating(validate_args)
+        if checked:
             self._validate_rows()
         # Validation is done, with messages that name rows; torch's own would print whole tensors.
         super().__init__(batch_shape, Size([circuit.n]), validate_args=False)
-        self._validate_args = _validating(validate_args)
+        self._validate_args = checked
 
     def _validate_rows(self) -> None:
+        if self.count_potential is None and certainly_finite(self.logits):
+            return
         bad = self.logits.isnan().any(-1)
         if bool(bad.any()):
             raise ValueError(f"logits hold NaN in {rows_text(bad)}")
@@ -145,23 +149,37 @@ class SubsetDistribution(Distribution):
 
     def _nan_rows(self) -> Tensor | None:
         """[T] bool, rows with NaN anywhere; None if there is none, or if validation has seen to it."""
-        if self._validate_args:
+        tracing = is_compiling()
+        if self._validate_args or (not tracing and self.count_potential is None and certainly_finite(self.logits)):
             return None
         bad = self.logits.isnan().any(-1)
         if self.count_potential is not None:
             bad = bad | self.count_potential.isnan().any(-1)
-        return bad.reshape(-1) if bool(bad.any()) else None
+        return bad.reshape(-1) if tracing or bool(bad.any()) else None
 
     def _infer(self, key_T: Tensor | None = None) -> Inference:
         """The sweep, computed once; with a key it also draws one sample per row, in the same sweep."""
-        engine = engine_of(self.circuit, self.logits.device)
+        if is_compiling():
+            return self._infer_traced(key_T)
         logits, potential = self._engine_inputs()
+        engine = engine_of(self.circuit, self.logits.device)
         with torch.autocast(self.logits.device.type, enabled=False):
             if self._cached is None or key_T is not None:
                 self._cached = engine.infer(logits.detach(), None if potential is None else potential.detach(), key_T)
             result = self._cached
             if torch.is_grad_enabled() and _needs_grad(logits, potential):
                 result = engine.attach(result, logits, potential)
+        bad = self._nan_rows()
+        return result if bad is None else _with_nan(result, bad)
+
+    def _infer_traced(self, key_T: Tensor | None) -> Inference:
+        """The same as an operator, which carries its gradient; kept unless that was switched off meanwhile."""
+        logits, potential = self._engine_inputs()
+        result = self._cached
+        if result is None or key_T is not None:
+            result = ops.infer(self.circuit, logits, potential, key_T)
+            if torch.is_grad_enabled() or not _needs_grad(self.logits, self.count_potential):
+                self._cached = result
         bad = self._nan_rows()
         return result if bad is None else _with_nan(result, bad)
 
@@ -270,7 +288,10 @@ class SubsetDistribution(Distribution):
             if copies != 1:
                 logits = logits.repeat(copies, 1)
                 potential = potential if potential is None or potential.dim() == 1 else potential.repeat(copies, 1)
-            mask = engine_of(self.circuit, logits.device).sample(logits, potential, keys)
+            if is_compiling():
+                mask = ops.sample(self.circuit, logits, potential, keys)
+            else:
+                mask = engine_of(self.circuit, logits.device).sample(logits, potential, keys)
             return self._float_mask(mask, shape)
 
     def _keys(self, shape: Size, key: Tensor | int | None) -> Tensor:
@@ -327,6 +348,8 @@ class SubsetDistribution(Distribution):
         """[..., N] bool, the mode (all False in invalid rows)."""
         with torch.no_grad():
             logits, potential = self._engine_inputs()
+            if is_compiling():
+                return self._as_batch(ops.mode(self.circuit, logits, potential))
             if potential is None:
                 return self._as_batch(layered_engine(self.circuit, self.logits.device).mode(logits))
             return self._as_batch(subset_mode(logits, potential))
@@ -345,8 +368,8 @@ class SubsetDistribution(Distribution):
             ValueError: a wrong last dimension or values that are not 0 or 1; when validating, masks outside the
                 support, named by row.
         """
-        selected = self.circuit.as_mask(value, "value")
-        allowed = self.circuit.satisfies(selected)
+        selected = value == 1 if is_compiling() else self.circuit.as_mask(value, "value")
+        allowed = ops.satisfies(self.circuit, selected) if is_compiling() else self.circuit.satisfies(selected)
         if self._validate_args and not bool(allowed.all()):
             raise ValueError(f"value does not satisfy {self.circuit.constraint!r} in {rows_text(~allowed)}")
         sweep = self._infer()
@@ -439,6 +462,9 @@ class SubsetDistribution(Distribution):
 
 
 def _validating(validate_args: bool | None) -> bool:
+    """A traced program cannot branch on values: its rows go unchecked, and bad ones are NaN alone."""
+    if is_compiling():
+        return False
     return bool(Distribution._validate_args) if validate_args is None else validate_args
 
 

@@ -5,6 +5,7 @@ Shapes: T tokens, N variables, K largest count.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import sys
@@ -15,11 +16,13 @@ import numpy as np
 import pytest
 import torch
 
+import circuitroute as cr
 from benchmarks import registry, rows
 from benchmarks.__main__ import main
+from benchmarks.measure import Copies
 from benchmarks.registry import Forward, Outputs, Provider, UnavailableError
 from benchmarks.runner import run_case
-from benchmarks.subset.workload import SubsetCase, true_gradient
+from benchmarks.subset.workload import SubsetCase, true_gradient, true_soft_gradient
 from tests.truth import count_gradient, count_truth
 
 TINY = ["--tokens", "16", "--sizes", "8:2", "--repeats", "1"]
@@ -38,8 +41,8 @@ FIELDS = {
     "p20_ms",
     "p80_ms",
 }
-FIELDS |= {"ratio_to_topk", "peak_mib", "max_abs_error", "threads", "repeats", "clock"}
-FIELDS |= {"device", "cpu", "python", "torch", "circuitroute", "utc"}
+FIELDS |= {"ratio_to_topk", "ratio_to_floor", "floor_ms", "peak_mib", "max_abs_error", "threads", "repeats", "clock"}
+FIELDS |= {"note", "device", "cpu", "python", "torch", "circuitroute", "utc"}
 
 
 def _run(tmp_path: Path, *arguments: str) -> list[rows.Row]:
@@ -48,8 +51,15 @@ def _run(tmp_path: Path, *arguments: str) -> list[rows.Row]:
     return rows.read(out)
 
 
-@pytest.mark.parametrize("name", ["sequential_dp", "sequential_dp:tuned", "circuitroute:torch", "circuitroute:naive"])
+RESEARCH_CODE = ["sequential_dp", "sequential_dp:tuned", "tree_circuit"]
+DISTRIBUTIONS = {"klay": "klaycircuits"}
+PACKAGE_OF = {"klay": "klay", "circuitroute:numba": "numba"}
+
+
+@pytest.mark.parametrize("name", [*RESEARCH_CODE, "klay", *(f"circuitroute:{e}" for e in ("numba", "torch", "naive"))])
 def test_rows_are_complete(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    package = PACKAGE_OF.get(name)
+    pytest.importorskip(package or "torch")
     found = _run(tmp_path, "--providers", name, "--range", "1:3")
     assert name in capsys.readouterr().out
     # The baseline comes along unasked; two cases, two providers, two passes.
@@ -58,10 +68,14 @@ def test_rows_are_complete(tmp_path: Path, name: str, capsys: pytest.CaptureFixt
     ] * 2
     assert [row["counts"] for row in found] == ["2"] * 4 + ["1..3"] * 4
     for row in found:
-        assert set(row) == FIELDS
+        used = {package} if package and row["provider"] == name else set()
+        assert set(row) == FIELDS | used
+        assert all(row[module] == importlib.metadata.version(DISTRIBUTIONS.get(module, module)) for module in used)
+        assert (row["note"] is None) == (row["provider"] != "klay")
         assert row["T"] == 16
         assert 0 <= row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
         assert row["ratio_to_topk"] > 0
+        assert row["ratio_to_floor"] == pytest.approx(row["median_ms"] / row["floor_ms"])
         assert (row["max_abs_error"] is None) == (row["provider"] == "topk")
         assert row["max_abs_error"] is None or row["max_abs_error"] < 5e-6
 
@@ -77,20 +91,89 @@ def test_composed_circuits_agree_with_the_truth(tmp_path: Path, constraint: str)
     found = _run(tmp_path, *arguments)
     assert [row["provider"] for row in found[::2]] == ["topk", *LAYERED]
     for row in found:
-        assert set(row) == FIELDS - {"kmin", "k", "counts"} | {"constraint", "nodes", "edges", "depth", "compile_s"}
+        used = {"klay"} if row["engine"] == "klay" else set()
+        sizes = {"constraint", "nodes", "edges", "depth", "compile_s"}
+        assert set(row) == FIELDS - {"kmin", "k", "counts"} | sizes | used
         assert row["edges"] > row["nodes"] > 64
         assert row["max_abs_error"] is None or row["max_abs_error"] < 1e-5
+    edges = {row["provider"]: row["edges"] for row in found}
+    assert edges["klay"] == edges["circuitroute:naive"]
+    assert edges["klay:exactly 8"] == cr.compile(cr.Exactly(8), 64).num_edges, "its rows are about its own circuit"
 
 
 def test_the_naive_engine_runs_only_when_named(tmp_path: Path) -> None:
     found = {row["provider"] for row in _run(tmp_path)}
-    assert {"topk", "sequential_dp", "sequential_dp:tuned", "circuitroute:torch"} <= found
+    assert {"topk", *RESEARCH_CODE, "lapsum", "circuitroute:torch"} <= found
+    assert "circuitroute:triton" not in found, "its interpreter is not worth timing"
     assert "circuitroute:naive" not in found
 
 
-@pytest.mark.parametrize("name", ["sequential_dp", "sequential_dp:tuned"])
+def test_a_relaxation_is_held_to_its_own_truth(tmp_path: Path) -> None:
+    found = _run(tmp_path, "--providers", "lapsum")[2:]
+    assert [row["provider"] for row in found] == ["lapsum"] * 2
+    for row in found:
+        assert row["note"] == "a soft relaxation, no sample"
+        assert row["max_abs_error"] < 2e-6
+
+
+def test_the_true_gradient_of_soft_gates_is_a_difference_quotient() -> None:
+    """Both sides in float64: the quotient of gates whose threshold autograd knows nothing of."""
+    case = SubsetCase(tokens=4, n=6, kmin=2, k=2)
+    logits, upstream = case.logits.double(), case.upstream(case.logits).double()
+
+    def loss(logits_TN: torch.Tensor) -> torch.Tensor:
+        low, high = torch.full((4, 1), -20.0).double(), torch.full((4, 1), 20.0).double()
+        for _ in range(80):
+            middle = (low + high) / 2
+            above = torch.distributions.Laplace(0.0, 1.0).cdf(logits_TN - middle).sum(1, keepdim=True) > 2
+            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+        soft = torch.distributions.Laplace(0.0, 1.0).cdf(logits_TN - high)
+        return (upstream * torch.softmax(logits_TN, -1) * soft).sum()
+
+    for t, i in ((0, 0), (1, 3), (3, 5)):
+        step = torch.zeros_like(logits)
+        step[t, i] = 1e-5
+        quotient = (loss(logits + step) - loss(logits - step)) / 2e-5
+        assert true_soft_gradient(case)[t, i] == pytest.approx(quotient.item(), abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "says"), [(["--range", "1:3"], "relaxes one k, not a range 1..3"), (["--sizes", "4:4"], "needs k < n")]
+)
+def test_lapsum_says_what_it_cannot_do(
+    tmp_path: Path, sizes: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        _run(tmp_path, "--providers", "lapsum", *sizes)
+    assert says in capsys.readouterr().err
+
+
+def test_the_circuit_of_klay_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "klay", None)  # what import does for a module that is not there
+    with pytest.raises(UnavailableError, match="pip install klaycircuits"):
+        _forward("klay", SubsetCase(tokens=4, n=4, kmin=1, k=1))
+
+
+def test_the_floor_is_a_copy() -> None:
+    """A ring of few buffers where they are large, of many where they are small."""
+
+    class Steps:
+        name = "steps"
+
+        def __init__(self) -> None:
+            self.now = 0.0
+
+        def mark(self) -> float:
+            self.now += 6.4
+            return self.now
+
+    assert Copies(torch.zeros(4)).time(Steps()) == pytest.approx(6.4 / 64)
+    assert Copies(torch.zeros(4, 2**20)).time(Steps()) == pytest.approx(6.4 / 4)
+
+
+@pytest.mark.parametrize("name", RESEARCH_CODE)
 @pytest.mark.parametrize(("kmin", "k"), [(3, 3), (0, 4), (2, 9), (9, 9)])
-def test_sequential_dp_agrees_with_the_truth(name: str, kmin: int, k: int) -> None:
+def test_research_code_agrees_with_the_truth(name: str, kmin: int, k: int) -> None:
     case = SubsetCase(tokens=40, n=9, kmin=kmin, k=k)
     logits = case.logits.clone().requires_grad_()
     outputs = _forward(name, case)(logits)
@@ -108,8 +191,8 @@ def test_sequential_dp_agrees_with_the_truth(name: str, kmin: int, k: int) -> No
     np.testing.assert_allclose(gradient.numpy(), expected, atol=5e-6)
 
 
-@pytest.mark.parametrize("name", ["sequential_dp", "sequential_dp:tuned"])
-def test_sequential_dp_samples_its_marginals(name: str) -> None:
+@pytest.mark.parametrize("name", RESEARCH_CODE)
+def test_research_code_samples_its_marginals(name: str) -> None:
     torch.manual_seed(0)
     tokens, case = 20000, SubsetCase(tokens=20000, n=6, kmin=1, k=4)
     logits = torch.tensor([1.0, -0.5, 0.3, 2.0, -1.5, 0.0]).expand(tokens, 6).clone().requires_grad_()
@@ -211,11 +294,13 @@ def test_registering_twice_is_an_error() -> None:
 def test_the_table_needs_no_rich(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "rich.console", None)
     row = {"provider": "p", "pass": "forward", "median_ms": 1.234, "p20_ms": 1.0, "p80_ms": 2.0}
-    rows.show("a title", [row | {"ratio_to_topk": 3.0, "peak_mib": None, "max_abs_error": 1e-7}])
-    title, headings, line = capsys.readouterr().out.splitlines()
+    row |= {"ratio_to_topk": 3.0, "peak_mib": None, "max_abs_error": 1e-7, "note": "half of it"}
+    rows.show("a title", [row])
+    title, headings, line, note = capsys.readouterr().out.splitlines()
     assert title == "a title"
     assert headings.split()[:2] == ["provider", "pass"]
-    assert line.split() == ["p", "forward", "1.23", "1.00", "-", "2.00", "3.0", "-", "1.0e-07"]
+    assert line.split() == ["p", "forward", "1.23", "1.00", "-", "2.00", "3.0", "-", "-", "1.0e-07"]
+    assert note == "p: half of it"
 
 
 def test_rows_are_json_lines(tmp_path: Path) -> None:

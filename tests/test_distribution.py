@@ -43,7 +43,7 @@ def evidence():
 
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS, ids=repr)
-@pytest.mark.parametrize("engine", ["torch", "naive"])
+@pytest.mark.parametrize("engine", ["numba", "torch", "naive"])
 def test_everything_against_all_worlds(constraint, engine):
     circuit = cr.compile(constraint, N)
     if circuit.op == "subset":
@@ -318,7 +318,7 @@ def test_a_sweep_without_gradients_does_not_spoil_a_later_one_with():
     dist.marginals.sum().backward()
 
 
-@pytest.mark.parametrize("engine", ["torch", "naive"])
+@pytest.mark.parametrize("engine", ["numba", "torch", "naive"])
 def test_inference_mode_and_callers_tensors_are_left_alone(engine):
     circuit = cr.compile(cr.Between(1, 3), N).with_engine(engine)
     x = random_logits(4)

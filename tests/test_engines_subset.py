@@ -13,7 +13,7 @@ import circuitroute as cr
 from circuitroute.engines.subset import NaiveSubset, eager
 from tests.truth import count_gradient, count_truth
 
-ENGINES = ["torch", "naive"]
+ENGINES = ["numba", "torch", "naive"]
 SIZES = [1, 2, 5, 60, 64, 100, 257, 512]
 SCALES = [0.1, 1.0, 10.0, 100.0, 1e4]
 T = 8
@@ -88,10 +88,11 @@ def _add(phi_C, potential_TJ):
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("n", SIZES)
-def test_torch_float32(n, scale):
+@pytest.mark.parametrize("engine", ["numba", "torch"])
+def test_float32(engine, n, scale):
     for constraint in kinds(n):
-        circuit = cr.compile(constraint, n)
-        assert circuit.engine_for("cpu") == "torch"
+        circuit = cr.compile(constraint, n).with_engine(engine)
+        assert circuit.engine_for("cpu") == engine
         hold(circuit, rows(n, scale), 2e-6, 1e-5, 1e-5)
 
 
@@ -256,7 +257,7 @@ def test_unknown_and_unfit_engines_say_why():
     with pytest.raises(cr.EngineError, match="'pyjuice' runs no circuit of op 'subset'"):
         circuit.with_engine("pyjuice")
     with pytest.raises(cr.EngineError, match="runs no circuit of op 'layered'"):
-        cr.compile(cr.Exactly(2).over([0, 1, 2]), 6).with_engine("torch")
+        cr.compile(cr.Exactly(2).over([0, 1, 2]), 6).with_engine("numba")
     assert circuit.with_engine("naive").with_engine("torch").engine_for("cpu") == "torch"
 
 

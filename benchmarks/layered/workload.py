@@ -92,8 +92,12 @@ class LayeredCase:
     def describe(self) -> dict[str, Any]:
         sizes = {"T": self.tokens, "n": self.n, "constraint": self.name}
         circuit, seconds = self._compiled
-        shape = {"nodes": circuit.num_nodes, "edges": circuit.num_edges, "depth": circuit.depth}
-        return {**sizes, **shape, "compile_s": round(seconds, 4), "dtype": "float32"}
+        return {**sizes, **shape_of(circuit), "compile_s": round(seconds, 4), "dtype": "float32"}
+
+
+def shape_of(circuit: cr.Circuit) -> dict[str, Any]:
+    """The row fields that describe a circuit."""
+    return {"nodes": circuit.num_nodes, "edges": circuit.num_edges, "depth": circuit.depth}
 
 
 @op

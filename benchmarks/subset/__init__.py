@@ -1,5 +1,5 @@
 """The op ``subset``: one routing step under a count constraint, and its providers."""
 
-from benchmarks.subset import engines, sequential_dp, topk, workload
+from benchmarks.subset import engines, klay, lapsum, sequential_dp, topk, tree_circuit, workload
 
-__all__ = ["engines", "sequential_dp", "topk", "workload"]
+__all__ = ["engines", "klay", "lapsum", "sequential_dp", "topk", "tree_circuit", "workload"]

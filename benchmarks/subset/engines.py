@@ -15,6 +15,9 @@ from benchmarks.registry import Forward, Outputs, UnavailableError, provider
 from benchmarks.subset.workload import SubsetCase
 from circuitroute.engines import ENGINES
 
+# Where an engine is at home. Triton's interpreter runs kernels on a CPU too, but its time says nothing.
+DEVICES = {"numba": "cpu", "triton": "cuda"}
+
 
 def _build(engine: str) -> Callable[[SubsetCase], Forward]:
     def build(case: SubsetCase) -> Forward:
@@ -33,8 +36,12 @@ def _build(engine: str) -> Callable[[SubsetCase], Forward]:
 
 
 def _circuit(case: SubsetCase, engine: str) -> cr.Circuit:
+    home = DEVICES.get(engine)
+    if home not in (None, case.logits.device.type):
+        raise UnavailableError(f"engine {engine} is timed on {home} only")
+    circuit = cr.compile(cr.Between(case.kmin, case.k), case.n)
     try:
-        return cr.compile(cr.Between(case.kmin, case.k), case.n).with_engine(engine)
+        return circuit.with_engine(engine)
     except cr.CircuitRouteError as reason:
         raise UnavailableError(str(reason)) from reason
 

@@ -5,12 +5,14 @@ Legend: T tokens (all leading dimensions), N variables, K the largest allowed co
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -24,6 +26,9 @@ from circuitroute.errors import InfeasibleError
 
 if TYPE_CHECKING:
     from circuitroute.distribution import SubsetDistribution
+
+_numbers = itertools.count()
+_alive: WeakValueDictionary[str, Circuit] = WeakValueDictionary()
 
 
 class Circuit:
@@ -54,6 +59,9 @@ class Circuit:
         self._constraint = constraint
         self._counts = None if counts is None else tuple(sorted(counts))
         self._engine = engine
+        self._known_range = (self._counts[0], self._counts[-1]) if self._counts else None
+        self._handle = f"circuit {next(_numbers)}"
+        _alive[self._handle] = self
         if self._counts == ():
             raise InfeasibleError(f"{constraint!r} over {graph.n} variables: no allowed count in 0..{graph.n}")
 
@@ -61,6 +69,23 @@ class Circuit:
     def graph(self) -> Graph:
         """The arrays behind the circuit."""
         return self._graph
+
+    @property
+    def handle(self) -> str:
+        """A name for this very object in this process, by which traced programs refer to it."""
+        return self._handle
+
+    @staticmethod
+    def of_handle(handle: str) -> Circuit:
+        """The circuit of that handle.
+
+        Raises:
+            KeyError: there is no such circuit (any more): traced programs need theirs to be kept alive.
+        """
+        try:
+            return _alive[handle]
+        except KeyError:
+            raise KeyError(f"{handle!r} is not in memory: keep the circuit that was traced alive") from None
 
     @property
     def constraint(self) -> Constraint:
@@ -103,11 +128,12 @@ class Circuit:
         """``"subset"`` for a pure count constraint over all variables, else ``"layered"``."""
         return "layered" if self._counts is None else "subset"
 
-    @cached_property
+    @property
     def _count_range(self) -> tuple[int, int]:
-        if self._counts is not None:
-            return self._counts[0], self._counts[-1]
-        return _graph.count_range(self._graph)
+        # Not a cached_property, whose lock traced programs cannot enter.
+        if self._known_range is None:
+            self._known_range = _graph.count_range(self._graph)
+        return self._known_range
 
     @property
     def min_count(self) -> int:

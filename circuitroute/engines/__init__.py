@@ -6,6 +6,7 @@ decided by device and by what is installed, on declared reasons, and can be forc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,20 +15,46 @@ from circuitroute.circuit import Circuit
 from circuitroute.engines.base import Engine as Engine
 from circuitroute.engines.base import Inference as Inference
 from circuitroute.engines.base import LayeredEngine as LayeredEngine
+from circuitroute.engines.base import certainly_finite as certainly_finite
 from circuitroute.engines.layered import NaiveLayered, PyjuiceLayered, TorchLayered, evaluated
 from circuitroute.engines.layered.pyjuice import missing as missing_for_pyjuice
-from circuitroute.engines.subset import NaiveSubset, TorchSubset
+from circuitroute.engines.subset import NaiveSubset, NumbaSubset, TorchSubset, TritonSubset
+from circuitroute.engines.subset.fused import installed as triton_installed
+from circuitroute.engines.subset.fused import missing as missing_for_triton
+from circuitroute.engines.subset.fused import refusal as triton_refusal
+from circuitroute.engines.subset.numba import fits as numba_fits
+from circuitroute.engines.subset.numba import missing as missing_for_numba
+from circuitroute.engines.subset.numba import warmup as warmup
 from circuitroute.errors import EngineError
 
 # Names in order of preference, by op; "pyjuice" runs only where it is asked for.
-ENGINES: dict[str, tuple[str, ...]] = {"subset": ("torch", "naive"), "layered": ("torch", "naive", "pyjuice")}
+ENGINES: dict[str, tuple[str, ...]] = {
+    "subset": ("triton", "numba", "torch", "naive"),
+    "layered": ("torch", "naive", "pyjuice"),
+}
 
-_SUBSET: dict[str, Engine] = {"torch": TorchSubset(), "naive": NaiveSubset()}
+_SUBSET: dict[str, Engine] = {
+    "triton": TritonSubset(),
+    "numba": NumbaSubset(),
+    "torch": TorchSubset(),
+    "naive": NaiveSubset(),
+}
+
+# Engines that need what may not be installed: why they cannot run here, or None.
+_NEEDS: dict[str, Callable[[], str | None]] = {
+    "triton": missing_for_triton,
+    "numba": missing_for_numba,
+    "pyjuice": missing_for_pyjuice,
+}
 
 
 def choose(circuit: Circuit, device: torch.device) -> str:
     """The preferred engine for a circuit on a device."""
-    return ENGINES[circuit.op][0]
+    if circuit.op == "subset" and device.type == "cpu" and missing_for_numba() is None:
+        return "numba" if numba_fits(circuit.n, circuit.max_count) else "torch"
+    if circuit.op == "subset" and device.type == "cuda" and triton_installed():
+        return "torch" if triton_refusal(circuit.n, circuit.max_count) else "triton"
+    return "torch"
 
 
 def require(circuit: Circuit, name: str) -> None:
@@ -40,9 +67,12 @@ def require(circuit: Circuit, name: str) -> None:
             f"engine={name!r} runs no circuit of op {circuit.op!r} such as {circuit.constraint!r}; "
             f"use one of {', '.join(ENGINES[circuit.op])}"
         )
-    lacking = missing_for_pyjuice() if name == "pyjuice" else None
+    lacking = _NEEDS[name]() if name in _NEEDS else None
     if lacking is not None:
-        raise EngineError(f"engine='pyjuice' cannot run here: {lacking}")
+        raise EngineError(f"engine={name!r} cannot run here: {lacking}")
+    refused = triton_refusal(circuit.n, circuit.max_count) if name == "triton" else None
+    if refused is not None:
+        raise EngineError(f"engine='triton' does not run {circuit.constraint!r}: {refused}")
 
 
 def engine_of(circuit: Circuit, device: torch.device) -> Engine:

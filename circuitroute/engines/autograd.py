@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from circuitroute.engines.base import Inference
+from circuitroute.engines.base import Inference, certainly_finite
 
 
 class Differentiable(Protocol):
@@ -83,8 +83,9 @@ def _backward(
         grad_logits.addcmul_(marginals, w_T[:, None])
         if grad_phi is not None and count_probs is not None:
             grad_phi.addcmul_(count_probs, w_T[:, None])
-    # Infinite logits are evidence: nothing is a function of them.
-    grad_logits.masked_fill_(torch.isinf(logits_TN), 0.0)
+    # Infinite logits are evidence: nothing is a function of them. (A GPU would have to be waited for to know.)
+    if logits_TN.is_cuda or not certainly_finite(logits_TN):
+        grad_logits.masked_fill_(torch.isinf(logits_TN), 0.0)
     if potential is None or grad_phi is None:
         return grad_logits, None
     return grad_logits, grad_phi if potential.dim() == 2 else grad_phi.sum(0)

@@ -5,6 +5,7 @@ Legend: T tokens, N variables, K the largest allowed count, J = K + 1.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -68,6 +69,8 @@ class Engine(Protocol):
 class LayeredEngine(Engine, Protocol):
     """An engine of one circuit that is no pure count constraint."""
 
+    gives_counts: bool  # whether :meth:`infer` gives the count posterior
+
     def mode(self, logits_TN: Tensor) -> Tensor:
         """[T, N] bool, a most probable subset; ties go to the first element of a sum, on every engine the same."""
         ...
@@ -75,6 +78,14 @@ class LayeredEngine(Engine, Protocol):
     def count_probs(self, logits_TN: Tensor, K: int) -> Tensor:
         """[T, K + 1] P(|S| = j), differentiable, where :meth:`infer` gives none; K is the largest count."""
         ...
+
+
+def certainly_finite(values: Tensor) -> bool:
+    """Whether a single sum, which infinities and NaN survive, shows that all values are finite.
+
+    A cheap way past masks that are nearly always empty; False may also mean that finite values overflow the sum.
+    """
+    return math.isfinite(values.detach().sum().item())
 
 
 def given(potential: Tensor | None) -> Tensor:

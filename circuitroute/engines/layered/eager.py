@@ -24,7 +24,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from circuitroute.circuit.counting import split_by_count
+from circuitroute.circuit.counting import has_definite_counts, split_by_count
 from circuitroute.circuit.graph import Graph
 from circuitroute.engines.autograd import attach
 from circuitroute.engines.base import Inference
@@ -61,6 +61,7 @@ class TorchLayered:
         self._max_count = max_count
         self._naive = NaiveLayered(graph)
         self._plans: dict[torch.device, Plan] = {}
+        self.gives_counts = has_definite_counts(graph)
 
     def _plan(self, device: torch.device) -> Plan:
         if device not in self._plans:

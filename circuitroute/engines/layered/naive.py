@@ -69,6 +69,7 @@ class NaiveLayered:
     """Float64 log-space inference for any smooth, decomposable, deterministic circuit."""
 
     name = "naive"
+    gives_counts = False
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph

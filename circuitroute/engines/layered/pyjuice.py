@@ -51,6 +51,7 @@ class PyjuiceLayered:
     """PyJuice inference for any smooth, decomposable, deterministic circuit."""
 
     name = "pyjuice"
+    gives_counts = False
 
     def __init__(self, circuit: Circuit) -> None:
         self._circuit = circuit

@@ -1,0 +1,254 @@
+"""Compile the engine ``triton`` ahead of time, for GPUs that need not be there, and predict its times.
+
+``python -m benchmarks.aot`` (without ``TRITON_INTERPRET``) compiles the kernels that a forward and a backward call
+launch, and writes a row per kernel: registers, spilled bytes, shared memory and SASS instructions by kind, as the
+assembler and the disassembler that come with triton tell. Rows are marked ``"predicted": true``: nothing was run.
+
+The prediction, for the kernels that hold a row in lanes, is the larger of two floors plus nothing for launching:
+
+* issue: each of a multiprocessor's schedulers issues an instruction per cycle, so a kernel takes at least
+  (instructions per row and lane) x (lanes per row) x T / 32 / (multiprocessors x schedulers x clock). Instructions
+  are counted once each, as the code has no loop but the shift's Newton iteration, whose body is counted once, and
+  branches that few rows take are counted as taken;
+* pipes: the same for the slower units, each with its own rate (exponentials and conversions: 16 lanes a cycle and
+  multiprocessor, shuffles and shared memory: 32, float64: 64);
+* memory: the bytes that are read and written, each once, at the sustained bandwidth.
+
+Shapes: T tokens, n variables, k the largest count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rows import Row, append
+
+ROWS = Path(__file__).parent / "rows" / "aot-subset.jsonl"
+TOKENS = 65536
+SIZES = ((64, 8), (128, 8), (256, 8), (512, 10), (512, 64))
+KINDS = ("forward", "forward+sample", "sample", "backward")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the prediction knows of a GPU."""
+
+    name: str
+    multiprocessors: int
+    clock_ghz: float
+    bandwidth: float  # bytes per second, sustained
+
+
+# Schedulers of a multiprocessor, and lanes per cycle and multiprocessor of the units slower than they are.
+SCHEDULERS = 4
+PIPES = {
+    "transcendental": (16, ("MUFU", "F2F", "I2F", "I2FP", "F2I", "FRND")),
+    "shared": (32, ("SHFL", "LDS", "STS", "LDSM", "STSM", "LDG", "STG", "LDL", "STL")),
+    "float64": (64, ("DADD", "DMUL", "DFMA", "DSETP")),
+}
+TARGETS = {80: Machine("A100", 108, 1.41, 1.7e12), 90: Machine("H200", 132, 1.7, 4.3e12)}
+
+POINTERS = {
+    "KEY": "*i64",
+    "LOG_ROOT": "*fp64",
+    "SHIFT": "*fp64",
+    "MASK": "*i8",
+    "LOST": "*i8",
+    "TODO": "*i32",
+    "COUNT": "*i32",
+    "COUNTS": "*i32",
+}
+NUMBERS = {"tokens": "i32", "phi_stride": "i32"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile what the command line asks for and append the rows."""
+    options = _parser().parse_args(arguments)
+    for size in options.sizes:
+        for kind in options.kinds:
+            for target in options.targets:
+                found = [compiled(*size, name, constants, target, kind) for name, constants in kernels(*size, kind)]
+                append(options.out, found)
+                for row in found:
+                    print(describe(row), flush=True)
+    print(f"rows appended to {options.out}")
+    return 0
+
+
+def kernels(n: int, k: int, kind: str) -> list[tuple[str, dict[str, Any]]]:
+    """The kernels that a call launches, with their constants."""
+    from circuitroute.engines.subset import fused
+
+    J = k + 1
+    in_memory = {"N": n, "J": J, **fused.row_shape(n, J)}
+    flags: dict[str, Any] = {"HAS_V": True}
+    name = "backward"
+    if kind != "backward":
+        flags = {"MOMENTS": kind != "sample", "SAMPLE": "sample" in kind}
+        name = "forward"
+    launched: list[tuple[str, dict[str, Any]]] = [(f"rows.{name}", {**in_memory, **flags, "LOG": True})]
+    if fused.lanes_fit(n, k):
+        shape = fused.lane_shape(n, k, name == "backward")
+        return [(f"lanes.{name}", {"N": n, "J": J, **shape, **flags}), *launched]
+    return [(f"rows.{name}", {**in_memory, **flags, "LOG": False}), *launched]
+
+
+def compiled(n: int, k: int, name: str, constants: dict[str, Any], target: int, kind: str) -> Row:
+    """The row of one kernel."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from circuitroute.engines.subset import fused
+
+    kernel = _kernel(name)
+    constants = {**constants, "FAST": True}
+    signature = {argument: _type(argument, constants) for argument in kernel.arg_names}
+    aligned = {
+        (at,): [["tt.divisibility", 16]] for at, kind_of in enumerate(signature.values()) if kind_of.startswith("*")
+    }
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(kernel.arg_names.index(argument),): value for argument, value in constants.items()},
+        attrs=aligned,
+    )
+    start = time.perf_counter()
+    options = {"num_warps": fused.WARPS, "enable_fp_fusion": True}
+    binary = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    seconds = time.perf_counter() - start
+    counts = instructions(binary.asm["cubin"])
+    row = {
+        "op": "subset",
+        "kernel": name,
+        "kind": kind,
+        "log": bool(constants.get("LOG", False)),
+        "n": n,
+        "k": k,
+        "T": TOKENS,
+        "sm": target,
+        **resources(binary.asm["cubin"]),
+        "instructions": sum(counts.values()),
+        "by_kind": dict(counts.most_common(24)),
+        "compile_s": round(seconds, 1),
+        "triton": triton.__version__,
+        "predicted": True,
+    }
+    if name.startswith("lanes"):
+        lanes = 1 << constants["LG"]
+        row |= {"instructions_per_variable": round(sum(counts.values()) * lanes / n, 1)}
+        row |= predict(counts, lanes, traffic(n, k, kind), TARGETS[target])
+    return row
+
+
+def _kernel(name: str) -> Any:
+    from circuitroute.engines.subset.kernels import lanes, rows
+
+    module, function = name.split(".")
+    return getattr({"lanes": lanes, "rows": rows}[module], function)
+
+
+def _type(argument: str, constants: dict[str, Any]) -> str:
+    if argument in constants:
+        return "constexpr"
+    if argument == "SCRATCH":
+        return "*fp64" if constants["LOG"] else "*fp32"
+    return NUMBERS.get(argument) or POINTERS.get(argument, "*fp32")
+
+
+# ---------------------------------------------------------------------------------------------- what the code is
+
+
+def resources(cubin: bytes) -> Row:
+    """Registers, bytes of stack (spills) and shared memory."""
+    text = _dump(cubin, "--dump-resource-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", text)
+    if found is None:
+        raise ValueError(f"cuobjdump told no resources: {text[-300:]}")
+    registers, stack, shared = map(int, found.groups())
+    return {"registers": registers, "spilled_bytes": stack, "shared_bytes": shared}
+
+
+def instructions(cubin: bytes) -> Counter[str]:
+    """SASS instructions by kind."""
+    line = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
+    return Counter(name for name in line.findall(_dump(cubin, "--dump-sass")) if name != "NOP")
+
+
+def _dump(cubin: bytes, option: str) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([str(tool), option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+# ---------------------------------------------------------------------------------------------- what it may cost
+
+
+def traffic(n: int, k: int, kind: str) -> int:
+    """Bytes per token that a call must read and write."""
+    row = 4 * (k + 1) + 32
+    if kind == "backward":
+        return 3 * 4 * n + 3 * row
+    moments = 0 if kind == "sample" else 4 * n + row
+    return 4 * n + moments + (n + 8 if "sample" in kind else 0)
+
+
+def predict(counts: Counter[str], lanes: int, bytes_per_token: int, machine: Machine) -> Row:
+    """Microseconds for TOKENS rows by each floor, and the largest."""
+    per_second = machine.multiprocessors * machine.clock_ghz * 1e9
+    warps = TOKENS * lanes / 32
+    floors = {"issue": sum(counts.values()) * warps / (per_second * SCHEDULERS)}
+    for name, (width, kinds) in PIPES.items():
+        floors[name] = sum(counts[kind] for kind in kinds) * warps * 32 / (per_second * width)
+    floors["memory"] = TOKENS * bytes_per_token / machine.bandwidth
+    in_us = {f"{name}_us": round(1e6 * seconds, 1) for name, seconds in floors.items()}
+    return {"machine": machine.name, **in_us, "predicted_us": max(in_us.values())}
+
+
+def describe(row: Row) -> str:
+    """One line for people."""
+    predicted = f"  predicted {row['predicted_us']:.0f} us (memory {row['memory_us']:.0f})" if "machine" in row else ""
+    return (
+        f"({row['n']}, {row['k']}) {row['kind']:<14} {row['kernel']:<14} {'log' if row['log'] else '   '} "
+        f"sm_{row['sm']}: {row['registers']} registers, {row['spilled_bytes']} bytes spilled, "
+        f"{row['instructions']} instructions{predicted}"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--sizes", type=_sizes, default=SIZES, help="n:k pairs, separated by commas")
+    parser.add_argument("--kinds", type=_kinds, default=KINDS, help=f"of {', '.join(KINDS)}")
+    parser.add_argument("--targets", type=_targets, default=tuple(TARGETS), help="compute capabilities, as in 80,90")
+    parser.add_argument("--out", type=Path, default=ROWS, help="the JSONL file to append to")
+    return parser
+
+
+def _sizes(text: str) -> list[tuple[int, ...]]:
+    return [tuple(map(int, pair.split(":"))) for pair in text.split(",")]
+
+
+def _kinds(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _targets(text: str) -> list[int]:
+    return [int(target) for target in text.split(",")]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

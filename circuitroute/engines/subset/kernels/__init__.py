@@ -1,0 +1,1 @@
+"""Triton kernels of the count family. Importing what lies here imports triton."""

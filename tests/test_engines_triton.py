@@ -1,0 +1,376 @@
+"""The engine ``triton``: on a GPU where there is one, else under Triton's interpreter (see ``conftest.py``).
+
+Interpreted kernels are slow, and their time goes by operations rather than rows: few shapes, many rows each.
+Bounds as for the engine ``torch``: marginals 1e-6, gradients of marginals 1e-5, log Z 1e-5 relative.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import circuitroute as cr
+from benchmarks import triton_check
+from circuitroute.engines import Inference, choose
+from circuitroute.engines.subset import NaiveSubset, TorchSubset, TritonSubset, fused
+from tests.test_engines_subset import evidence_rows, phi_of
+from tests.truth import count_gradient, count_truth
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parent.parent
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Rows of one program, without which the interpreter would take minutes: it charges by program.
+WIDE = 64 if DEVICE.type == "cpu" else fused.WARPS
+
+
+def rows(n, scales=(0.1, 1.0, 10.0, 100.0, 1e4), seed=0):
+    """Logits at all scales, with ties, offsets of +-50 and equal values."""
+    g = torch.Generator().manual_seed(seed + n)
+    x = torch.randn(len(scales), 5, n, generator=g) * torch.tensor(scales)[:, None, None]
+    x[:, 1] = x[:, 1].round()
+    x[:, 2] += 50
+    x[:, 3] -= 50
+    x[:, 4, : n // 2] = x[:, 4, :1]
+    return x.reshape(-1, n)
+
+
+def hold(circuit, x, potential=None, bound=1e-6):
+    """All outputs and gradients at logits ``x`` against the dynamic program; returns the sweep."""
+    phi = phi_of(circuit)
+    phi = phi[None].repeat(len(x), 0)
+    J = circuit.max_count + 1
+    if potential is not None:
+        phi[:, :J] += potential.double().numpy()
+    truth = count_truth(x.numpy(), phi)
+    g = torch.Generator().manual_seed(7)
+    u, v = torch.randn(x.shape, generator=g), torch.randn(len(x), J, generator=g)
+    logits = x.to(DEVICE, copy=True).requires_grad_()
+    shared = torch.zeros(len(x), J) if potential is None else potential.clone()
+    shared = shared.to(DEVICE).requires_grad_()
+    dist = circuit.with_engine("triton")(logits, shared)
+    near(dist.marginals, truth.marginals, bound)
+    near(dist.count_probs, truth.count_probs[:, :J], 2 * bound)
+    error = np.abs(dist.log_partition.detach().cpu().numpy() - truth.log_partition)
+    assert (error / np.maximum(1, np.abs(truth.log_partition))).max() <= 1e-5
+    slopes = count_gradient(x.numpy(), phi, u.numpy(), np.pad(v.numpy(), ((0, 0), (0, circuit.n + 1 - J))))
+    inner = (dist.marginals * u.to(DEVICE)).sum() + (dist.count_probs * v.to(DEVICE)).sum()
+    by_logits, by_phi = torch.autograd.grad(inner, (logits, shared))
+    near(by_logits, slopes.marginals, 1e-5)
+    near(by_phi, slopes.count_probs[:, :J], 1e-5)
+    return dist._infer()
+
+
+def near(found, expected, bound):
+    np.testing.assert_allclose(found.detach().cpu().numpy(), expected, atol=bound, rtol=0)
+
+
+def same_samples(circuit, x, seed=3):
+    """The samples of ``x`` are the naive engine's; returns the sweep that drew them."""
+    key = cr.random_key(seed, torch.arange(len(x), device=DEVICE))
+    x = x.to(DEVICE)
+    dist = circuit.with_engine("triton")(x)
+    joint = dist.sample_in_sweep(key)
+    expected = circuit.with_engine("naive")(x).sample(key=key).bool()
+    assert torch.equal(joint, expected)
+    assert circuit.satisfies(joint).all()
+    return dist._infer(key.reshape(-1))
+
+
+@pytest.fixture
+def in_memory(monkeypatch):
+    """Every row goes to the kernel of one row per program."""
+    monkeypatch.setattr(fused, "MAX_LANES_COUNT", -1)
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    monkeypatch.setattr(fused, "WARPS", WIDE)
+
+
+# ---------------------------------------------------------------------------------------------- results
+
+
+@pytest.mark.parametrize(
+    ("n", "constraint"),
+    [
+        (1, cr.AtMost(1)),
+        (5, cr.CountIn({0, 1, 4})),
+        (7, cr.Exactly(0)),
+        (8, cr.Exactly(8)),
+        (16, cr.Between(2, 4)),
+        (60, cr.Exactly(8)),
+    ],
+)
+def test_lanes(n, constraint, wide):
+    circuit = cr.compile(constraint, n)
+    assert fused.lanes_fit(circuit.n, circuit.max_count)
+    x = rows(n) if constraint != cr.CountIn({0, 1, 4}) else rows(n, (0.1, 1.0, 10.0))
+    sweep = hold(circuit, x)
+    assert isinstance(sweep, fused.Sweep)
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_lanes_of_any_width(slots, monkeypatch, wide):
+    """A row of 20 in 16 and in 8 lanes: their nodes are not the lanes' own numbers."""
+    monkeypatch.setattr(fused, "LANE_SLOTS", slots)
+    monkeypatch.setattr(fused, "DUAL_LANE_SLOTS", slots)
+    circuit = cr.compile(cr.Exactly(4), 20)
+    x = rows(20, (1.0, 30.0))
+    hold(circuit, x)
+    same_samples(circuit, x)
+
+
+def test_rows_in_memory(in_memory):
+    hold(cr.compile(cr.Between(1, 3), 9), rows(9, (1.0, 1e4))[::4])
+
+
+def test_counts_beyond_the_lanes():
+    circuit = cr.compile(cr.Exactly(17), 21)
+    assert not fused.lanes_fit(circuit.n, circuit.max_count)
+    hold(circuit, rows(21, (2.0,))[:1])
+
+
+def test_potentials_per_token(wide):
+    g = torch.Generator().manual_seed(3)
+    spread = torch.tensor([0.5, 5.0, 60.0]).repeat_interleave(4)[:, None]
+    potential = torch.randn(12, 7, generator=g) * spread
+    potential[0, 2:5] = -math.inf
+    potential[1, :6] = -math.inf
+    potential[2] = torch.arange(7) * 3.0
+    hold(cr.compile(cr.AtMost(6), 20), rows(20, (2.0,), seed=1)[:1].repeat(12, 1), potential)
+
+
+def test_evidence(wide):
+    circuit = cr.compile(cr.Exactly(3), 8)
+    sweep = hold(circuit, evidence_rows(8, 3))
+    assert not sweep.fallback.any()
+    assert (sweep.marginals[evidence_rows(8, 3) == -math.inf] == 0).all()
+
+
+# ---------------------------------------------------------------------------------------------- samples
+
+
+@pytest.mark.parametrize(("n", "constraint", "count"), [(23, cr.Between(2, 5), 250), (64, cr.Exactly(8), 60)])
+def test_the_very_subset_the_naive_engine_draws(n, constraint, count, wide):
+    x = torch.randn(count, n, generator=torch.Generator().manual_seed(5)) * torch.linspace(0.1, 20, count)[:, None]
+    same_samples(cr.compile(constraint, n), x)
+
+
+def test_doubtful_draws_are_found_and_redrawn_in_float64(wide):
+    circuit = cr.compile(cr.Exactly(3), 8)
+    sweep = same_samples(circuit, torch.randn(2000, 8, generator=torch.Generator().manual_seed(5)))
+    assert not sweep.fallback.any()
+    doubtful = sweep.todo[: int(sweep.count)].long()
+    assert 0 < len(set(doubtful.tolist())) == len(doubtful) < 10
+
+
+def test_samples_in_memory(in_memory):
+    same_samples(cr.compile(cr.Between(1, 3), 5), rows(5, (3.0,))[:3])
+
+
+def test_sampling_alone_draws_the_same(wide):
+    circuit = cr.compile(cr.AtMost(3), 10).with_engine("triton")
+    x, key = rows(10, (1.0, 5.0)).to(DEVICE), cr.random_key(1, torch.arange(10, device=DEVICE))
+    assert torch.equal(circuit(x).sample(key=key).bool(), circuit(x).sample_in_sweep(key))
+
+
+def test_a_row_does_not_depend_on_its_batch(wide):
+    circuit = cr.compile(cr.Exactly(2), 6).with_engine("triton")
+    x = rows(6, (1.0, 30.0)).to(DEVICE)
+    key = cr.random_key(0, torch.arange(10, device=DEVICE))
+    whole, part = circuit(x), circuit(x[3:5])
+    assert torch.equal(whole.sample_in_sweep(key)[3:5], part.sample_in_sweep(key[3:5]))
+    assert torch.equal(whole.marginals[3:5], part.marginals)
+
+
+# ---------------------------------------------------------------------------------------------- rows float32 loses
+
+
+@pytest.mark.parametrize("where", ["lanes", "memory"])
+def test_far_apart_counts_are_swept_again_in_log_space(where, request):
+    """Counts 0 and n weigh about the same, and no shift shows float32 both."""
+    if where == "memory":
+        request.getfixturevalue("in_memory")
+    n = 4
+    circuit = cr.compile(cr.CountIn({0, n}), n)
+    x = torch.tensor([[90.0, 60.0, -70.0, -80.5], [0.3, -0.2, 1.0, 0.0]])
+    sweep = hold(circuit, x)
+    assert sweep.fallback[0]
+    assert 0 in sweep.todo[: int(sweep.count)].tolist()
+    same_samples(circuit, x)
+
+
+def test_infeasible_rows_are_nan_alone():
+    circuit = cr.compile(cr.Exactly(3), 6)
+    x = torch.randn(3, 6)
+    x[1, :4] = math.inf
+    x = x.to(DEVICE, copy=True).requires_grad_()
+    dist = circuit.with_engine("triton")(x, validate_args=False)
+    for value in (dist.log_partition, dist.marginals, dist.count_probs):
+        of_nan = value.detach().reshape(3, -1).isnan()
+        assert of_nan.all(1).tolist() == of_nan.any(1).tolist() == [False, True, False]
+    (grad,) = torch.autograd.grad(dist.marginals[[0, 2]].square().sum() + dist.log_partition[0], x)
+    assert grad[[0, 2]].isfinite().all()
+    engine, phi = TritonSubset(), torch.tensor([-math.inf] * 3 + [0.0], device=DEVICE)
+    assert not engine.sample(x.detach(), phi, torch.arange(3, device=DEVICE))[1].any()
+
+
+# ---------------------------------------------------------------------------------------------- inputs
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_read_as_they_are(dtype, wide):
+    x, phi = rows(8, (1.0, 5.0)).to(DEVICE, dtype), torch.tensor([0.0, 0.0, 0.0], device=DEVICE)
+    found, expected = TritonSubset().infer(x, phi), TritonSubset().infer(x.float(), phi)
+    assert found.marginals.dtype == torch.float32
+    assert torch.equal(found.marginals, expected.marginals)
+    leaf = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(TritonSubset().attach(found, leaf, phi).marginals[:, 0].sum(), leaf)
+    assert grad.dtype == dtype
+
+
+def test_strided_rows_and_no_rows(wide):
+    engine, phi = TritonSubset(), torch.tensor([-math.inf, -math.inf, 0.0], device=DEVICE)
+    x = rows(6, (1.0,)).to(DEVICE)
+    assert torch.equal(engine.infer(x.t().contiguous().t(), phi).marginals, engine.infer(x, phi).marginals)
+    empty = torch.zeros(0, 6, device=DEVICE, requires_grad=True)
+    result = engine.attach(engine.infer(empty, phi), empty, phi)
+    result.marginals.sum().backward()
+    assert result.marginals.shape == empty.grad.shape == (0, 6)
+    assert engine.sample(empty, phi, torch.zeros(0, dtype=torch.int64, device=DEVICE)).shape == (0, 6)
+
+
+def test_gradients_need_only_the_marks(wide):
+    """Operators hand on tensors only: the list of rows is made again from what is marked."""
+    engine = TritonSubset()
+    phi = torch.tensor([0.0] + [-math.inf] * 4 + [0.0], device=DEVICE)
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    x[1] = (x[1] - x[1].mean()) * 100
+    sweep = engine.infer(x, phi)
+    assert sweep.fallback.tolist() == [False, True, False, False]
+    plain = Inference(**{name: getattr(sweep, name) for name in Inference.__dataclass_fields__})
+    for a, b in zip(
+        engine.second_derivative(x, phi, plain, x, None), engine.second_derivative(x, phi, sweep, x, None), strict=True
+    ):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="this one has no marks"):
+        engine.second_derivative(x, phi, dataclasses.replace(plain, fallback=None), x, None)
+
+
+def test_float64_is_for_the_torch_engine():
+    x, phi = torch.randn(3, 6, dtype=torch.float64, device=DEVICE), torch.zeros(3, dtype=torch.float64, device=DEVICE)
+    key = torch.arange(3, device=DEVICE)
+    found, expected = TritonSubset().infer(x, phi, key), TorchSubset().infer(x, phi, key)
+    assert not isinstance(found, fused.Sweep)
+    assert torch.equal(found.marginals, expected.marginals)
+    assert torch.equal(TritonSubset().sample(x, phi, key), expected.mask)
+    slopes = TritonSubset().second_derivative(x, phi, found, x, None)
+    assert torch.equal(slopes[0], TorchSubset().second_derivative(x, phi, expected, x, None)[0])
+
+
+def test_second_gradients_go_through_the_naive_engine(wide):
+    circuit = cr.compile(cr.Exactly(2), 5)
+    x, u = torch.randn(2, 5, device=DEVICE, requires_grad=True), torch.randn(2, 5, device=DEVICE)
+    results = []
+    for engine in ("triton", "naive"):
+        (grad,) = torch.autograd.grad(circuit.with_engine(engine)(x).marginals.mul(u).sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(grad.square().sum(), x)[0])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- choice and refusal
+
+
+def test_it_is_preferred_on_cuda_within_its_limits():
+    cuda = torch.device("cuda")
+    assert choose(cr.compile(cr.Exactly(8), 64), cuda) == "triton"
+    assert choose(cr.compile(cr.Exactly(64), 512), cuda) == "triton"
+    assert choose(cr.compile(cr.Exactly(65), 512), cuda) == "torch"
+    assert choose(cr.compile(cr.Exactly(2), fused.MAX_VARIABLES + 1), cuda) == "torch"
+    assert choose(cr.compile(cr.Exactly(8), 64), torch.device("cpu")) != "triton"
+
+
+def test_refusals_say_why(monkeypatch):
+    with pytest.raises(cr.EngineError, match=r"does not run Exactly\(65\): it takes counts up to 64"):
+        cr.compile(cr.Exactly(65), 100).with_engine("triton")
+    with pytest.raises(cr.EngineError, match="it takes up to 4096 variables, the circuit has 4097"):
+        cr.compile(cr.Exactly(2), 4097).with_engine("triton")
+    with pytest.raises(cr.EngineError, match="cannot run this: it takes counts up to 64"):
+        TritonSubset().infer(torch.zeros(1, 80), torch.zeros(80))
+    monkeypatch.setattr(fused, "installed", lambda: False)
+    assert choose(cr.compile(cr.Exactly(8), 64), torch.device("cpu")) != "triton"
+    with pytest.raises(cr.EngineError, match="cannot run here: triton is not installed"):
+        cr.compile(cr.Exactly(2), 6).with_engine("triton")
+
+
+def test_cpu_tensors_need_the_interpreter(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(cr.EngineError, match=r"cannot run here: it needs a CUDA GPU.*TRITON_INTERPRET=1"):
+        cr.compile(cr.Exactly(2), 6).with_engine("triton")
+    monkeypatch.setattr(fused, "interpreter_runs", lambda: False)
+    with pytest.raises(cr.EngineError, match="got tensors on cpu: it takes CUDA tensors"):
+        TritonSubset().infer(torch.zeros(1, 6), torch.zeros(3))
+
+
+def test_the_interpreter_must_be_chosen_before_triton_is_imported():
+    program = """
+import os
+os.environ.pop("TRITON_INTERPRET", None)
+import triton.language
+os.environ["TRITON_INTERPRET"] = "1"
+import circuitroute as cr, torch
+circuit = cr.compile(cr.Exactly(2), 6).with_engine("triton")
+try:
+    circuit(torch.zeros(1, 6)).marginals
+except cr.EngineError as error:
+    print(error)
+"""
+    done = _python("-c", program)
+    assert "TRITON_INTERPRET was changed after triton was imported" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+def test_kernels_compile_ahead_of_time(kind, tmp_path):
+    """For a GPU that need not be there; the smallest case stands for all."""
+    out = tmp_path / "rows.jsonl"
+    done = _python("-m", "benchmarks.aot", "--sizes", "4:2", "--kinds", kind, "--targets", "90", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {row["kernel"] for row in found} == {f"lanes.{kind}", f"rows.{kind}"}
+    assert all(row["registers"] > 0 and row["instructions"] > 0 for row in found)
+    assert all(row["predicted"] is True for row in found if "predicted_us" in row)
+
+
+def _python(*arguments):
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "compilers")])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    environment.pop("TRITON_INTERPRET", None)
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def test_naive_moments_are_the_naive_engines():
+    x, phi = torch.randn(2, 4, device=DEVICE), torch.zeros(3, device=DEVICE)
+    for found, expected in zip(TritonSubset().naive_moments(x, phi), NaiveSubset().moments(x, phi), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_what_a_gpu_is_asked_first(tmp_path, capsys, wide):
+    """The check that comes before any timing, and the script around it, as far as they go without a GPU."""
+    out = tmp_path / "rows.jsonl"
+    assert triton_check.main(["--device", DEVICE.type, "--tokens", "12", "--sizes", "6:2", "--out", str(out)]) == 0
+    assert "(6, 2) right" in capsys.readouterr().out
+    (row,) = map(json.loads, out.read_text().splitlines())
+    assert row["marginals_error"] <= 1e-6
+    assert row["samples_that_differ"] == 0
+    assert subprocess.run(["bash", "-n", str(ROOT / "benchmarks" / "gpu.sh")], check=False).returncode == 0
