@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-import time
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -46,8 +46,12 @@ from circuitroute.errors import EngineError
 MAX_TREE = 1 << 24
 # Fewer logits than this are not worth a second thread.
 LOGITS_PER_THREAD = 1 << 14
-# Compiling that takes longer (once per machine: numba keeps the result on disk) is worth a line in the log.
+# Compiling that takes longer is told while it lasts.
 SLOW_SECONDS = 2.0
+COMPILING = (
+    "compiling the numba kernel %r: 10 to 20 seconds, once, since numba keeps the result on disk; "
+    "circuitroute.engines.warmup() does it ahead of time"
+)
 
 _log = logging.getLogger("circuitroute")
 
@@ -264,12 +268,14 @@ def _in_threads(kernel: Any, rows: _Rows, arguments: tuple[Any, ...]) -> None:
 
 
 def _compile(kernel: Any, run: Callable[[tuple[int, int]], None]) -> None:
-    """Run on no rows, which compiles the kernel or reads it from numba's cache; compiling is told if it is slow."""
-    start = time.perf_counter()
-    run((0, 0))
-    seconds = time.perf_counter() - start
-    if seconds > SLOW_SECONDS:
-        _log.info("compiled %s in %.0f s; numba keeps the result on disk", kernel.__name__, seconds)
+    """Run on no rows, which compiles the kernel or reads it from numba's cache; a line tells who waits for what."""
+    notice = threading.Timer(SLOW_SECONDS, _log.warning, [COMPILING, kernel.__name__])
+    notice.daemon = True
+    notice.start()
+    try:
+        run((0, 0))
+    finally:
+        notice.cancel()
 
 
 def warmup() -> None:
