@@ -98,7 +98,7 @@ def kernels(n: int, k: int, kind: str) -> list[tuple[str, dict[str, Any]]]:
         name = "forward"
     launched: list[tuple[str, dict[str, Any]]] = [(f"rows.{name}", {**in_memory, **flags, "LOG": True})]
     if fused.lanes_fit(n, k):
-        shape = fused.lane_shape(n, k, name == "backward")
+        shape = fused.lane_shape(n, name == "backward")
         return [(f"lanes.{name}", {"N": n, "J": J, **shape, **flags}), *launched]
     return [(f"rows.{name}", {**in_memory, **flags, "LOG": False}), *launched]
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -239,7 +239,7 @@ class _Problem:
 
     def _launch_lanes(self, kernel: Any, dual: bool, arguments: tuple[Any, ...], **flags: bool) -> None:
         T, N, J = self.shape
-        shape = lane_shape(N, J - 1, dual)
+        shape = lane_shape(N, dual)
         self._launch(kernel, -(-T // shape["BT"]), arguments, {"N": N, "J": J, **shape, **flags})
 
     def _launch_rows(
@@ -266,9 +266,11 @@ class _Problem:
         """Launch; what a kernel does not look at may be any tensor."""
         given = [self.logits if x is None else x for x in arguments]
         # A GPU raises no floating-point warnings; NumPy, which the interpreter runs on, would.
-        quiet = np.errstate(all="ignore") if self.interpreted else torch.cuda.device(self.logits.device)
+        quiet: AbstractContextManager[Any] = np.errstate(all="ignore")
+        if not self.interpreted:
+            quiet = torch.cuda.device(self.logits.device)
         options = {} if self.interpreted else {"num_warps": WARPS, "enable_fp_fusion": True}
-        with quiet or nullcontext():
+        with quiet:
             kernel[(programs,)](*given, **constants, FAST=not self.interpreted, **options)
 
 
@@ -287,7 +289,7 @@ def lanes_fit(n: int, K: int) -> bool:
     return n <= MAX_LANES_VARIABLES and K <= MAX_LANES_COUNT
 
 
-def lane_shape(n: int, K: int, dual: bool) -> dict[str, int]:
+def lane_shape(n: int, dual: bool) -> dict[str, int]:
     """How rows are dealt out: 2^LE slots of 2^LG lanes, BT rows of a program, which has one lane per thread."""
     depth = max(1, (n - 1).bit_length())
     slots = DUAL_LANE_SLOTS if dual else LANE_SLOTS

@@ -243,6 +243,80 @@ def _split(
     return near
 
 
+# ---------------------------------------------------------------------------------------------- whole trees
+
+
+@triton.jit
+def _to_root(
+    VALUES,
+    SLOPES,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    DEPTH: tl.constexpr,
+    LOG: tl.constexpr,
+    DUAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """All levels from the leaves, which are there; where the root lies."""
+    offset, level = 0, 0
+    while level < DEPTH:
+        offset += _up(VALUES + offset, SLOPES + offset, level, N, K, LOG, DUAL, BLOCK)
+        level += 1
+    return offset
+
+
+@triton.jit
+def _to_leaves(
+    VALUES,
+    SLOPES,
+    ADJOINTS,
+    D_ADJOINTS,
+    root,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    DEPTH: tl.constexpr,
+    LOG: tl.constexpr,
+    DUAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """All adjoints from the root's, which are there."""
+    at, level = root, DEPTH - 1
+    while level >= 0:
+        slots, degree = _level(level, N, K)
+        at -= (degree + 1) * slots
+        _down(VALUES + at, SLOPES + at, ADJOINTS + at, D_ADJOINTS + at, level, N, K, LOG, DUAL, BLOCK)
+        level -= 1
+
+
+@triton.jit
+def _draw(
+    VALUES,
+    COUNTS,
+    root,
+    posterior,
+    count,
+    key,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    DEPTH: tl.constexpr,
+    LOG: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Draw the count and split it down to the leaves, at COUNTS; whether rounding could have changed it."""
+    low, high = mixed(key)
+    drawn, near = _draw_count(posterior, count, uniform(low, high, root * 0, tl.float64 if LOG else tl.float32), K)
+    tl.store(COUNTS, drawn)
+    tl.debug_barrier()
+    number, at, level = 1, root, DEPTH - 1
+    while level >= 0:
+        slots, degree = _level(level, N, K)
+        at -= (degree + 1) * slots
+        near = tl.maximum(near, _split(VALUES + at, COUNTS, low, high, number, level, N, K, LOG, BLOCK))
+        number += slots // 2
+        level -= 1
+    return near
+
+
 # ---------------------------------------------------------------------------------------------- leaves and root
 
 
@@ -328,7 +402,6 @@ def forward(
     J padded to powers of two.
     """
     K: tl.constexpr = J - 1 if J > 1 else 1
-    kind: tl.constexpr = tl.float64 if LOG else tl.float32
     slots_below: tl.constexpr = N + N % 2 if N > 1 else 1
     program = tl.program_id(0)
     VALUES = SCRATCH + program.to(tl.int64) * (2 * SIZE)
@@ -355,10 +428,7 @@ def forward(
             log_coins = excess((x,), high, low, FAST)
         _store_leaves(VALUES, absent, present, i, N, LOG)
         tl.debug_barrier()
-        offset, level = 0, 0
-        while level < DEPTH:
-            offset += _up(VALUES + offset, VALUES, level, N, K, LOG, False, BLOCK)
-            level += 1
+        offset = _to_root(VALUES, VALUES, N, K, DEPTH, LOG, False, BLOCK)
 
         root = tl.load(VALUES + offset + j, mask=j <= K, other=LOG_ZERO if LOG else 0.0)
         if LOG:
@@ -369,30 +439,14 @@ def forward(
             lost = tl.max(tl.max(tl.where(underflow, 1, 0), axis=1), axis=0)
         tl.store(ADJOINTS + offset + j, adjoint, mask=j <= K)
         if SAMPLE:
-            low_word, high_word = mixed(tl.load(KEY + row))
-            drawn, near = _draw_count(posterior, j, uniform(low_word, high_word, at * 0, kind), K)
-            tl.store(SPLITS, drawn)
-            tl.debug_barrier()
-            number, end, level = 1, offset, DEPTH - 1
-            while level >= 0:
-                slots, degree = _level(level, N, K)
-                end -= (degree + 1) * slots
-                doubt = _split(VALUES + end, SPLITS, low_word, high_word, number, level, N, K, LOG, BLOCK)
-                near = tl.maximum(near, doubt)
-                number += slots // 2
-                level -= 1
+            near = _draw(VALUES, SPLITS, offset, posterior, j, tl.load(KEY + row), N, K, DEPTH, LOG, BLOCK)
             chosen = tl.load(SPLITS + i, mask=i < N, other=0) > 0
             chosen = chosen & (log_root == log_root)
             tl.store(MASK + row * N + i, chosen.to(tl.int8), mask=i < N)
         if MOMENTS:
             if lost > 0 or not LOG:
                 tl.debug_barrier()
-                end, level = offset, DEPTH - 1
-                while level >= 0:
-                    slots, degree = _level(level, N, K)
-                    end -= (degree + 1) * slots
-                    _down(VALUES + end, VALUES, ADJOINTS + end, VALUES, level, N, K, LOG, False, BLOCK)
-                    level -= 1
+                _to_leaves(VALUES, VALUES, ADJOINTS, VALUES, offset, N, K, DEPTH, LOG, False, BLOCK)
                 below = tl.load(ADJOINTS + slots_below + i, mask=i < N, other=0.0)
                 product = tl.exp(below + present) if LOG else below * present
                 product = tl.minimum(product, 1.0).to(tl.float32)  # rounding may go an ulp beyond
@@ -472,10 +526,7 @@ def backward(
             tl.store(SLOPES + i, tl.zeros_like(u), mask=i < slots_below)
             tl.store(SLOPES + slots_below + i, u, mask=i < slots_below)
             tl.debug_barrier()
-            offset, level = 0, 0
-            while level < DEPTH:
-                offset += _up(VALUES + offset, SLOPES + offset, level, N, K, LOG, True, BLOCK)
-                level += 1
+            offset = _to_root(VALUES, SLOPES, N, K, DEPTH, LOG, True, BLOCK)
 
             root = tl.load(VALUES + offset + j, mask=j <= K, other=0.0)
             slope = tl.load(SLOPES + offset + j, mask=j <= K, other=0.0) + v
@@ -493,23 +544,7 @@ def backward(
             own = tl.load(SLOPES + offset + j, mask=j <= K, other=0.0)
             tl.store(D_ADJOINTS + offset + j, slope - own, mask=j <= K)
             tl.debug_barrier()
-            level = DEPTH - 1
-            while level >= 0:
-                slots, degree = _level(level, N, K)
-                offset -= (degree + 1) * slots
-                _down(
-                    VALUES + offset,
-                    SLOPES + offset,
-                    ADJOINTS + offset,
-                    D_ADJOINTS + offset,
-                    level,
-                    N,
-                    K,
-                    LOG,
-                    True,
-                    BLOCK,
-                )
-                level -= 1
+            _to_leaves(VALUES, SLOPES, ADJOINTS, D_ADJOINTS, offset, N, K, DEPTH, LOG, True, BLOCK)
             below = tl.load(ADJOINTS + slots_below + i, mask=i < N, other=0.0)
             product = tl.exp(below + present) if LOG else below * present
             moved = tl.load(D_ADJOINTS + slots_below + i, mask=i < N, other=0.0) + u
