@@ -1,4 +1,4 @@
-"""What holds for all tests: Triton's interpreter stands in for a GPU, and no test changes how the next one validates."""
+"""What holds for all tests: an interpreter stands in for a GPU, and no test changes how the next one validates."""
 
 import os
 from collections.abc import Iterator
