@@ -39,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     files = options.rows or sorted(ROWS.glob("*.jsonl"))
     try:
-        found = [row for file in files for row in row_files.read(file)]
+        # What was predicted, and not timed, has no place beside measurements.
+        found = [row for file in files for row in row_files.read(file) if not row.get("predicted")]
     except OSError as error:
         parser.error(str(error))
     options.out.mkdir(parents=True, exist_ok=True)
