@@ -4,7 +4,7 @@
 launch, and writes a row per kernel: registers, spilled bytes, shared memory and SASS instructions by kind, as the
 assembler and the disassembler that come with triton tell. Rows are marked ``"predicted": true``: nothing was run.
 
-The prediction, for the kernels that hold a row in lanes, is the larger of two floors plus nothing for launching:
+The prediction, for the kernels that hold a row in lanes, is the largest of these floors, with nothing for launching:
 
 * issue: each of a multiprocessor's schedulers issues an instruction per cycle, so a kernel takes at least
   (instructions per row and lane) x (lanes per row) x T / 32 / (multiprocessors x schedulers x clock). Instructions
@@ -24,7 +24,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -123,10 +122,8 @@ def compiled(n: int, k: int, name: str, constants: dict[str, Any], target: int, 
         constexprs={(kernel.arg_names.index(argument),): value for argument, value in constants.items()},
         attrs=aligned,
     )
-    start = time.perf_counter()
     options = {"num_warps": fused.WARPS, "enable_fp_fusion": True}
     binary = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
-    seconds = time.perf_counter() - start
     counts = instructions(binary.asm["cubin"])
     row = {
         "op": "subset",
@@ -140,7 +137,6 @@ def compiled(n: int, k: int, name: str, constants: dict[str, Any], target: int, 
         **resources(binary.asm["cubin"]),
         "instructions": sum(counts.values()),
         "by_kind": dict(counts.most_common(24)),
-        "compile_s": round(seconds, 1),
         "triton": triton.__version__,
         "predicted": True,
     }
