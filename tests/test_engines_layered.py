@@ -142,6 +142,17 @@ def test_rows_that_nothing_satisfies_are_nan_alone():
         circuit(logits[:3])
 
 
+@pytest.mark.parametrize("constraint", [cr.Exactly(3), cr.Between(1, 3), SMALL[0][0]])
+def test_an_upstream_gradient_may_depend_on_the_logits(constraint):
+    """The same gradient with and without create_graph, and right to the second order."""
+    circuit = cr.compile(constraint, 12).with_engine("torch")
+    logits = logits_of(2, 12, 1.0).requires_grad_()
+    function = lambda x: circuit(x).marginals.square().sum(-1)  # noqa: E731
+    plain, kept = (torch.autograd.grad(function(logits).sum(), logits, create_graph=c)[0] for c in (False, True))
+    torch.testing.assert_close(kept, plain, rtol=0, atol=1e-12)
+    assert torch.autograd.gradgradcheck(function, logits)
+
+
 def test_evidence_is_certain_and_no_variable():
     logits = logits_of(1, 64, 1.0, torch.float32)
     logits[0, 3], logits[0, 40] = math.inf, -math.inf

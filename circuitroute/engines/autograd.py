@@ -122,11 +122,12 @@ def _naive_gradients(
     engine: Differentiable, logits: Tensor, potential: Tensor | None, u: Tensor | None, v: Tensor | None
 ) -> list[Tensor | None]:
     _, marginals, count_probs = engine.naive_moments(logits, potential)
-    inner = logits.new_zeros(())
-    inner = inner if u is None else inner + (marginals * u).sum()
-    inner = inner if v is None or count_probs is None else inner + (count_probs * v).sum()
+    # As upstream gradients, not as factors: u and v may be functions of the logits themselves.
+    pairs = [(x, g) for x, g in ((marginals, u), (count_probs, v)) if x is not None and g is not None]
+    pairs = [(x, g) for x, g in pairs if x.requires_grad]
     inputs = [x for x in (logits, potential) if x is not None and x.requires_grad]
-    if not inner.requires_grad:
+    if not pairs:
         return [None if x is None or not x.requires_grad else torch.zeros_like(x) for x in (logits, potential)]
-    found = iter(torch.autograd.grad(inner, inputs, create_graph=True, materialize_grads=True))
+    outputs, upstream = [x for x, _ in pairs], [g.to(x.dtype) for x, g in pairs]
+    found = iter(torch.autograd.grad(outputs, inputs, upstream, create_graph=True, materialize_grads=True))
     return [next(found) if x is not None and x.requires_grad else None for x in (logits, potential)]
