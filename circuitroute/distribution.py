@@ -12,6 +12,7 @@ those of the textbook formulas.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import replace
@@ -125,8 +126,8 @@ class SubsetDistribution(Distribution):
         """[J] or [T, J] log potentials with -inf where the constraint forbids a count."""
         if self.circuit.counts is None:
             return None
-        base = self.logits.new_full((self.circuit.max_count + 1,), -math.inf)
-        base[list(self.circuit.counts)] = 0.0
+        allowed = _allowed.__wrapped__ if is_compiling() else _allowed  # nothing of a trace may outlive it
+        base: Tensor = allowed(self.circuit.counts, self.logits.dtype, self.logits.device)
         if self.count_potential is None:
             return base
         given = self.count_potential
@@ -148,14 +149,14 @@ class SubsetDistribution(Distribution):
         return logits, potential
 
     def _nan_rows(self) -> Tensor | None:
-        """[T] bool, rows with NaN anywhere; None if there is none, or if validation has seen to it."""
-        tracing = is_compiling()
-        if self._validate_args or (not tracing and self.count_potential is None and certainly_finite(self.logits)):
+        """[T] bool, rows with NaN anywhere; None if there is known to be none, or validation has seen to it."""
+        blind = cannot_look(self.logits)
+        if self._validate_args or (not blind and self.count_potential is None and certainly_finite(self.logits)):
             return None
         bad = self.logits.isnan().any(-1)
         if self.count_potential is not None:
             bad = bad | self.count_potential.isnan().any(-1)
-        return bad.reshape(-1) if tracing or bool(bad.any()) else None
+        return bad.reshape(-1) if blind or bool(bad.any()) else None
 
     def _infer(self, key_T: Tensor | None = None) -> Inference:
         """The sweep, computed once; with a key it also draws one sample per row, in the same sweep."""
@@ -459,6 +460,20 @@ class SubsetDistribution(Distribution):
 
     def __repr__(self) -> str:
         return f"SubsetDistribution({self.circuit.constraint!r}, n={self.circuit.n}, batch={tuple(self._batch_shape)})"
+
+
+def cannot_look(values: Tensor) -> bool:
+    """Whether branching on ``values`` is out of the question: in a traced program, or on a GPU (it would wait)."""
+    return is_compiling() or values.is_cuda
+
+
+@functools.lru_cache(maxsize=256)
+def _allowed(counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[J] a count constraint's potential: 0 where allowed, else -inf. Kept, since sending it to a GPU waits for it."""
+    with torch.inference_mode(False):
+        potential = torch.full((max(counts) + 1,), -math.inf, dtype=dtype)
+        potential[list(counts)] = 0.0
+        return potential.to(device)
 
 
 def _validating(validate_args: bool | None) -> bool:

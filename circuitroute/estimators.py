@@ -5,10 +5,11 @@ Legend: T tokens, E experts; z the sampled 0/1 mask, m the exact marginals.
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from circuitroute.distribution import SubsetDistribution
 
@@ -34,10 +35,25 @@ class Simple:
         if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
             return mask
         marginals = distribution.marginals
-        return mask + (marginals - marginals.detach())
+        if is_compiling():
+            return mask + (marginals - marginals.detach())
+        through: Tensor = _StraightThrough.apply(mask, marginals)  # type: ignore[no-untyped-call]
+        return through
 
     def __repr__(self) -> str:
         return "Simple()"
+
+
+class _StraightThrough(torch.autograd.Function):
+    """z + m - stopgrad(m) without the arithmetic, which a compiler would fuse: three passes over memory."""
+
+    @staticmethod
+    def forward(ctx: Any, mask: Tensor, marginals: Tensor) -> Tensor:
+        return mask.view_as(mask)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor]:
+        return None, upstream
 
 
 class Score:

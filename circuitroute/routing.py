@@ -10,11 +10,10 @@ from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from circuitroute._validate import int_at_least
 from circuitroute.circuit import Circuit
-from circuitroute.distribution import SubsetDistribution
+from circuitroute.distribution import SubsetDistribution, cannot_look
 from circuitroute.engines import certainly_finite
 from circuitroute.estimators import Estimator, as_estimator
 from circuitroute.evidence import rows_text, unsatisfiable_rows
@@ -201,7 +200,7 @@ def _lost_rows(distribution: SubsetDistribution) -> Tensor | None:
     """[T] bool, rows without any subset; None where validation has ruled them out."""
     if distribution._validate_args:
         return None
-    if is_compiling():  # what the sweep finds, since a traced program cannot branch on values
+    if cannot_look(distribution.logits):  # what the sweep finds
         return distribution.log_partition.isnan()
     lost = distribution.logits.isnan().any(-1)
     if distribution.count_potential is not None:
@@ -255,7 +254,7 @@ def _weigh(g: Tensor, mask: Tensor, distribution: SubsetDistribution, combine: C
 
 def expert_softmax(logits: Tensor) -> Tensor:
     """[T, E] softmax over all experts; forced ones (+inf) share all of it, and a row of -inf is left uniform."""
-    if not (is_compiling() or logits.is_cuda) and certainly_finite(logits):  # a GPU would have to be waited for
+    if not cannot_look(logits) and certainly_finite(logits):
         return torch.softmax(logits, -1)
     forced = logits == torch.inf
     some, none = forced.any(-1, keepdim=True), (logits == -torch.inf).all(-1, keepdim=True)

@@ -53,6 +53,9 @@ COMPILING = (
     "circuitroute.engines.warmup() does it ahead of time"
 )
 
+# Kernels by name and dtype that this process has compiled, or read from numba's cache.
+_READY: set[tuple[str, str]] = set()
+
 _log = logging.getLogger("circuitroute")
 
 
@@ -254,8 +257,10 @@ def _in_threads(kernel: Any, rows: _Rows, arguments: tuple[Any, ...]) -> None:
     def run(part: tuple[int, int]) -> None:
         kernel(part, rows.shape, rows.array, rows.phi, *arguments)
 
-    if len(kernel.overloads) < len(SMALLEST_COEFFICIENT):  # it may not be compiled for this dtype
+    ready = (kernel.__name__, rows.array.dtype.name)
+    if ready not in _READY:
         _compile(kernel, run)
+        _READY.add(ready)
     T, N = rows.array.shape
     threads = max(1, min(torch.get_num_threads(), T * N // LOGITS_PER_THREAD))
     bounds = [T * i // threads for i in range(threads + 1)]
