@@ -7,6 +7,8 @@ subsets with exact marginals, samples and gradients. Mixture-of-experts routers 
 from circuitroute import divergence as divergence
 from circuitroute import losses as losses
 from circuitroute import metrics as metrics
+from circuitroute.budget import BudgetRouter as BudgetRouter
+from circuitroute.budget import BudgetState as BudgetState
 from circuitroute.circuit import Circuit as Circuit
 from circuitroute.compilation import compile as compile
 from circuitroute.compilation import register_compiler as register_compiler

@@ -345,10 +345,17 @@ class SubsetDistribution(Distribution):
         with torch.no_grad():
             return self._float_mask(self.mode_mask().reshape(-1, self.circuit.n), Size())
 
-    def mode_mask(self) -> Tensor:
-        """[..., N] bool, the mode (all False in invalid rows)."""
+    def mode_mask(self, count: Tensor | None = None) -> Tensor:
+        """[..., N] bool, the mode (all False in invalid rows); of count constraints, also among subsets of a ``count``.
+
+        Args:
+            count: [...] int64, for count constraints: the size of each row's subset.
+        """
         with torch.no_grad():
             logits, potential = self._engine_inputs()
+            if count is not None and potential is not None:
+                other = torch.arange(potential.shape[-1], device=logits.device) != count.reshape(-1, 1)
+                potential = potential.masked_fill(other, -math.inf)
             if is_compiling():
                 return self._as_batch(ops.mode(self.circuit, logits, potential))
             if potential is None:

@@ -21,18 +21,19 @@ class MoE(nn.Module):
     place: S expert evaluations in all, none for padding, and no loop over tokens.
 
     Args:
-        router: gives a :class:`Routing` for hidden states.
+        router: gives a :class:`Routing` for hidden states; None where every call hands over its ``routing``, as with a
+            :class:`BudgetRouter` that the layers of a model share.
         experts: E modules, each [S_e, H] -> [S_e, H].
 
     Raises:
         ValueError: the number of experts is not the router's.
     """
 
-    def __init__(self, router: Router, experts: Sequence[nn.Module] | nn.ModuleList) -> None:
+    def __init__(self, router: Router | None, experts: Sequence[nn.Module] | nn.ModuleList) -> None:
         super().__init__()
         self.router = router
         self.experts = experts if isinstance(experts, nn.ModuleList) else nn.ModuleList(experts)
-        if len(self.experts) != router.num_experts:
+        if router is not None and len(self.experts) != router.num_experts:
             raise ValueError(
                 f"experts has {len(self.experts)} modules, but the router chooses among {router.num_experts}"
             )
@@ -55,11 +56,14 @@ class MoE(nn.Module):
             (output [..., H] in the dtype of ``hidden``, the routing decision).
 
         Raises:
-            ValueError: ``routing`` is not over these tokens and experts, or comes with ``key`` or ``replay``.
+            ValueError: ``routing`` is not over these tokens and experts, comes with ``key`` or ``replay``, or is missing
+                where there is no router.
         """
         if routing is not None and (key is not None or replay is not None):
             raise ValueError("routing was given together with key or replay: a decision that is made needs neither")
         if routing is None:
+            if self.router is None:
+                raise ValueError("routing=None: this layer was made without a router, so every call needs a routing")
             routing = self.router(hidden, key=key, replay=replay)
         rows = hidden.reshape(-1, hidden.shape[-1])
         if routing.mask.shape != (len(rows), len(self.experts)):

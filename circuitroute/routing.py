@@ -19,6 +19,7 @@ from circuitroute.estimators import Estimator, as_estimator
 from circuitroute.evidence import rows_text, unsatisfiable_rows
 
 Combine: TypeAlias = Literal["softmax", "normalized", "sigmoid", "marginal"]
+Decide: TypeAlias = Literal["sample", "mode", "count"]
 Pad: TypeAlias = Literal["distinct", "sentinel", "minus_one"]
 
 # An unchosen expert's weight relative to the chosen ones enters a gradient only; e^30 keeps that finite.
@@ -152,13 +153,43 @@ def route(
         ValueError: shapes that do not fit, an unknown option, NaN or unsatisfiable rows, or a replayed mask that
             the constraint or the evidence excludes, named by row.
     """
+    return route_with(
+        logits,
+        circuit,
+        combine=combine,
+        estimator=estimator,
+        decide="sample" if training else "mode",
+        key=key,
+        replay=replay,
+        count_potential=count_potential,
+        validate_args=validate_args,
+    )
+
+
+def route_with(
+    logits: Tensor,
+    circuit: Circuit,
+    *,
+    decide: Decide,
+    combine: Combine = "softmax",
+    estimator: str | Estimator = "simple",
+    key: Tensor | int | None = None,
+    replay: Tensor | None = None,
+    count_potential: Tensor | None = None,
+    validate_args: bool | None = None,
+) -> Routing:
+    """:func:`route` with the rule of decision by name: ``"sample"``, ``"mode"`` or, for count constraints, ``"count"``.
+
+    The last takes the most probable number of experts (the lower among equals), then the most probable subset of that
+    size.
+    """
     as_combine(combine)
     crossing = as_estimator(estimator)
     if isinstance(logits, Tensor) and logits.dim() > 0:
         logits, count_potential, key = _flatten(logits, count_potential, key)
     distribution = SubsetDistribution(circuit, logits, count_potential, validate_args=validate_args)
     lost = _lost_rows(distribution)
-    mask = _decide(distribution, training, key) if replay is None else _replayed(distribution, replay, lost)
+    mask = _decide(distribution, decide, key) if replay is None else _replayed(distribution, replay, lost)
     if lost is not None:
         mask = mask & ~lost[:, None]
     with torch.autocast(logits.device.type, enabled=False):
@@ -208,11 +239,12 @@ def _lost_rows(distribution: SubsetDistribution) -> Tensor | None:
     return lost | unsatisfiable_rows(distribution.circuit, distribution.logits, distribution.count_potential)
 
 
-def _decide(distribution: SubsetDistribution, training: bool, key: Tensor | int | None) -> Tensor:
+def _decide(distribution: SubsetDistribution, decide: Decide, key: Tensor | int | None) -> Tensor:
     """[T, E] bool."""
-    if training:
+    if decide == "sample":
         return distribution.sample_in_sweep(key)
-    return distribution.mode_mask()
+    count = distribution.count_probs.detach().argmax(-1) if decide == "count" else None
+    return distribution.mode_mask(count)
 
 
 def _replayed(distribution: SubsetDistribution, replay: Tensor, lost: Tensor | None) -> Tensor:

@@ -78,10 +78,14 @@ class Block(nn.Module):
         self.experts_norm = nn.RMSNorm(config.hidden)
         self.experts = cr.MoE(router, nn.ModuleList(Expert(config.hidden) for _ in range(config.experts)))
 
+    @property
+    def router(self) -> cr.Router:
+        return cast(cr.Router, self.experts.router)
+
     def forward(self, hidden_BSH: Tensor, key_T: Tensor | None, override: Override | None) -> tuple[Tensor, cr.Routing]:
         hidden_BSH = hidden_BSH + self.attention(self.attention_norm(hidden_BSH))
         normed_BSH = self.experts_norm(hidden_BSH)
-        routing = None if override is None else override(self.experts.router.logits(normed_BSH.flatten(0, 1)))
+        routing = None if override is None else override(self.router.logits(normed_BSH.flatten(0, 1)))
         out_BSH, routing = self.experts(normed_BSH, key=key_T, routing=routing)
         return hidden_BSH + out_BSH, routing
 
@@ -132,7 +136,7 @@ class LanguageModel(nn.Module):
         return self.head(self.norm(hidden_BSH)), routings
 
     def router(self, layer: int) -> cr.Router:
-        return cast(Block, self.blocks[layer]).experts.router
+        return cast(Block, self.blocks[layer]).router
 
 
 def _recent(hidden_BSH: Tensor) -> Tensor:

@@ -80,6 +80,19 @@ class NaiveSubset:
         return _descend(log_tree(logits, shift, phi_TJ.shape[1] - 1), logits, phi_TJ, shift, key_T)
 
 
+def log_count_weights(logits_TN: Tensor, K: int) -> Tensor:
+    """[T, K + 1] float64, log sum over the subsets of j variables of exp(sum of their logits), for j = 0..K.
+
+    -inf where there is no such subset. Differentiable. Infinite logits are evidence: forced variables are in every
+    subset and add nothing to the sum.
+    """
+    logits = logits_TN.double()
+    phi_TJ = logits.new_zeros(len(logits), K + 1)
+    shift = choose_shift(logits.detach(), phi_TJ)
+    weights = _root_weights(log_tree(logits, shift, K), logits, phi_TJ, shift)
+    return torch.where(is_zero(weights), -math.inf, weights + log_coins(logits, shift)[:, None])
+
+
 def choose_shift(logits_TN: Tensor, phi_TJ: Tensor) -> Tensor:
     """[T] zero where independent coins already show an allowed count, else between two sorted logits."""
     n = logits_TN.shape[1]
