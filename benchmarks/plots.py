@@ -27,6 +27,7 @@ BASELINE = "topk"
 BASELINE_LABEL = "softmax + topk + gather"
 FLOOR_LABEL = "memory floor (a copy)"
 GREY = "#666666"
+MAX_MARKS = 5  # sizes that a picture tells apart by their marks; more are points of a line
 SIZE = 52.0  # of a marker, in points squared
 
 
@@ -40,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     files = options.rows or sorted(ROWS.glob("*.jsonl"))
     try:
         # What was predicted, and not timed, has no place beside measurements.
-        found = [row for file in files for row in row_files.read(file) if not row.get("predicted")]
+        measured = [row for file in files for row in row_files.read(file) if not row.get("predicted")]
+        found = [row for row in measured if row["op"] in DRAW]
     except OSError as error:
         parser.error(str(error))
     options.out.mkdir(parents=True, exist_ok=True)
@@ -95,6 +97,8 @@ def subset_figure(rows: Sequence[Row]) -> Any:
     Open markers are forward alone, filled ones forward and backward.
     """
     cases = sorted({_case(row) for row in rows})
+    if len(cases) > MAX_MARKS:
+        return scaling_figure(rows)
     floors = [row for row in rows if row["provider"] == BASELINE and "floor_ms" in row]
     lines = [*_by_time(rows), *([FLOOR_LABEL] if floors else [])]
     figure = new_figure(9.0, 1.6 + 0.34 * len(lines))
@@ -118,6 +122,34 @@ def subset_figure(rows: Sequence[Row]) -> Any:
         mark(time, row["floor_ms"] / row["median_ms"], FLOOR_LABEL, row)
     _explain_marks(figure, time, cases)
     figure.suptitle(f"A routing step, {_setting(rows[0])}", fontsize=11)
+    return figure
+
+
+def scaling_figure(rows: Sequence[Row]) -> Any:
+    """Where a family has many sizes: time and memory per token against n, a line per provider, at one k.
+
+    That k is the one with the most sizes; rows of another are left to the table.
+    """
+    k = max(sorted({row["k"] for row in rows}), key=lambda k: len({row["n"] for row in rows if row["k"] == k}))
+    both = [row for row in rows if row["pass"] == BOTH and row["k"] == k]
+    both.sort(key=lambda row: int(row["n"]))
+    figure = new_figure(10.0, 4.6)
+    time, memory = figure.subplots(1, 2)
+    for axes, value in ((time, _us_per_token), (memory, _kib_per_token)):
+        for i, label in enumerate(_by_time(both)):
+            style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
+            style |= {"color": GREY, "linestyle": ":"} if label == BASELINE_LABEL else {}
+            _line(axes, [row for row in both if _label(row) == label], value, size="n", **style)
+        axes.set(xscale="log", yscale="log", xlabel="variables n")
+        axes.grid(alpha=0.3)
+        sizes = sorted({row["n"] for row in both})
+        axes.set_xticks(sizes, [str(n) for n in sizes], minor=False)
+        axes.xaxis.minorticks_off()
+        _plain_ticks(axes.yaxis)
+    time.set_ylabel("microseconds per token")
+    memory.set_ylabel("peak memory, KiB per token")
+    figure.legend(*time.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.suptitle(f"A routing step, {k} of n, forward+backward, {_setting(rows[0])}", fontsize=11)
     return figure
 
 
@@ -199,9 +231,11 @@ def _kib_per_token(row: Row) -> float | None:
     return 1024 * peak / row["T"] if peak else None
 
 
-def _line(axes: Any, rows: Sequence[Row], value: Callable[[Row], float | None], **style: Any) -> None:
-    points = [(row["edges"], value(row)) for row in rows]
-    known = [(edges, y) for edges, y in points if y is not None]
+def _line(
+    axes: Any, rows: Sequence[Row], value: Callable[[Row], float | None], size: str = "edges", **style: Any
+) -> None:
+    points = [(row[size], value(row)) for row in rows]
+    known = [(x, y) for x, y in points if y is not None]
     if known:
         axes.plot(*zip(*known, strict=True), label=_label(rows[0]), linewidth=1.4, markersize=6, **style)
 
@@ -210,11 +244,13 @@ def _name_circuits(axes: Any, rows: Sequence[Row]) -> None:
     """Which circuit has how many edges, along the top."""
     top = axes.secondary_xaxis("top")
     top.set_xticks([row["edges"] for row in rows], [f"{row['constraint']}:{row['n']}" for row in rows])
+    top.minorticks_off()
     top.tick_params(axis="x", rotation=60, labelsize=8)
     for label in top.get_xticklabels():
         label.set_horizontalalignment("left")
 
 
+# Of an op that is not here the table tells all.
 DRAW: dict[str, Callable[[Sequence[Row]], Any]] = {"subset": subset_figure, "layered": layered_figure}
 
 
@@ -222,11 +258,13 @@ DRAW: dict[str, Callable[[Sequence[Row]], Any]] = {"subset": subset_figure, "lay
 
 
 def _plain_ticks(axis: Any) -> None:
-    """1, 10, 1000 rather than powers of ten."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+    """1, 10, 1,000,000 rather than powers of ten; between them 3, 30, ... where there is room."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
-    axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    low, high = axis.get_view_interval()
+    steps = (1.0, 3.0) if high < 1e3 * low else (1.0,)
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if x >= 1 else f"{x:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 # Imported on first use; each registers one op and its providers.
-MODULES = ("benchmarks.subset", "benchmarks.layered")
+MODULES = ("benchmarks.subset", "benchmarks.layered", "benchmarks.budget")
 
 
 # What is timed: a pass's name in the rows.

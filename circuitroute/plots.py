@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 # Okabe and Ito's colours, told apart under every common colour blindness; markers for print.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = ("o", "s", "^", "D", "v", "P")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 DPI = 150
 Array = npt.ArrayLike
 

@@ -1,0 +1,183 @@
+"""``python -m benchmarks.profile``: what the time of a routing step goes to, by engine.
+
+Legend: T tokens, N variables, J = K + 1 counts.
+
+Of the engine ``numba``, whose kernels are one loop each, the stages are timed as prefixes: kernels that stop after
+reading, after the shift, after the tree, ... on the same rows, one thread, process CPU time, rounds interleaved; a
+stage's share is the difference of two prefixes. The prefixes are built from the functions that the engine's own kernel
+is built from. Of the engine ``torch`` it is torch's profiler, by operator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+
+import circuitroute as cr
+from benchmarks import rows
+from benchmarks.measure import ProcessClock, quiet
+from circuitroute.engines import engine_of
+from circuitroute.engines.subset.compiled import lanes, root, sampling, shift, sweep, tree
+from circuitroute.engines.subset.compiled.lanes import WIDTH
+from circuitroute.engines.subset.compiled.rows import read
+from circuitroute.engines.subset.numba import _shape
+
+ROWS = Path(__file__).parent / "rows" / "cpu-profile.jsonl"
+STAGES = ("read and transpose", "shift", "tree up", "weigh the root", "sample", "tree down, write")
+LIMITS = (1e-25, 20.0, 3e-5)  # what is decided by them costs the same whatever they are
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _prefix(stages, shape, logits_TN, phi_PJ, key_T, marginals_TN, mask_TN):  # type: ignore[no-untyped-def]
+    """The engine's loop over blocks of tokens, up to a stage; returns a number that depends on all it did."""
+    T, n = logits_TN.shape
+    J = phi_PJ.shape[1]
+    kind = logits_TN.dtype
+    nodes, x, present = np.empty(sweep._size(shape), kind), np.empty(n * WIDTH, kind), np.empty(n * WIDTH, kind)
+    spare, aim = np.empty((shape[-1, 2] + 2) * WIDTH, kind), np.empty(3 * WIDTH, kind)
+    phi, adjoint, probs = np.empty(J * WIDTH), np.empty(J * WIDTH), np.empty(J * WIDTH)
+    counts, words, line = np.empty(shape[0, 1] * WIDTH, np.int32), np.empty(2 * WIDTH, np.int32), np.empty(WIDTH)
+    read(phi_PJ, 0, 0, phi)
+    sweep._aim(phi_PJ, 0, 0, aim)
+    total = 0.0
+    for first in range(0, T, WIDTH):
+        last = T - 1
+        read(logits_TN, first, last, x)
+        total += x[0]
+        if stages > 1:
+            forced, finite, largest, smallest = shift.evidence(x, n)
+            fewest, most, tilt = lanes.load(aim, 0), lanes.load(aim, WIDTH), lanes.load(aim, 2 * WIDTH)
+            high, low = shift.solve(x, n, forced, finite, largest, smallest, fewest, most, tilt, nodes, present)
+            log_coins = shift.log_normaliser(x, n, high, low, nodes, line)
+            total += nodes[0]
+            if stages > 2:
+                tree.fill_padding(nodes, shape, n, 1.0)
+                tree.up(nodes, shape)
+                total += nodes[tree.root(shape)]
+                if stages > 3:
+                    s = lanes.as_double(high) + lanes.as_double(low)
+                    log_root, _ = root.weigh(
+                        nodes,
+                        tree.root(shape),
+                        shape[-1, 2],
+                        phi,
+                        s,
+                        lanes.as_double(forced),
+                        LIMITS[0],
+                        LIMITS[1],
+                        adjoint,
+                        probs,
+                        line,
+                    )
+                    lanes.store(line, 0, log_root + log_coins)
+                    total += line[0]
+                    if stages > 4:
+                        sweep._keys(key_T, first, last, words)
+                        a, b = lanes.load(words, 0), lanes.load(words, WIDTH)
+                        count, _ = sampling.draw_count(probs, J, a, b, LIMITS[2])
+                        lanes.store(counts, 0, count)
+                        sampling.split_counts(nodes, shape, counts, a, b, LIMITS[2], spare)
+                        sweep.write(counts, first, last, mask_TN)
+                    if stages > 5:
+                        sweep._start_down(adjoint, J, shape, nodes)
+                        tree.down(nodes, shape, spare)
+                        for i in range(n):
+                            m = lanes.load(nodes, (2 * i + 1) * WIDTH) * lanes.load(present, i * WIDTH)
+                            lanes.store(x, i * WIDTH, m)
+                        sweep.write(x, first, last, marginals_TN)
+    return total
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Profile the sizes that the command line asks for; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=__doc__.split("\n")[0])
+    parser.add_argument("--sizes", default="64:8,256:8", help="n:k,n:k,... (default: 64:8,256:8)")
+    parser.add_argument("--tokens", type=int, default=4096, help="rows T (default: 4096)")
+    parser.add_argument("--repeats", type=int, default=40, help="timed rounds (default: 40)")
+    parser.add_argument("--out", type=Path, default=ROWS, help="the JSONL file to append to")
+    options = parser.parse_args(arguments)
+    for text in options.sizes.split(","):
+        n, k = map(int, text.split(":"))
+        with quiet(1):
+            found = [*numba_stages(options.tokens, n, k, options.repeats), *torch_operators(options.tokens, n, k)]
+        common = {"op": "profile", "T": options.tokens, "n": n, "k": k, **rows.environment(torch.device("cpu"))}
+        rows.append(options.out, [row | common for row in found])
+        for row in found:
+            print(f"{n:5}:{k:<3} {row['engine']:6} {row['stage']:42} {row['median_ms']:8.3f} ms {row['share']:6.1%}")
+    return 0
+
+
+def numba_stages(T: int, n: int, k: int, repeats: int) -> list[rows.Row]:
+    """Milliseconds and share of each stage of one routing step on the engine ``numba``."""
+    logits = torch.randn(T, n, generator=torch.Generator().manual_seed(0))
+    circuit = cr.compile(cr.Exactly(k), n).with_engine("numba")
+    key, upstream = cr.random_key(0, torch.arange(T)), torch.randn(T, n)
+    phi = torch.full((1, k + 1), -torch.inf, dtype=torch.float64)
+    phi[0, k] = 0.0
+    marginals, mask = np.empty((T, n), np.float32), np.empty((T, n), np.bool_)
+    arrays = (_shape(n, k), logits.numpy(), phi.numpy(), key.numpy(), marginals, mask)
+    engine: Any = engine_of(circuit, logits.device)
+    potential = phi[0].float()
+    known = engine.infer(logits, potential, key)
+
+    def step() -> None:
+        leaf = logits.clone().requires_grad_()
+        routing = cr.route(leaf, circuit, key=key)
+        torch.autograd.grad(routing.gates, leaf, upstream)
+
+    runs: dict[str, Callable[[], object]] = {
+        name: lambda stage=stage: _prefix(stage + 1, *arrays) for stage, name in enumerate(STAGES)
+    }
+    runs["gradient of the marginals"] = lambda: engine.second_derivative(logits, potential, known, upstream, None)
+    runs["whole step"] = step
+    medians = _interleaved(runs, repeats)
+    prefixes = [medians[name] for name in STAGES]
+    parts = dict(zip(STAGES, np.diff([0.0, *prefixes]).tolist(), strict=True))
+    parts["gradient of the marginals"] = medians["gradient of the marginals"]
+    parts["softmax, gates, autograd, checks"] = medians["whole step"] - sum(parts.values())
+    whole = medians["whole step"]
+    return [
+        {"engine": "numba", "stage": name, "median_ms": value, "share": value / whole} for name, value in parts.items()
+    ]
+
+
+def _interleaved(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median milliseconds of each."""
+    clock, taken = ProcessClock(), {name: [] for name in runs}  # type: ignore[var-annotated]
+    for round_number in range(repeats + 2):
+        for name, run in runs.items():
+            start = clock.mark()
+            run()
+            if round_number > 1:  # the first ones compile and warm up
+                taken[name].append(clock.mark() - start)
+    return {name: float(np.median(values)) for name, values in taken.items()}
+
+
+def torch_operators(T: int, n: int, k: int, steps: int = 10, most: int = 8) -> list[rows.Row]:
+    """Milliseconds per step and share of the operators that take the most time, on the engine ``torch``."""
+    from torch.profiler import ProfilerActivity, profile
+
+    circuit = cr.compile(cr.Exactly(k), n).with_engine("torch")
+    logits, upstream, key = torch.randn(T, n), torch.randn(T, n), cr.random_key(0, torch.arange(T))
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(steps):
+            leaf = logits.clone().requires_grad_()
+            torch.autograd.grad(cr.route(leaf, circuit, key=key).gates, leaf, upstream)
+    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    whole = sum(event.self_cpu_time_total for event in events)
+    rest = sum(event.self_cpu_time_total for event in events[most:])
+    parts = [(event.key, event.self_cpu_time_total) for event in events[:most]] + [("all others", rest)]
+    return [
+        {"engine": "torch", "stage": name, "median_ms": us / 1e3 / steps, "share": us / whole} for name, us in parts
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
