@@ -100,10 +100,10 @@ class SubsetDistribution(Distribution):
         self._validate_args = checked
 
     def _validate_rows(self) -> None:
-        if self.count_potential is None and certainly_finite(self.logits):
+        finite_logits = certainly_finite(self.logits)
+        if self.count_potential is None and finite_logits:
             return
-        bad = self.logits.isnan().any(-1)
-        if bool(bad.any()):
+        if not finite_logits and bool((bad := self.logits.isnan().any(-1)).any()):
             raise ValueError(f"logits hold NaN in {rows_text(bad)}")
         if self.count_potential is not None and bool(self.count_potential.isnan().any()):
             raise ValueError(f"count_potential holds NaN in {rows_text(self.count_potential.isnan().any(-1))}")

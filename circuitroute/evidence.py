@@ -13,6 +13,7 @@ from torch import Tensor
 
 from circuitroute._validate import as_int
 from circuitroute.circuit import Circuit
+from circuitroute.engines import certainly_finite
 
 
 def rows_text(bad: Tensor, limit: int = 8) -> str:
@@ -27,19 +28,20 @@ def rows_text(bad: Tensor, limit: int = 8) -> str:
 
 def unsatisfiable_rows(circuit: Circuit, logits: Tensor, count_potential: Tensor | None) -> Tensor:
     """[...] bool: rows whose infinite logits (and count potential) leave no allowed subset."""
-    forced, forbidden = logits == math.inf, logits == -math.inf
-    batch = logits.shape[:-1]
-    potential_limits = count_potential is not None and bool(torch.isinf(count_potential).any())
-    if not potential_limits and not bool(forced.any() | forbidden.any()):
+    batch, undecided = logits.shape[:-1], certainly_finite(logits)  # no evidence
+    if undecided and (count_potential is None or circuit.counts is None):
         return torch.zeros(batch, dtype=torch.bool, device=logits.device)
     if circuit.counts is None:
-        return ~_satisfiable(circuit, forced, forbidden)
+        return ~_satisfiable(circuit, logits == math.inf, logits == -math.inf)
     counts = torch.tensor(circuit.counts, device=logits.device)
-    low, high = forced.sum(-1, keepdim=True), circuit.n - forbidden.sum(-1, keepdim=True)
-    possible = (counts >= low) & (counts <= high)
+    possible = torch.ones(len(counts), dtype=torch.bool, device=logits.device)
+    if not undecided:
+        low = (logits == math.inf).sum(-1, keepdim=True)
+        high = circuit.n - (logits == -math.inf).sum(-1, keepdim=True)
+        possible = (counts >= low) & (counts <= high)
     if count_potential is not None:
         possible = possible & (count_potential[..., counts] > -math.inf)
-    return ~possible.any(-1)
+    return (~possible.any(-1)).expand(batch)
 
 
 def _satisfiable(circuit: Circuit, forced: Tensor, forbidden: Tensor) -> Tensor:
