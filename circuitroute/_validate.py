@@ -5,6 +5,9 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 
+import torch
+from torch import Tensor
+
 
 def as_int(name: str, value: object) -> int:
     """``value`` as a Python int; bool and non-integers are refused."""
@@ -22,6 +25,31 @@ def int_at_least(name: str, value: object, lowest: int) -> int:
     if number < lowest:
         raise ValueError(f"{name}={number}: must be at least {lowest}")
     return number
+
+
+def as_number(name: str, value: object) -> float:
+    """``value`` as a float; bool and what is no real number are refused."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: expected a number, got a bool")
+    try:
+        return float(value.detach() if isinstance(value, Tensor) else value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name}={value!r}: expected a number, got {type(value).__name__}") from None
+
+
+def as_mask(name: str, mask: Tensor, n: int) -> Tensor:
+    """``mask`` as bool [..., n]; what holds anything but 0 and 1 is refused."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name}={mask!r}: expected a tensor, got {type(mask).__name__}")
+    if mask.dim() == 0 or mask.shape[-1] != n:
+        raise ValueError(f"{name} has shape {tuple(mask.shape)}: its last dimension must be n={n}")
+    if mask.dtype == torch.bool:
+        return mask
+    selected = mask == 1
+    wrong = ~(selected | (mask == 0))
+    if bool(wrong.any()):
+        raise ValueError(f"{name} holds {mask[wrong][0].item()}: every value must be 0 or 1")
+    return selected
 
 
 def index_tuple(name: str, indices: Iterable[object]) -> tuple[int, ...]:

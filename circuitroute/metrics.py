@@ -56,6 +56,15 @@ def active_experts(decisions: Routing | Tensor) -> float:
     return float(mask.sum()) / max(1, len(mask))
 
 
+def soft_mass(routing: Routing) -> float:
+    """Mean over tokens of the sum of the marginals: what a soft router was given, beside what it executes.
+
+    For a :class:`SoftRouting` that is its k, and :func:`active_experts` the price that is paid for it; for a routing
+    by a distribution it is the expected number of experts.
+    """
+    return float(routing.marginals.detach().double().sum()) / max(1, len(routing.mask))
+
+
 def subset_diversity(decisions: Routing | Tensor) -> float:
     """exp of the entropy of the empirical distribution of subsets: how many different ones are in use, in effect."""
     mask = _mask(decisions)

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from circuitroute.routers import Router
+from circuitroute.routers import LinearRouter
 from circuitroute.routing import Routing
 
 
@@ -24,15 +25,25 @@ class MoE(nn.Module):
         router: gives a :class:`Routing` for hidden states; None where every call hands over its ``routing``, as with a
             :class:`BudgetRouter` that the layers of a model share.
         experts: E modules, each [S_e, H] -> [S_e, H].
+        call_idle: whether experts that no token chose are called too, with an empty batch, so that their parameters
+            get a gradient of zero instead of none. Processes that share the work need it: DDP and FSDP wait for the
+            same parameters in all of them. None, the default, does so where torch.distributed runs more than one.
 
     Raises:
         ValueError: the number of experts is not the router's.
     """
 
-    def __init__(self, router: Router | None, experts: Sequence[nn.Module] | nn.ModuleList) -> None:
+    def __init__(
+        self,
+        router: LinearRouter | None,
+        experts: Sequence[nn.Module] | nn.ModuleList,
+        *,
+        call_idle: bool | None = None,
+    ) -> None:
         super().__init__()
         self.router = router
         self.experts = experts if isinstance(experts, nn.ModuleList) else nn.ModuleList(experts)
+        self.call_idle = call_idle
         if router is not None and len(self.experts) != router.num_experts:
             raise ValueError(
                 f"experts has {len(self.experts)} modules, but the router chooses among {router.num_experts}"
@@ -75,8 +86,13 @@ class MoE(nn.Module):
         token, expert, weight = routing.ragged(by="expert")
         loads = torch.bincount(expert, minlength=len(self.experts)).tolist()
         batches = rows[token].split(loads)
-        outputs = [module(batch) for module, batch in zip(self.experts, batches, strict=True) if len(batch)]
+        idle_too = _several_processes() if self.call_idle is None else self.call_idle
+        outputs = [module(batch) for module, batch in zip(self.experts, batches, strict=True) if idle_too or len(batch)]
         results = torch.cat(outputs) if outputs else rows[token]  # empty, and still a function of its inputs
         weighted = results * weight.unsqueeze(-1).to(results.dtype)
         combined = torch.zeros_like(rows, dtype=weighted.dtype).index_add(0, token, weighted)
         return combined.to(hidden.dtype).reshape(hidden.shape), routing
+
+
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -5,13 +5,12 @@ Legend: T tokens, E experts, K slots of a padded projection; z the 0/1 mask of t
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from circuitroute._validate import int_at_least
+from circuitroute._validate import as_mask, int_at_least
 from circuitroute.circuit import Circuit
 from circuitroute.distribution import SubsetDistribution, cannot_look
 from circuitroute.engines import certainly_finite
@@ -30,15 +29,19 @@ class Routing:
     """The chosen experts of T tokens, with what training, serving and replay need of the choice.
 
     Attributes:
-        distribution: what the decision was drawn from, a :class:`SubsetDistribution` with batch [T].
         mask: [T, E] bool, the chosen experts.
         gates: [T, E] float32, combination weights; 0 off the chosen set in value, with the estimator's gradient.
     """
 
     def __init__(self, distribution: SubsetDistribution, mask: Tensor, gates: Tensor) -> None:
-        self.distribution = distribution
+        self._distribution = distribution
         self.mask = mask
         self.gates = gates
+
+    @property
+    def distribution(self) -> SubsetDistribution:
+        """What the decision was drawn from, with batch [T]."""
+        return self._distribution
 
     @property
     def logits(self) -> Tensor:
@@ -55,16 +58,21 @@ class Routing:
         """[T] exact log-probability of the decision; differentiable."""
         return self.distribution.log_prob(self.mask)
 
-    @cached_property
+    @property
     def counts(self) -> Tensor:
         """[T] int64, number of chosen experts."""
         return self.mask.sum(-1)
+
+    @property
+    def max_count(self) -> int:
+        """The most experts that any token may have; at least 1, so that there is a slot."""
+        return max(1, self.distribution.circuit.max_count)
 
     def padded(self, width: int | None = None, pad: Pad = "distinct") -> tuple[Tensor, Tensor]:
         """The decision in K slots per token: chosen experts first, by decreasing logit, then padding.
 
         Args:
-            width: K; the circuit's largest count by default.
+            width: K; ``max_count`` by default.
             pad: what fills unused slots, always with weight 0 and without gradient: ``"distinct"`` experts that
                 were not chosen (safe everywhere, computed in vain), the index E (``"sentinel"``), or -1.
 
@@ -77,8 +85,8 @@ class Routing:
         if pad not in get_args(Pad):
             raise ValueError(f"pad={pad!r}: choose one of {', '.join(map(repr, get_args(Pad)))}")
         experts = self.mask.shape[-1]
-        largest = self.distribution.circuit.max_count
-        slots = max(1, largest) if width is None else int_at_least("width", width, 1)
+        largest = self.max_count
+        slots = largest if width is None else int_at_least("width", width, 1)
         if slots > experts:
             raise ValueError(f"width={slots}: there are only {experts} experts")
         if slots < largest and self.counts.numel() and int(self.counts.max()) > slots:
@@ -115,6 +123,68 @@ class Routing:
     def __repr__(self) -> str:
         tokens, experts = self.mask.shape
         return f"Routing({tokens} tokens, {experts} experts, {self.distribution.circuit.constraint!r})"
+
+
+class SoftRouting(Routing):
+    """A decision by a relaxation: soft weights p, of which the larger ones are executed. Nothing is drawn.
+
+    Losses, metrics, projections and :class:`MoE` take it like any other. There is no ``distribution`` and no
+    ``log_prob``.
+
+    Attributes:
+        mask: [T, E] bool, the executed experts.
+        gates: [T, E] float32, combination weights; 0 off the executed set, where they have no gradient of their own.
+    """
+
+    def __init__(self, logits: Tensor, marginals: Tensor, mask: Tensor, gates: Tensor, max_count: int) -> None:
+        self._logits = logits
+        self._marginals = marginals
+        self._max_count = max_count
+        self.mask = mask
+        self.gates = gates
+
+    @property
+    def logits(self) -> Tensor:
+        """[T, E] float32 router logits."""
+        return self._logits
+
+    @property
+    def marginals(self) -> Tensor:
+        """[T, E] the soft weights p of all experts, which sum to the soft mass k; differentiable."""
+        return self._marginals
+
+    @property
+    def max_count(self) -> int:
+        """The most experts that any token may execute."""
+        return self._max_count
+
+    @property
+    def distribution(self) -> SubsetDistribution:
+        """There is none.
+
+        Raises:
+            AttributeError: always.
+        """
+        raise AttributeError(
+            "a soft routing has no distribution: nothing was drawn. Its soft weights are in .marginals, the executed "
+            "experts in .mask; routers with a distribution over subsets are ExactKRouter, DynamicKRouter and Router"
+        )
+
+    @property
+    def log_prob(self) -> Tensor:
+        """There is none.
+
+        Raises:
+            AttributeError: always.
+        """
+        raise AttributeError(
+            "a soft routing has no log_prob: its executed experts follow from the logits, nothing was drawn. Replay "
+            "its .mask instead, or use ExactKRouter, DynamicKRouter or Router, whose decisions have a probability"
+        )
+
+    def __repr__(self) -> str:
+        tokens, experts = self.mask.shape
+        return f"SoftRouting({tokens} tokens, {experts} experts, at most {self.max_count} of them executed)"
 
 
 def route(
@@ -215,9 +285,16 @@ def _flatten(
     if isinstance(count_potential, Tensor) and count_potential.dim() > 1:
         last = count_potential.shape[-1]
         count_potential = _expand("count_potential", count_potential, torch.Size([*batch, last])).reshape(-1, last)
-    if isinstance(key, Tensor) and key.dim() > 0 and key.shape != (batch.numel(),):
-        key = _expand("key", key, batch).reshape(-1)
+    if isinstance(key, Tensor):
+        key = per_token("key", key, batch)
     return logits.reshape(-1, logits.shape[-1]), count_potential, key
+
+
+def per_token(name: str, value: Tensor, batch: torch.Size) -> Tensor:
+    """[T], or a scalar as it is: ``value`` broadcast to the leading dimensions, unless it is flattened already."""
+    if value.dim() == 0 or value.shape == (batch.numel(),):
+        return value
+    return _expand(name, value, batch).reshape(-1)
 
 
 def _expand(name: str, value: Tensor, shape: torch.Size) -> Tensor:
@@ -249,12 +326,7 @@ def _decide(distribution: SubsetDistribution, decide: Decide, key: Tensor | int 
 
 def _replayed(distribution: SubsetDistribution, replay: Tensor, lost: Tensor | None) -> Tensor:
     """[T, E] bool, the recorded decision; rows that are lost had none to check."""
-    mask = distribution.circuit.as_mask(replay, "replay").to(distribution.logits.device)
-    mask = mask.reshape(-1, mask.shape[-1])
-    if mask.shape != distribution.logits.shape:
-        raise ValueError(
-            f"replay has shape {tuple(mask.shape)}: it must be that of the logits, {tuple(distribution.logits.shape)}"
-        )
+    mask = recorded_mask(replay, distribution.logits)
     allowed = distribution.circuit.satisfies(mask)
     infinite = torch.isinf(distribution.logits)
     allowed &= ((distribution.logits > 0) == mask).logical_or_(~infinite).all(-1)
@@ -272,15 +344,30 @@ def _replayed(distribution: SubsetDistribution, replay: Tensor, lost: Tensor | N
     return mask
 
 
+def recorded_mask(replay: Tensor, logits: Tensor) -> Tensor:
+    """[T, E] bool on the device of the logits [T, E], from a mask with any leading dimensions of T tokens in all."""
+    mask = as_mask("replay", replay, logits.shape[-1]).to(logits.device)
+    mask = mask.reshape(-1, mask.shape[-1])
+    if mask.shape != logits.shape:
+        raise ValueError(f"replay has shape {tuple(mask.shape)}: it must be that of the logits, {tuple(logits.shape)}")
+    return mask
+
+
 def _weigh(g: Tensor, mask: Tensor, distribution: SubsetDistribution, combine: Combine) -> Tensor:
     """[T, E] gates: the estimator's mask times each expert's weight."""
-    logits = distribution.logits
+    if combine == "marginal":
+        return g * distribution.marginals
+    return weigh_by_logits(g, mask, distribution.logits, combine)
+
+
+def weigh_by_logits(
+    g: Tensor, mask: Tensor, logits: Tensor, combine: Literal["softmax", "normalized", "sigmoid"]
+) -> Tensor:
+    """[T, E] g times each expert's weight, for the rules that take it from the logits."""
     if combine == "softmax":
         return g * expert_softmax(logits)
     if combine == "sigmoid":
         return g * torch.sigmoid(logits)
-    if combine == "marginal":
-        return g * distribution.marginals
     return _normalized(g, mask, logits)
 
 
@@ -301,4 +388,4 @@ def _normalized(g: Tensor, mask: Tensor, logits: Tensor) -> Tensor:
     top = torch.where(torch.isinf(top), 0.0, top)  # nothing chosen
     weights = g * (finite - top).clamp(max=MAX_RELATIVE_LOGIT).exp()
     total = weights.sum(-1, keepdim=True)
-    return weights / torch.where(mask.any(-1, keepdim=True), total, 1.0)
+    return weights / torch.where(total > 0, total, 1.0)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import circuitroute as cr
 from circuitroute.engines import ops
@@ -133,3 +134,59 @@ def test_a_circuit_that_is_gone_is_named():
     handle = cr.Circuit(circuit_of("count").graph, cr.Exactly(3)).handle
     with pytest.raises(KeyError, match="keep the circuit that was traced alive"):
         cr.Circuit.of_handle(handle)
+
+
+def _gradients(module, run, hidden):
+    module.zero_grad()
+    leaf = hidden.clone().requires_grad_()
+    output = run(leaf)
+    output.square().sum().backward()
+    return [output.detach(), leaf.grad, *(parameter.grad.clone() for parameter in module.parameters())]
+
+
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "autocast"])
+def test_a_layer_compiles_under_autocast_and_checkpointing(dtype, recomputed):
+    """As untraced, with the same keys: routing stays float32, and a recomputed layer draws the same subsets."""
+    torch.manual_seed(0)
+    router, key = cr.Router(8, 12, cr.Between(2, 4)), cr.random_key(0, torch.arange(T))
+    experts = nn.Linear(8, 12 * 8)
+
+    def layer(hidden):
+        gates = router(hidden, key).gates
+        return torch.einsum("te,teh->th", gates.to(hidden.dtype), experts(hidden).view(-1, 12, 8).to(hidden.dtype))
+
+    def run(hidden):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
+            return checkpoint(layer, hidden, use_reentrant=False) if recomputed else layer(hidden)
+
+    module, hidden = nn.ModuleList([router, experts]), torch.randn(T, 8)
+    expected = _gradients(module, run, hidden)
+    found = _gradients(module, traced(run), hidden)
+    plain = _gradients(module, layer, hidden)
+    assert all(float(gradient.abs().max()) > 0 for gradient in expected)
+    for a, b, c in zip(expected, found, plain, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(a.float(), c, rtol=0.05 if dtype else 0, atol=0.1 if dtype else 0)
+
+
+def test_a_budget_over_layers_compiles_in_one_graph():
+    torch.manual_seed(0)
+    budget = cr.BudgetRouter(8, 6, 3, cr.Between(1, 4), cr.Between(5, 8), per_token=True)
+    keys = [cr.random_key(layer, torch.arange(T)) for layer in range(3)]
+
+    def walk(hidden):
+        state, gates = budget.begin(hidden), []
+        for key in keys:
+            routing, state = budget(hidden, state, key=key)
+            gates.append(routing.gates)
+        return torch.stack(gates), state.spent
+
+    hidden = torch.randn(T, 8)
+    (expected, spent), (found, traced_spent) = walk(hidden), traced(walk)(hidden)
+    assert torch.equal(spent, traced_spent)
+    torch.testing.assert_close(found, expected)
+    expected_gradients = torch.autograd.grad(expected.square().sum(), list(budget.parameters()))
+    found_gradients = torch.autograd.grad(found.square().sum(), list(budget.parameters()))
+    for ours, theirs in zip(found_gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)

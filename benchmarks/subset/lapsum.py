@@ -2,7 +2,7 @@
 
 Shapes: T tokens, N variables.
 
-Gates are softmax(logits) * p with the p of ``benchmarks.lapsum``; backward is its analytic gradient. p is no
+Gates are softmax(logits) * p with the p of ``cr.soft_topk``; backward is its analytic gradient. p is no
 marginal of any distribution that the op asks for: what its rows call an error is, forward, how far the sum of p is
 from k, and backward, the distance of the gradient from that of the same relaxation solved by bisection.
 """
@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.lapsum import soft_topk
 from benchmarks.registry import Forward, Outputs, UnavailableError, provider
 from benchmarks.subset.workload import SubsetCase
+from circuitroute.soft import soft_topk
 
 
 @provider("subset", "lapsum", note="a soft relaxation, no sample")

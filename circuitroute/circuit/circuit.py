@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from circuitroute._validate import as_mask
 from circuitroute.circuit import graph as _graph
 from circuitroute.circuit.graph import Graph
 from circuitroute.circuit.properties import check, node_scopes
@@ -175,17 +176,7 @@ class Circuit:
 
     def as_mask(self, mask: Tensor, name: str = "mask") -> Tensor:
         """``mask`` as bool [..., N], or a ValueError that names what is wrong with it."""
-        if not isinstance(mask, Tensor):
-            raise TypeError(f"{name}={mask!r}: expected a tensor, got {type(mask).__name__}")
-        if mask.dim() == 0 or mask.shape[-1] != self.n:
-            raise ValueError(f"{name} has shape {tuple(mask.shape)}: its last dimension must be n={self.n}")
-        if mask.dtype == torch.bool:
-            return mask
-        selected = mask == 1
-        wrong = ~(selected | (mask == 0))
-        if bool(wrong.any()):
-            raise ValueError(f"{name} holds {mask[wrong][0].item()}: every value must be 0 or 1")
-        return selected
+        return as_mask(name, mask, self.n)
 
     def holds(self, absent_TN: Tensor, present_TN: Tensor) -> Tensor:
         """[T] bool: the circuit in Boolean arithmetic, on literals that are each given as true or false.
