@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from circuitroute._files import replace_file
 from circuitroute.circuit import Circuit, Graph, NodeKind
 from circuitroute.circuit.conflicts import UnverifiedError
 from circuitroute.circuit.graph import count_range, model_count
@@ -66,19 +67,7 @@ def save(circuit: Circuit, path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    content = _content(circuit)
-    target = Path(path)
-    # Written beside its place and moved there when complete, so that no reader ever meets half a file.
-    beside = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with beside.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, target)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    replace_file(path, _content(circuit))
 
 
 def _content(circuit: Circuit) -> bytes:

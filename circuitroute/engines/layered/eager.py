@@ -33,7 +33,7 @@ from circuitroute.engines.layered import sweeps
 from circuitroute.engines.layered.naive import NaiveLayered
 from circuitroute.engines.layered.plan import Plan, lay_out
 from circuitroute.engines.layered.walk import Draw, first_best, walk
-from circuitroute.engines.logspace import LOG_ZERO, is_zero, log_literals
+from circuitroute.engines.logspace import LOG_ZERO, is_zero, log_weights
 from circuitroute.engines.root import Root, weigh
 from circuitroute.engines.shift import Evidence, Shift, solve_shift
 from circuitroute.engines.subset.sampling import MARGIN
@@ -138,7 +138,7 @@ class TorchLayered:
     def mode(self, logits_TN: Tensor) -> Tensor:
         """[T, N] bool, a most probable subset; ties go to the first element of a sum, as on the naive engine.
 
-        In float64 and log space, where each value is the very number the naive engine computes.
+        In float64, where each value is the very number the naive engine computes: a sum of logits.
         """
         plan = self._plan(logits_TN.device)
         mask = torch.zeros_like(logits_TN, dtype=torch.bool, memory_format=torch.contiguous_format)
@@ -342,7 +342,7 @@ class _Block:
 
 
 def _mode_block(plan: Plan, logits_BN: Tensor) -> Tensor:
-    absent, present = log_literals(logits_BN, logits_BN.new_zeros(len(logits_BN)))
+    absent, present = log_weights(logits_BN)
     rows = absent.new_full((plan.rows, len(logits_BN)), 2 * LOG_ZERO)
     rows[: plan.n], rows[plan.n : 2 * plan.n], rows[2 * plan.n] = absent, present, 0.0
     sweeps.largest_up(plan.steps, rows)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from circuitroute.circuit.graph import Graph, NodeKind
 from circuitroute.engines.base import Inference
-from circuitroute.engines.logspace import as_input, is_zero, log_coins, log_literals, nan_rows
+from circuitroute.engines.logspace import as_input, is_zero, log_coins, log_literals, log_weights, nan_rows
 from circuitroute.keys import uniform
 
 # Values held at once while walking down; bounds memory whatever the circuit.
@@ -112,11 +112,15 @@ class NaiveLayered:
 
     def _log_values(self, logits_TN: Tensor) -> Tensor:
         """[M, T] log-probability of every node, in level order."""
-        return self._plan(logits_TN.device).upward(self._log_leaves(logits_TN), _log_sums)
+        return self._plan(logits_TN.device).upward(self._coins(logits_TN), _log_sums)
 
-    def _log_leaves(self, logits_TN: Tensor) -> Tensor:
-        plan = self._plan(logits_TN.device)
-        absent, present = log_literals(logits_TN, logits_TN.new_zeros(len(logits_TN)))
+    def _coins(self, logits_TN: Tensor) -> Tensor:
+        """[leaves, T]"""
+        return self._leaves(*log_literals(logits_TN, logits_TN.new_zeros(len(logits_TN))))
+
+    def _leaves(self, absent: Tensor, present: Tensor) -> Tensor:
+        """The leaves in level order, from literals [N, T]."""
+        plan = self._plan(present.device)
         is_present = (plan.kind == NodeKind.PRESENT)[:, None]
         chosen = torch.where(is_present, present[plan.variable], absent[plan.variable])
         return torch.where((plan.kind == NodeKind.TRUE)[:, None], 0.0, chosen)
@@ -142,8 +146,10 @@ class NaiveLayered:
     def _walk(self, logits_TN: Tensor, key_T: Tensor | None) -> Tensor:
         """From the root, pick one element of every sum that is reached: at random, or the best without a key."""
         plan = self._plan(logits_TN.device)
-        combine = _log_sums if key_T is not None else _best_elements
-        values = plan.upward(self._log_leaves(logits_TN), combine)
+        if key_T is not None:
+            values = self._log_values(logits_TN)
+        else:
+            values = plan.upward(self._leaves(*log_weights(logits_TN)), _best_elements)
         reached = torch.zeros_like(values, dtype=torch.bool)
         reached[-1] = ~is_zero(values[-1])
         for step in reversed(plan.steps):

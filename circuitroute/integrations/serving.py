@@ -1,0 +1,311 @@
+"""A constraint as the routing function of an inference server.
+
+Legend: T tokens, E experts, K slots per token.
+
+vLLM and SGLang let a model bring its own routing: ``custom_routing_function(hidden_states=..., gating_output=...,
+topk=..., renormalize=...)`` returns weights [T, K] float32 and ids [T, K] int32. :func:`routing_function` makes one
+that takes the most probable subset of every token: what routers of this library do in evaluation mode. It keeps no
+state and draws nothing at random.
+
+It is made of plain tensor operations. So ``torch.compile`` fuses them, CUDA graphs capture them, and :func:`export`
+writes a program that runs in processes without this library.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.export import Dim, ExportedProgram
+
+from circuitroute._files import replace_file
+from circuitroute._validate import int_at_least
+from circuitroute.circuit import Circuit
+from circuitroute.compilation import compile as compile_constraint
+from circuitroute.constraints import Constraint
+from circuitroute.engines import layered_engine, ops
+from circuitroute.engines.layered import evaluated
+from circuitroute.engines.layered.unrolled import MAX_UNROLLED, UnrolledMode, can_unroll
+from circuitroute.engines.subset.mode import best_count, best_scores
+from circuitroute.routing import expert_softmax
+
+ServedCombine: TypeAlias = Literal["softmax", "normalized", "sigmoid"]
+Score: TypeAlias = Literal["logits", "sigmoid"]
+
+# New in torch 2.7; before, such a program is found out when it is saved.
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+# What DeepSeek's models add to a sum of sigmoids before they divide by it.
+_TINY = 1e-20
+
+
+def routing_function(
+    constraint: Constraint | Circuit,
+    num_experts: int,
+    *,
+    combine: ServedCombine = "softmax",
+    score: Score = "logits",
+    bias: Tensor | None = None,
+    scaling: float = 1.0,
+    device: torch.device | str | None = None,
+) -> RoutingFunction:
+    """The deterministic routing of a constraint, as vLLM and SGLang call it.
+
+    Args:
+        constraint: what is allowed, over ``num_experts`` variables; or a circuit, such as a loaded one.
+        num_experts: E.
+        combine: how chosen experts are weighted: ``"softmax"`` over all experts, or over the chosen ones where the
+            server asks to renormalise; ``"normalized"``, over the chosen ones whatever the server asks; ``"sigmoid"``,
+            divided by its sum where the server asks to renormalise.
+        score: whose sum over the chosen experts is largest: the ``"logits"``, as in :func:`circuitroute.route`, or
+            their ``"sigmoid"``, as in models that add a correction bias to it (DeepSeek-V3).
+        bias: [E], added to the scores for the choice only. -inf forbids an expert, +inf forces it.
+        scaling: what all weights are multiplied by in the end.
+        device: where its tables lie; torch's default device when None. Move it with ``.to`` like any module.
+
+    Raises:
+        InfeasibleError: no subset of E experts satisfies the constraint.
+        TypeError, ValueError: an argument that is none of these, or a circuit over another number of experts.
+    """
+    circuit = _as_circuit(constraint, int_at_least("num_experts", num_experts, 1))
+    _one_of("combine", combine, get_args(ServedCombine))
+    _one_of("score", score, get_args(Score))
+    if not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
+        raise ValueError(f"scaling={scaling!r}: expected a finite number")
+    if bias is not None:
+        bias = _as_bias(bias, circuit.n)
+    place = torch.get_default_device() if device is None else torch.device(device)
+    return RoutingFunction(circuit, combine, score, bias, float(scaling)).to(place)
+
+
+class RoutingFunction(nn.Module):
+    """``f(hidden_states, gating_output, topk, renormalize) -> (weights, ids)``; made by :func:`routing_function`.
+
+    Attributes:
+        circuit: the compiled constraint.
+        portable: whether it can be exported: all circuits can but those of more than 32,768 products.
+    """
+
+    def __init__(
+        self, circuit: Circuit, combine: ServedCombine, score: Score, bias: Tensor | None, scaling: float
+    ) -> None:
+        super().__init__()
+        self.circuit = circuit
+        self.combine, self.score, self.scaling = combine, score, scaling
+        self.largest = circuit.max_count  # not looked up in forward, which may be traced
+        self.unrolled: UnrolledMode | None = None
+        self.allows_none = False
+        if circuit.counts is not None:
+            allowed = torch.zeros(self.largest + 1, dtype=torch.bool)
+            allowed[list(circuit.counts)] = True
+            self.register_buffer("allowed", allowed, persistent=False)
+        else:
+            self.allows_none = bool(circuit.satisfies(torch.zeros(circuit.n, dtype=torch.bool, device="cpu")))
+            graph = evaluated(circuit.graph)  # as the engines do: ties are broken by the order of its elements
+            self.unrolled = UnrolledMode(graph) if can_unroll(graph) else None
+        self.portable = circuit.counts is not None or self.unrolled is not None
+        # As integers, since a model that is cast to bfloat16 casts all floating buffers of its submodules.
+        self.register_buffer("bias_bits", None if bias is None else bias.view(torch.int32), persistent=False)
+
+    def forward(
+        self, hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Route every token to the most probable subset.
+
+        Args:
+            hidden_states: [T, H], not used.
+            gating_output: [T, E] logits of any floating dtype; computed in float32.
+            topk: K, at least the constraint's largest count.
+            renormalize: whether weights are to add up to 1 (before ``scaling``).
+
+        Returns:
+            (weights [T, K] float32, ids [T, K] int32): the chosen experts by decreasing score (equal scores by
+            increasing id), then distinct experts that were not chosen, with weight 0. A token with NaN, or whose
+            infinite scores leave no subset, has weights NaN.
+
+        Raises:
+            TypeError, ValueError: shapes, dtypes or devices that do not fit, or ``topk`` that is too small.
+        """
+        self._check(hidden_states, gating_output, topk)
+        logits = gating_output.detach().to(torch.float32)
+        score = torch.sigmoid(logits) if self.score == "sigmoid" else logits
+        if self.bias_bits is not None:
+            score = score + self.get_buffer("bias_bits").view(torch.float32)
+        bad = score.isnan().any(-1)
+        score = torch.where(bad[:, None], 0.0, score)
+        if self.circuit.counts is not None:
+            ids, used, possible = self._by_count(score, topk)
+        else:
+            ids, used, possible = self._by_circuit(score, topk)
+        weights = torch.where(used, self._weigh(logits, ids, used, renormalize), 0.0) * self.scaling
+        return torch.where((possible & ~bad)[:, None], weights, math.nan), ids.to(torch.int32)
+
+    def _by_count(self, score: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(ids [T, K], which of them are chosen [T, K], whether any subset is left [T]): some of the largest scores."""
+        potential = torch.where(self.get_buffer("allowed"), 0.0, -math.inf).double()
+        scores, order = best_scores(score, potential)
+        used = torch.arange(topk, device=score.device) < best_count(scores)[:, None]
+        possible = scores.amax(-1) > -math.inf
+        return order[:, :topk], used & possible[:, None], possible
+
+    def _by_circuit(self, score: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for all other constraints."""
+        mask = self._mode(score)
+        possible = mask.any(-1)
+        if self.allows_none:  # no expert, as long as none is forced
+            possible = possible | ~(score == math.inf).any(-1)
+        by_score = score.argsort(dim=-1, descending=True, stable=True)
+        chosen_first = mask.gather(-1, by_score).to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+        ids = by_score.gather(-1, chosen_first[:, :topk])
+        return ids, mask.gather(-1, ids), possible
+
+    def _mode(self, score: Tensor) -> Tensor:
+        if self.unrolled is not None:
+            found: Tensor = self.unrolled(score)
+            return found
+        if is_exporting():
+            raise ValueError(_not_portable(self.circuit))
+        if is_compiling():
+            return ops.mode(self.circuit, score, None)
+        return layered_engine(self.circuit, score.device).mode(score)
+
+    def _weigh(self, logits: Tensor, ids: Tensor, used: Tensor, renormalize: bool) -> Tensor:
+        """[T, K], of the slots that are used."""
+        chosen = logits.gather(-1, ids)
+        if self.combine == "sigmoid":
+            weights = torch.where(used, torch.sigmoid(chosen), 0.0)
+            return weights / (weights.sum(-1, keepdim=True) + _TINY) if renormalize else weights
+        if self.combine == "softmax" and not renormalize:
+            return expert_softmax(logits).gather(-1, ids)
+        # Over the chosen ones alone: all their shares of the whole may be too small for float32.
+        chosen = chosen.clamp(max=torch.finfo(torch.float32).max)
+        return torch.softmax(torch.where(used, chosen, -math.inf), -1)
+
+    def _check(self, hidden_states: Tensor, gating_output: Tensor, topk: int) -> None:
+        if not is_compiling():
+            _check_tensors(hidden_states, gating_output, self.circuit.n)
+            self._check_device(gating_output)
+            int_at_least("topk", topk, 1)
+        if topk < self.largest:
+            raise ValueError(
+                f"topk={topk}: {self.circuit.constraint!r} chooses up to {self.largest} experts per token; give the "
+                f"server topk={self.largest} (num_experts_per_tok in most models' configurations)"
+            )
+        if topk > self.circuit.n:
+            raise ValueError(f"topk={topk}: there are only {self.circuit.n} experts")
+
+    def _check_device(self, gating_output: Tensor) -> None:
+        for table in self.buffers():
+            if table.device != gating_output.device:
+                raise ValueError(
+                    f"gating_output is on {gating_output.device} and the routing function on {table.device}: move it "
+                    f"there with .to({str(gating_output.device)!r}), once"
+                )
+
+    def extra_repr(self) -> str:
+        """What repr() shows."""
+        return (
+            f"{self.circuit.constraint!r}, num_experts={self.circuit.n}, combine={self.combine!r}, "
+            f"score={self.score!r}, scaling={self.scaling}"
+        )
+
+
+def export(
+    function: RoutingFunction,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    topk: int,
+    renormalize: bool,
+    dtype: torch.dtype = torch.float32,
+) -> ExportedProgram:
+    """The function as a program of torch's own operators, for any number of tokens.
+
+    ``torch.export.load(path).module()`` is called as the function is, with all four arguments by name. It runs in any
+    process with torch, of this version or later; this library need not be installed there.
+
+    Args:
+        function: what :func:`routing_function` made, on the device that the program is for.
+        path: where to write it, by custom ``*.pt2``; a file that is there is replaced in one step. Not written if None.
+        topk, renormalize: become constants; other values are refused when the program runs.
+        dtype: of hidden states and gating output.
+
+    Raises:
+        ValueError: the circuit is too large to be unrolled, or ``topk`` does not fit.
+        OSError: the file cannot be written.
+    """
+    if not function.portable:
+        raise ValueError(_not_portable(function.circuit))
+    device = next((table.device for table in function.buffers()), None)
+    tokens, hidden_size = Dim("tokens"), Dim("hidden_size")
+    program = torch.export.export(
+        function,
+        (),
+        {
+            "hidden_states": torch.zeros(3, 2, dtype=dtype, device=device),
+            "gating_output": torch.zeros(3, function.circuit.n, dtype=dtype, device=device),
+            "topk": topk,
+            "renormalize": renormalize,
+        },
+        dynamic_shapes={
+            "hidden_states": {0: tokens, 1: hidden_size},
+            "gating_output": {0: tokens},
+            "topk": None,
+            "renormalize": None,
+        },
+        strict=False,
+    )
+    if path is not None:
+        content = io.BytesIO()
+        torch.export.save(program, content)
+        replace_file(path, content.getvalue())
+    return program
+
+
+def _as_circuit(constraint: Constraint | Circuit, num_experts: int) -> Circuit:
+    if isinstance(constraint, Circuit):
+        if constraint.n != num_experts:
+            raise ValueError(f"constraint is a circuit over {constraint.n} variables: num_experts={num_experts}")
+        return constraint
+    return compile_constraint(constraint, num_experts)
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, known))}")
+
+
+def _as_bias(bias: Tensor, num_experts: int) -> Tensor:
+    """[E] float32, a copy."""
+    if not isinstance(bias, Tensor) or bias.shape != (num_experts,):
+        given = f"has shape {tuple(bias.shape)}" if isinstance(bias, Tensor) else f"is a {type(bias).__name__}"
+        raise ValueError(f"bias {given}: expected a tensor of shape ({num_experts},), one number per expert")
+    if bool(bias.isnan().any()):
+        raise ValueError("bias holds NaN")
+    return bias.detach().to(torch.float32, copy=True)
+
+
+def _check_tensors(hidden_states: Tensor, gating_output: Tensor, num_experts: int) -> None:
+    if not isinstance(gating_output, Tensor) or not gating_output.is_floating_point():
+        kind = gating_output.dtype if isinstance(gating_output, Tensor) else type(gating_output).__name__
+        raise TypeError(f"gating_output is {kind}: expected a floating-point tensor of logits")
+    if gating_output.dim() != 2 or gating_output.shape[1] != num_experts:
+        raise ValueError(
+            f"gating_output has shape {tuple(gating_output.shape)}: expected [tokens, num_experts={num_experts}]"
+        )
+    if isinstance(hidden_states, Tensor) and len(hidden_states) != len(gating_output):
+        raise ValueError(
+            f"hidden_states have shape {tuple(hidden_states.shape)} and gating_output {tuple(gating_output.shape)}: "
+            "they must be of the same tokens"
+        )
+
+
+def _not_portable(circuit: Circuit) -> str:
+    return (
+        f"{circuit.constraint!r} has {evaluated(circuit.graph).num_edges} products, and a program of plain operations "
+        f"is made of at most {MAX_UNROLLED}: simplify the constraint, or serve it, also compiled, where circuitroute "
+        "is installed"
+    )
