@@ -293,6 +293,12 @@ class BudgetRouter(nn.Module):
             raise ValueError(
                 f"layer={layer}: the next one is layer {state.layer}; hand on the state that the layer before returned"
             )
+        if state.messages.dtype != torch.float64:
+            raise ValueError(
+                f"state.messages is {state.messages.dtype}: begin() made it float64, and budgets need that; mixed "
+                f"precision that casts what modules are given, such as FSDP2's, must leave it alone "
+                f"(cast_forward_inputs=False)"
+            )
         tokens = hidden.shape[:-1].numel()
         per_token = state.messages.shape[0] if state.messages.dim() == 3 else tokens
         if not tokens == len(state.spent) == per_token:
