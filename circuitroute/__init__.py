@@ -5,8 +5,10 @@ subsets with exact marginals, samples and gradients. Mixture-of-experts routers 
 """
 
 from circuitroute import divergence as divergence
+from circuitroute import integrations as integrations
 from circuitroute import losses as losses
 from circuitroute import metrics as metrics
+from circuitroute import replay as replay
 from circuitroute.budget import BudgetRouter as BudgetRouter
 from circuitroute.budget import BudgetState as BudgetState
 from circuitroute.circuit import Circuit as Circuit
@@ -39,11 +41,16 @@ from circuitroute.interop.sdd import read_sdd as read_sdd
 from circuitroute.interop.storage import load as load
 from circuitroute.keys import random_key as random_key
 from circuitroute.moe import MoE as MoE
+from circuitroute.replay import RoutingRecord as RoutingRecord
 from circuitroute.routers import DynamicKRouter as DynamicKRouter
 from circuitroute.routers import ExactKRouter as ExactKRouter
 from circuitroute.routers import Router as Router
+from circuitroute.routers import SoftTopKRouter as SoftTopKRouter
 from circuitroute.routers import TopKRouter as TopKRouter
 from circuitroute.routing import Routing as Routing
+from circuitroute.routing import SoftRouting as SoftRouting
 from circuitroute.routing import route as route
+from circuitroute.soft import LayerAllocation as LayerAllocation
+from circuitroute.soft import soft_topk as soft_topk
 
 __version__ = "0.1.0"

@@ -26,7 +26,7 @@ MODULES = sorted(path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.
 # From the ground up: a module may import modules of lower layers, and of its own package. "circuitroute" itself is
 # the facade; what stands on it uses the library as anyone would. The leaves know nothing of one another.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("_validate", "errors"),
+    ("_files", "_validate", "errors"),
     ("keys",),
     ("constraints",),
     ("circuit",),
@@ -35,10 +35,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("arguments", "evidence"),
     ("distribution",),
     ("divergence",),
-    ("estimators",),
+    ("estimators", "soft"),
     ("routing",),
     ("routers",),
-    ("budget", "interop", "losses", "metrics", "moe", "plots"),
+    ("budget", "interop", "losses", "metrics", "moe", "plots", "replay"),
+    ("integrations",),
     ("drawing",),
     ("circuitroute",),
     ("bench", "demo", "explain", "testing"),
@@ -50,7 +51,13 @@ IMPORTERS = ("import_module", "importlib.import_module", "__import__")
 
 # Slow to import, or extras that need not be installed: for the functions that use them.
 LAZY = {"matplotlib", "networkx", "numba", "pyjuice", "rich", "safetensors", "sympy", "tqdm", "transformers", "triton"}
-LAZY |= {"hypothesis", "pytest"}
+LAZY |= {"hypothesis", "megatron", "peft", "pytest", "torchtitan"}
+
+# Adapters that subclass what is in their stack: imported by whoever uses it, and by nothing here.
+ADAPTERS = {
+    "circuitroute/integrations/megatron.py": {"megatron"},
+    "circuitroute/integrations/torchtitan.py": {"torchtitan"},
+}
 
 # Packages of kernels whose decorators need a compiler when they are imported: only functions may import them.
 KERNELS = {"circuitroute.engines.subset.compiled": {"numba"}, "circuitroute.engines.subset.kernels": {"triton"}}
@@ -78,16 +85,21 @@ PUBLIC = [
     "Exactly",
     "Groups",
     "InfeasibleError",
+    "LayerAllocation",
     "LayerBudget",
     "Logic",
     "MoE",
     "Router",
     "Routing",
+    "RoutingRecord",
+    "SoftRouting",
+    "SoftTopKRouter",
     "SubsetDistribution",
     "TopKRouter",
     "UnsupportedConstraintError",
     "compile",
     "divergence",
+    "integrations",
     "load",
     "losses",
     "metrics",
@@ -95,7 +107,9 @@ PUBLIC = [
     "read_nnf",
     "read_sdd",
     "register_compiler",
+    "replay",
     "route",
+    "soft_topk",
     "variables",
 ]
 
@@ -182,7 +196,7 @@ def test_every_layer_exists() -> None:
 def test_slow_and_optional_packages_are_imported_where_they_are_used(module: str) -> None:
     names = set(_imported(_on_import(_tree(module)), module))
     package = _origin(ast.ImportFrom(level=1), module)
-    assert not {name.split(".")[0] for name in names} & (LAZY - KERNELS.get(package, set()))
+    assert not {name.split(".")[0] for name in names} & (LAZY - KERNELS.get(package, set()) - ADAPTERS.get(module, set()))
     assert package in KERNELS or not {name for name in names if name.startswith(tuple(KERNELS))}
 
 

@@ -3,4 +3,5 @@
 Each is a package of its own that imports its stack when it is used, never before.
 """
 
+from circuitroute.integrations import serving as serving
 from circuitroute.integrations import transformers as transformers
