@@ -40,25 +40,19 @@ def _cdf(x: NDArray[Any]) -> NDArray[Any]:
     return np.where(x < 0, tail, 1 - tail)
 
 
-def truth(logits: Tensor, k: float | Tensor, alpha: float) -> NDArray[Any]:
+def truth(logits: Tensor, k: float, alpha: float) -> NDArray[Any]:
     """[T, N] float64 weights, the threshold of every row found by bisection in long double."""
-    k_T = torch.as_tensor(k, dtype=torch.float64).expand(len(logits)).numpy()
-    return np.stack([_true_row(row, k, alpha) for row, k in zip(logits.double().numpy(), k_T, strict=True)])
-
-
-def _true_row(logits: NDArray[Any], k: float, alpha: float) -> NDArray[Any]:
-    weights = (logits == INF).astype(np.float64)
-    free = np.isfinite(logits)
-    left = k - weights.sum()
-    if left <= 0 or left >= free.sum():
-        return weights if left <= 0 else weights + free
-    x = logits[free].astype(np.longdouble) / np.longdouble(alpha)
-    low, high = x.min() - 800, x.max() + 800
+    rows = logits.double().numpy()
+    forced, free = rows == INF, np.isfinite(rows)
+    left = k - forced.sum(-1, keepdims=True)
+    x = np.where(free, rows, 0).astype(np.longdouble) / np.longdouble(alpha)
+    low, high = x.min(-1, keepdims=True) - 800, x.max(-1, keepdims=True) + 800
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if _cdf(x - middle).sum() > left else (low, middle)
-    weights[free] = _cdf(x - high)
-    return weights
+        more = np.where(free, _cdf(x - middle), 0).sum(-1, keepdims=True) > left
+        low, high = np.where(more, middle, low), np.where(more, high, middle)
+    weights = np.where(left <= 0, 0.0, np.where(left >= free.sum(-1, keepdims=True), 1.0, _cdf(x - high)))
+    return np.where(free, weights, forced).astype(np.float64)
 
 
 def test_the_truth_is_one() -> None:
@@ -154,7 +148,7 @@ def test_evidence_leaves_the_soft_top_k_of_the_others(scale: float, alpha: float
 rows = st.lists(st.floats(-50, 50) | st.sampled_from([-INF, INF, 0.0, 1.0, -1e4, 1e4]), min_size=1, max_size=9)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(rows, st.floats(0, 1) | st.sampled_from([0.0, 0.5, 1.0]), st.floats(0.01, 10), st.booleans())
 def test_any_row_gets_its_true_weights(row: list[float], part: float, alpha: float, whole: bool) -> None:
     logits = torch.tensor([row], dtype=torch.float64)
@@ -170,7 +164,7 @@ def test_any_row_gets_its_true_weights(row: list[float], part: float, alpha: flo
     assert bool((weights[0, order].diff() >= 0).all())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 8), st.floats(0, 1), st.floats(-1e4, 1e4), st.floats(0.1, 10))
 def test_what_does_not_matter(seed: int, n: int, part: float, shift: float, factor: float) -> None:
     """Where the zero of the logits is, their unit where the temperature has the same, their order, and their sign."""
