@@ -1,0 +1,250 @@
+"""The routers of transformers' models: how each makes logits, chooses and weighs.
+
+A family says what a router class does in its own ``forward``, in the parts that circuitroute exchanges one of:
+logits -> choice -> weights. Everything is read from the module itself, which keeps its parameters.
+
+Legend: T tokens, H hidden size, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from circuitroute.constraints import ActiveGroups, Constraint, Exactly, Groups
+from circuitroute.integrations.transformers.weights import (
+    Weigh,
+    clamped_weigh,
+    shifted_sigmoid,
+    shifted_softmax,
+    sigmoid_weigh,
+    successive_weigh,
+)
+from circuitroute.routing import Combine
+
+MODELING = "transformers.models."
+ROUTER_NAMES = ("gate", "router")
+
+
+def _plain(router: Any, hidden: Tensor) -> Tensor:
+    return F.linear(hidden.reshape(-1, hidden.shape[-1]), router.weight, getattr(router, "bias", None))
+
+
+def _wide(router: Any, hidden: Tensor) -> Tensor:
+    return F.linear(hidden.reshape(-1, hidden.shape[-1]).float(), router.weight.float())
+
+
+def _always_wide(router: Any, hidden: Tensor) -> Tensor:
+    """float32 under autocast too."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _wide(router, hidden)
+
+
+def _plain_then_wide(router: Any, hidden: Tensor) -> Tensor:
+    return _plain(router, hidden).float()
+
+
+def _unshifted(router: Any, logits: Tensor) -> Tensor:
+    return logits
+
+
+def _top_k(router: Any) -> Constraint:
+    return Exactly(router.top_k)
+
+
+def _logits_dtype(hidden: Tensor, logits: Tensor) -> torch.dtype:
+    return logits.dtype
+
+
+def _hidden_dtype(hidden: Tensor, logits: Tensor) -> torch.dtype:
+    return hidden.dtype
+
+
+def _float32(hidden: Tensor, logits: Tensor) -> torch.dtype:
+    return torch.float32
+
+
+@dataclass(frozen=True)
+class Family:
+    """Router classes that work alike.
+
+    Attributes:
+        name: what the models are called.
+        routers: class names.
+        logits: (router, hidden [..., H]) -> [T, E], bit for bit those of the class.
+        choice: (router, logits) -> [T, E], what its choice goes by: the logits, or with a bias that only chooses.
+        combine: router -> its rule for weights, by name or as a function.
+        constraint: router -> the subsets it chooses from.
+        dtype: (hidden, logits) -> the dtype of the weights it returns.
+        skips_sentinel: whether the eager loop over experts passes over the index E.
+    """
+
+    name: str
+    routers: tuple[str, ...]
+    logits: Callable[[Any, Tensor], Tensor]
+    combine: Callable[[Any], Combine | Weigh]
+    choice: Callable[[Any, Tensor], Tensor] = _unshifted
+    constraint: Callable[[Any], Constraint] = _top_k
+    dtype: Callable[[Tensor, Tensor], torch.dtype] = _logits_dtype
+    skips_sentinel: bool = True
+
+
+# ---------------------------------------------------------------------------------------------- softmax
+
+
+def _softmax_combine(router: Any) -> Combine:
+    return "normalized" if router.norm_topk_prob else "softmax"
+
+
+def _normalized_combine(router: Any) -> Combine:
+    return "normalized"
+
+
+def _softmax(name: str, *routers: str) -> Family:
+    """Softmax over all experts, divided by the sum of the chosen if the configuration says so."""
+    return Family(name, routers, _plain, _softmax_combine)
+
+
+def _normalized(name: str, *routers: str) -> Family:
+    """Softmax over all experts, always divided by the sum of the chosen; weights stay in float32."""
+    return Family(name, routers, _plain, _normalized_combine, dtype=_float32)
+
+
+# ---------------------------------------------------------------------------------------------- sigmoid and groups
+
+
+def _grouped_constraint(router: Any) -> Constraint:
+    """At most ``topk_group`` of the groups, and ``top_k`` experts in all."""
+    if router.topk_group >= router.num_group:
+        return Exactly(router.top_k)
+    return ActiveGroups(Groups(router.num_group), at_most=router.topk_group) & Exactly(router.top_k)
+
+
+def _sigmoid_combine(router: Any) -> Weigh:
+    return sigmoid_weigh(bool(router.norm_topk_prob), float(router.routed_scaling_factor))
+
+
+def _sigmoid_choice(router: Any, logits: Tensor) -> Tensor:
+    return shifted_sigmoid(logits, router.e_score_correction_bias)
+
+
+def _sigmoid(name: str, *routers: str) -> Family:
+    """DeepSeek-V3's: sigmoid scores, a bias that only chooses, groups, a scaling factor."""
+    return Family(name, routers, _wide, _sigmoid_combine, _sigmoid_choice, _grouped_constraint, _float32)
+
+
+# ---------------------------------------------------------------------------------------------- the others
+
+
+def _ernie_combine(router: Any) -> Weigh:
+    return clamped_weigh(float(router.norm_min))
+
+
+def _ernie_choice(router: Any, logits: Tensor) -> Tensor:
+    return shifted_softmax(logits, router.moe_statics.e_score_correction_bias.squeeze())
+
+
+def _phimoe_combine(router: Any) -> Weigh:
+    return successive_weigh(float(router.router_jitter_noise))
+
+
+FAMILIES: tuple[Family, ...] = (
+    _softmax("OLMoE", "OlmoeTopKRouter"),
+    _softmax("FlexOLMo", "FlexOlmoTopKRouter"),
+    _softmax("Qwen2-MoE", "Qwen2MoeTopKRouter"),
+    _softmax("Qwen3-MoE", "Qwen3MoeTopKRouter"),
+    _softmax("Qwen3-Next", "Qwen3NextTopKRouter"),
+    _normalized("Mixtral", "MixtralTopKRouter"),
+    _normalized("MiniMax", "MiniMaxTopKRouter"),
+    _sigmoid("DeepSeek-V3", "DeepseekV3TopkRouter"),
+    _sigmoid("GLM4-MoE", "Glm4MoeTopkRouter"),
+    # The softmax over the chosen logits is the normalised softmax.
+    Family("GPT-OSS", ("GptOssTopKRouter",), _plain, _normalized_combine, skips_sentinel=False),
+    Family("Granite-MoE", ("GraniteMoeTopKRouter",), _plain_then_wide, _normalized_combine, dtype=_hidden_dtype),
+    Family("Phi-MoE", ("PhimoeTopKRouter",), _plain, _phimoe_combine),
+    Family("ERNIE 4.5", ("Ernie4_5_MoeTopKRouter",), _always_wide, _ernie_combine, _ernie_choice, dtype=_hidden_dtype),
+)
+_BY_ROUTER = {router: family for family in FAMILIES for router in family.routers}
+
+
+def supported() -> dict[str, tuple[str, ...]]:
+    """The models that :func:`patch` takes, by name: the classes of their routers."""
+    return {family.name: family.routers for family in FAMILIES}
+
+
+def find_family(router: nn.Module) -> Family | None:
+    """The family of a router; None for anything else, also for a subclass that routes in a way of its own."""
+    kind: Any = type(router)
+    for cls in kind.__mro__:
+        family = _BY_ROUTER.get(cls.__name__)
+        if family is not None and cls.__module__.startswith(MODELING):
+            return family if kind.forward is cls.forward else None
+    return None
+
+
+@dataclass(frozen=True)
+class Found:
+    """A router in a model.
+
+    Attributes:
+        name: of the module that holds router and experts.
+        routers: usually one; a second where a training library has wrapped it and keeps the first.
+        experts: the module that computes them.
+    """
+
+    name: str
+    routers: tuple[nn.Module, ...]
+    experts: nn.Module
+    family: Family
+
+
+def find_layers(model: nn.Module) -> list[Found]:
+    """The mixture-of-experts layers of a model, in order.
+
+    Raises:
+        TypeError: a layer routes in a way that is not supported; names the class, and those that are.
+        ValueError: there is no such layer.
+    """
+    layers = [found for name, block in model.named_modules() for found in _found(name, block)]
+    if not layers:
+        raise ValueError(f"model={type(model).__name__} has no mixture-of-experts layer with a router. {_known()}")
+    return layers
+
+
+def _found(name: str, block: nn.Module) -> Iterator[Found]:
+    for attribute in ROUTER_NAMES:
+        router = getattr(block, attribute, None)
+        if not isinstance(router, nn.Module):
+            continue
+        inner = {module: family for module in router.modules() if (family := find_family(module)) is not None}
+        experts = getattr(block, "experts", None)
+        if inner and isinstance(experts, nn.Module):
+            yield Found(name, tuple(inner), _innermost(experts), next(iter(inner.values())))
+        elif isinstance(experts, nn.Module) or _looks_like_a_router(router):
+            raise TypeError(
+                f"{name}.{attribute} is a {type(router).__name__}, which routes in a way that is not supported. "
+                f"{_known()}"
+            )
+
+
+def _looks_like_a_router(module: nn.Module) -> bool:
+    """By what transformers calls them; gates of attention are linear maps or called otherwise."""
+    kind = type(module)
+    return kind.__module__.startswith(MODELING) and kind.__name__.endswith(("Router", "TopKGating"))
+
+
+def _innermost(experts: nn.Module) -> nn.Module:
+    """The experts themselves, where a training library has wrapped them."""
+    while isinstance(inner := getattr(experts, "base_layer", None), nn.Module):
+        experts = inner
+    return experts
+
+
+def _known() -> str:
+    classes = ", ".join(router for family in FAMILIES for router in family.routers)
+    return f"Supported are {classes}; for others use circuitroute.route, or ask for them."
