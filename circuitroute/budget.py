@@ -242,10 +242,12 @@ class BudgetRouter(nn.Module):
         potential = ahead + self.preferences[layer, :J]
         if len(self.heads):
             potential = potential + self._from_head(layer, hidden)[:, :J]
-        possible = self.counts[layer, :J] & (ahead > 0.5 * DEAD)
+        feasible = F.pad(self.feasible[layer + 1], (0, J))[at]
+        possible = self.counts[layer, :J] & feasible
         # Probabilities do not change under a constant; taken off in float64, so that float32 can hold the rest.
         largest = torch.where(possible, potential, -math.inf).amax(-1, keepdim=True).detach()
-        return torch.where(possible, potential - largest, -math.inf)
+        relative = potential - largest
+        return torch.where(possible & (relative > 0.5 * DEAD), relative, -math.inf)
 
     def _from_head(self, layer: int, hidden: Tensor) -> Tensor:
         head = cast(nn.Linear, self.heads[layer])

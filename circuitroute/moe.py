@@ -67,8 +67,8 @@ class MoE(nn.Module):
             (output [..., H] in the dtype of ``hidden``, the routing decision).
 
         Raises:
-            ValueError: ``routing`` is not over these tokens and experts, comes with ``key`` or ``replay``, or is missing
-                where there is no router.
+            ValueError: ``routing`` is not over these tokens and experts, comes with ``key`` or ``replay``, or is
+                missing where there is no router.
         """
         if routing is not None and (key is not None or replay is not None):
             raise ValueError("routing was given together with key or replay: a decision that is made needs neither")
