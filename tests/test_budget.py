@@ -256,6 +256,13 @@ def test_estimates_learn_the_true_polynomials() -> None:
     assert after < 0.02 * before
 
 
+def test_the_estimation_loss_teaches_the_estimates_alone() -> None:
+    budget = _random(BudgetRouter(H, 4, 3, cr.Between(0, 3), cr.AtMost(6), per_token=True).double())
+    budget.estimation_loss(_walk(budget, _hidden(3, 20))).backward()
+    taught = {name for name, p in budget.named_parameters() if p.grad is not None and float(p.grad.abs().max()) > 0}
+    assert taught == {"estimates"}
+
+
 def test_the_expected_count_can_be_moved_inside_the_range() -> None:
     budget = BudgetRouter(H, 8, 3, cr.Between(0, 8), cr.AtMost(20))
     hidden = _hidden(3, 256, dtype=torch.float32)
