@@ -17,11 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import circuitroute as cr
 from benchmarks import rows
-from benchmarks.measure import clock_for, peak_mib, quiet
+from benchmarks.measure import MIB, clock_for, peak_mib, quiet
 from circuitroute.integrations import transformers as adapter
+from circuitroute.integrations.transformers.handle import patched_routers
 
 OUT = Path(__file__).parent / "rows" / "cpu-transformers.jsonl"
 STOCK = "stock"
@@ -52,8 +54,17 @@ def layer(options: argparse.Namespace, constraint: cr.Constraint | None) -> torc
             parameter.normal_(std=options.hidden**-0.5)
     if constraint is not None:
         adapter.patch(model, constraint, seed=0)
-    block.model_kept_alive = (model,)  # the patch refers to it weakly
+    block.owner = (model,)  # in a tuple, so that it is no part of the block
     return block
+
+
+def executed(block: Any, options: argparse.Namespace) -> float:
+    """Experts per token in the last pass."""
+    (model,) = block.owner
+    if next(patched_routers(model), None) is None:
+        return float(options.k)
+    (routing,) = adapter.get_handle(model).routings
+    return cr.metrics.active_experts(routing)
 
 
 def step(block: torch.nn.Module, hidden: torch.Tensor) -> Callable[[], None]:
@@ -71,7 +82,8 @@ def measure(options: argparse.Namespace) -> list[rows.Row]:
     """Rows of the stock layer and of the patched ones, timed in turns."""
     constraints = {STOCK: None, "exact": cr.Exactly(options.k), "range": cr.Between(options.k // 2, options.k)}
     hidden = torch.randn(1, options.tokens, options.hidden, generator=torch.Generator().manual_seed(1))
-    runs = {name: step(layer(options, constraint), hidden) for name, constraint in constraints.items()}
+    blocks = {name: layer(options, constraint) for name, constraint in constraints.items()}
+    runs = {name: step(block, hidden) for name, block in blocks.items()}
     clock = clock_for(hidden.device, options.threads)
     samples: dict[str, list[float]] = {name: [] for name in runs}
     with quiet(options.threads):
@@ -85,17 +97,35 @@ def measure(options: argparse.Namespace) -> list[rows.Row]:
                 runs[name]()
                 samples[name].append(clock.mark() - start)
         peaks = {name: peak_mib(run, hidden.device) for name, run in runs.items()}
+        allocated = {name: allocated_mib(run) for name, run in runs.items()}
     common = {**rows.environment(hidden.device), "threads": options.threads, "repeats": options.repeats}
     common |= {"clock": clock.name, "transformers": sys.modules["transformers"].__version__}
-    return [row(options, name, samples, peaks) | common for name in runs]
+    return [
+        row(options, name, samples, allocated)
+        | {"peak_mib": peaks[name]}
+        | {"executed": executed(blocks[name], options)}
+        | common
+        for name in runs
+    ]
+
+
+def allocated_mib(run: Callable[[], None]) -> float:
+    """Peak of what torch's allocator gave out in a run, in MiB: exact, where resident memory is a matter of luck too.
+
+    Memory that is not torch's (a compiled engine's scratch space) is not in it; that shows in ``peak_mib``.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    results = profiler.profiler.kineto_results
+    changes = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
+    return float(np.cumsum([size for _, size in changes]).max()) / MIB
 
 
 def row(
-    options: argparse.Namespace, name: str, samples: dict[str, list[float]], peaks: dict[str, float | None]
+    options: argparse.Namespace, name: str, samples: dict[str, list[float]], allocated: dict[str, float]
 ) -> rows.Row:
     """The row of one way to route; ratios are medians over those of the stock layer."""
     p20, median, p80 = np.percentile(samples[name], [20, 50, 80]).tolist()
-    peak, stock = peaks[name], peaks[STOCK]
     sizes: dict[str, Any] = {"T": options.tokens, "n": options.experts, "k": options.k, "hidden": options.hidden}
     return {
         "op": "transformers-layer",
@@ -107,8 +137,8 @@ def row(
         "p20_ms": p20,
         "p80_ms": p80,
         "ratio_to_stock": median / float(np.median(samples[STOCK])),
-        "peak_mib": peak,
-        "peak_to_stock": None if peak is None or not stock else peak / stock,
+        "allocated_mib": allocated[name],
+        "allocated_to_stock": allocated[name] / allocated[STOCK],
     }
 
 
@@ -127,8 +157,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measured = measure(options)
     rows.append(options.out, measured)
     for line in measured:
-        peak = "-" if line["peak_to_stock"] is None else f"{line['peak_mib']:.0f} MiB ({line['peak_to_stock']:.2f})"
-        print(f"{line['provider']:<8} {line['median_ms']:>8.1f} ms ({line['ratio_to_stock']:.3f})  {peak}")
+        time = f"{line['median_ms']:>8.1f} ms ({line['ratio_to_stock']:.3f})"
+        memory = f"{line['allocated_mib']:.1f} MiB ({line['allocated_to_stock']:.3f})"
+        print(f"{line['provider']:<8} {line['executed']:.2f} experts/token {time} {memory}")
     print(f"rows appended to {options.out}")
     return 0
 

@@ -1,6 +1,6 @@
 """Figures from arrays: each function draws one, saves it and returns its path. Needs the `plot` extra.
 
-Shapes: L layers, E experts, K the largest count.
+Shapes: L layers, E experts, K the largest count, P points.
 """
 
 from __future__ import annotations
@@ -104,6 +104,130 @@ def executed_histogram(counts: Mapping[str, Array], path: str | os.PathLike[str]
     return _save(figure, path)
 
 
+def pareto(
+    fronts: Mapping[str, Sequence[Array]],
+    path: str | os.PathLike[str],
+    *,
+    xlabel: str = "experts executed per token and layer",
+    ylabel: str = "validation loss",
+    title: str | None = None,
+) -> Path:
+    """Points with error bars, those of one name connected: name -> (x [P], y [P], spread of x [P], spread of y [P]).
+
+    A spread that is not known is NaN, and is not drawn. Raises ValueError when there is none or lengths differ.
+    """
+    _require_some(fronts, "fronts")
+    figure = new_figure(7.0, 4.6)
+    axes = figure.subplots()
+    for i, (name, values) in enumerate(fronts.items()):
+        columns = [np.atleast_1d(np.asarray(column, dtype=float)) for column in values]
+        if len(columns) != 4 or len({column.shape for column in columns}) > 1 or columns[0].ndim != 1:
+            raise ValueError(f"fronts[{name!r}] must be four vectors of one length: x, y and their spreads")
+        order = np.argsort(columns[0], kind="stable")
+        x_P, y_P, x_spread_P, y_spread_P = (column[order] for column in columns)
+        axes.errorbar(
+            x_P,
+            y_P,
+            xerr=np.nan_to_num(x_spread_P),
+            yerr=np.nan_to_num(y_spread_P),
+            label=name,
+            color=COLORS[i % len(COLORS)],
+            marker=MARKERS[i % len(MARKERS)],
+            markersize=5,
+            linewidth=1,
+            elinewidth=1,
+            capsize=2,
+            alpha=0.9,
+        )
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title or "")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return _save(figure, path)
+
+
+def experts_per_layer(
+    panels: Mapping[str, Mapping[str, Sequence[Array]]],
+    path: str | os.PathLike[str],
+    *,
+    title: str | None = None,
+) -> Path:
+    """How many experts each layer executes, one panel per first name: panel -> name -> (mean [L], spread [L]).
+
+    A spread that is not known is NaN, and is not drawn. Raises ValueError when there is none or lengths differ.
+    """
+    _require_some(panels, "panels")
+    figure = new_figure(1.0 + 3.6 * len(panels), 3.8)
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (panel, layers) in zip(all_axes, panels.items(), strict=True):
+        for i, (name, (means, spreads)) in enumerate(layers.items()):
+            mean_L, spread_L = np.asarray(means, dtype=float), np.asarray(spreads, dtype=float)
+            if mean_L.ndim != 1 or mean_L.shape != spread_L.shape:
+                raise ValueError(f"panels[{panel!r}][{name!r}] must be two vectors of one length: means and spreads")
+            # Side by side, since routers without a choice all have the same numbers.
+            places = np.arange(mean_L.size) + (i - (len(layers) - 1) / 2) * 0.6 / len(layers)
+            axes.errorbar(
+                places,
+                mean_L,
+                yerr=np.nan_to_num(spread_L),
+                label=name,
+                color=COLORS[i % len(COLORS)],
+                marker=MARKERS[i % len(MARKERS)],
+                markersize=4,
+                linewidth=1,
+                capsize=2,
+            )
+        axes.set(title=panel, xlabel="layer")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    all_axes[0].set_ylabel("experts executed per token")
+    handles, labels = all_axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(title or "")
+    return _save(figure, path)
+
+
+def budget_use(
+    panels: Mapping[str, tuple[int, Mapping[str, Array]]],
+    path: str | os.PathLike[str],
+    *,
+    title: str | None = None,
+) -> Path:
+    """What tokens use of a budget: panel -> (budget, name -> [K + 1], the tokens that use 0, 1, ..., K experts in all).
+
+    One column per panel with a line at its budget, one row per name; tokens above the budget have another colour, and
+    their share is written down. Raises ValueError when there is none, panels have other names, or one is not a vector
+    of non-negative numbers with a positive sum.
+    """
+    _require_some(panels, "panels")
+    names = list(next(iter(panels.values()))[1])
+    _require_some(dict.fromkeys(names), "panels")
+    if any(list(uses) != names for _, uses in panels.values()):
+        raise ValueError(f"panels must all have the same names: {', '.join(names)}")
+    figure = new_figure(1.0 + 3.4 * len(panels), 0.8 + 1.05 * len(names))
+    all_axes = figure.subplots(len(names), len(panels), squeeze=False, sharex="col")
+    for column, (panel, (budget, uses)) in enumerate(panels.items()):
+        shares = {name: _shares(name, values) for name, values in uses.items()}
+        used = [np.flatnonzero(share_K) for share_K in shares.values()]
+        for row, (name, share_K) in enumerate(shares.items()):
+            axes, totals = all_axes[row, column], np.flatnonzero(share_K)
+            colors = [COLORS[1] if total > budget else COLORS[0] for total in totals]
+            axes.bar(totals, share_K[totals], 0.9, color=colors)
+            axes.axvline(budget + 0.5, color="black", linestyle="--", linewidth=1)
+            over = f"{share_K[budget + 1 :].sum():.0%} over"
+            axes.text(0.99, 0.9, over, transform=axes.transAxes, ha="right", va="top", fontsize="small")
+            axes.set_ylim(0, 1.45 * share_K.max())  # room for the text
+            if column == 0:
+                axes.set_ylabel(name, rotation=0, ha="right", va="center")
+        low, high = min(u[0] for u in used), max(u[-1] for u in used)
+        all_axes[0, column].set_title(panel)
+        all_axes[0, column].set_xlim(min(low, budget) - 1.5, max(high, budget) + 1.5)
+        all_axes[-1, column].set_xlabel("experts a token executes in all layers")
+        all_axes[-1, column].xaxis.get_major_locator().set_params(integer=True)
+    figure.suptitle(title or "")
+    return _save(figure, path)
+
+
 def _shares(name: str, values: Array) -> npt.NDArray[np.float64]:
     values_K = np.asarray(values, dtype=np.float64)
     if values_K.ndim != 1 or not np.all(values_K >= 0) or values_K.sum() <= 0:
@@ -129,8 +253,13 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def _save(figure: Any, path: str | os.PathLike[str]) -> Path:
+    """As SVG where the name says so, otherwise as PNG."""
     target = Path(path)
-    figure.savefig(target, dpi=DPI, format="png")
+    if target.suffix.lower() != ".svg":
+        figure.savefig(target, dpi=DPI, format="png")
+        return target
+    with import_module("matplotlib").rc_context({"svg.hashsalt": "circuitroute"}):
+        figure.savefig(target, format="svg", metadata={"Date": None})  # the same figure is the same file
     return target
 
 

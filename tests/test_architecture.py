@@ -196,7 +196,9 @@ def test_every_layer_exists() -> None:
 def test_slow_and_optional_packages_are_imported_where_they_are_used(module: str) -> None:
     names = set(_imported(_on_import(_tree(module)), module))
     package = _origin(ast.ImportFrom(level=1), module)
-    assert not {name.split(".")[0] for name in names} & (LAZY - KERNELS.get(package, set()) - ADAPTERS.get(module, set()))
+    assert not {name.split(".")[0] for name in names} & (
+        LAZY - KERNELS.get(package, set()) - ADAPTERS.get(module, set())
+    )
     assert package in KERNELS or not {name for name in names if name.startswith(tuple(KERNELS))}
 
 

@@ -1,4 +1,4 @@
-"""`circuitroute demo`: its options, and a run from start to report."""
+"""`circuitroute demo`: its options, and a run, or a study, from start to report."""
 
 from __future__ import annotations
 
@@ -8,37 +8,40 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from . import checkpoint
-from .config import ROUTERS, DemoConfig, DemoError
+from .config import ALL_ROUTERS, ROUTERS, DemoConfig, DemoError
 from .corpus import load_corpus
 from .evaluation import Interrupted, Stop
 from .extras import optional, require_extras
+from .options import (
+    CHECKPOINTS,
+    INTERRUPTED,
+    OPTIONS,
+    RUN_FILE,
+    clear,
+    damaged,
+    device_of,
+    given,
+    refuse_changes,
+    run_file,
+)
 from .process import interruptible, threads
 from .progress import progress_on
-from .report import FIGURES, RESULTS, write_report
+from .report import write_report
+from .study import CPU_BUDGETS, STUDIES
+from .study_options import processes_for, refuse_study_options, study_announcement, study_from
+from .study_progress import study_progress_on
+from .study_report import write_study_report
+from .study_run import execute
 from .trainee import Setting, start
 from .training import train
 
-RUN_FILE = "run.json"
-CHECKPOINTS = "checkpoints"
+ROUTERS_HELP = f"which to compare, of {', '.join(ALL_ROUTERS)} (default {' '.join(ROUTERS)}; all in a study)"
+DEFAULT_OUT = Path("runs")
 DEFAULT_MINUTES = 3.0  # of the default run on 2 cores
 # The model is too small to gain much from more, and busy machines slow several threads far more than one. One also
 # gives the same numbers whatever the number of cores.
 THREADS = 1
-INTERRUPTED = 130  # what shells report for a program that SIGINT ended
-OPTIONS: tuple[tuple[str, type, str], ...] = (
-    ("steps", int, "training steps per router"),
-    ("seed", int, "decides the initial weights, the order of the text and the routers' samples"),
-    ("experts", int, "experts per layer"),
-    ("k", int, "experts per token; the range router may take from half to twice as many"),
-    ("layers", int, "transformer layers"),
-    ("hidden", int, "hidden size"),
-    ("batch-size", int, "sequences per step"),
-    ("seq-len", int, "bytes per sequence"),
-    ("text", str, "a file to train on instead of the standard library's sources"),
-)
 
 
 def add_parser(commands: Any) -> None:
@@ -54,11 +57,24 @@ def add_parser(commands: Any) -> None:
         default = getattr(DemoConfig, name.replace("-", "_"))
         suffix = "" if default is None else f" (default {default})"
         parser.add_argument(f"--{name}", type=kind, metavar="FILE" if kind is str else "N", help=text + suffix)
-    parser.add_argument("--routers", nargs="+", metavar="NAME", help=f"which to compare (default {' '.join(ROUTERS)})")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where results go (default runs/demo)")
+    parser.add_argument("--routers", nargs="+", metavar="NAME", help=ROUTERS_HELP)
+    parser.add_argument("--out", type=Path, help="where results go (default runs/demo, or runs/ and the study's name)")
     parser.add_argument("--device", default="cpu", help="a torch device (default cpu)")
     parser.add_argument("--threads", type=int, default=THREADS, metavar="N", help=f"CPU threads (default {THREADS})")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its options")
+    study = parser.add_argument_group("studies")
+    study.add_argument("--study", metavar="NAME", help=f"run a study instead: {', '.join(STUDIES)}")
+    study.add_argument(
+        "--budgets",
+        nargs="+",
+        type=int,
+        metavar="K",
+        help=f"experts per token and layer, one set of runs for each (default {' '.join(map(str, CPU_BUDGETS))})",
+    )
+    study.add_argument("--seeds", type=int, metavar="N", help="how many seeds, from --seed on (default 3)")
+    study.add_argument(
+        "--processes", type=int, metavar="N", help="runs at a time, each with --threads (default 2, on a GPU 1)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -70,7 +86,7 @@ def run(options: argparse.Namespace, command: str) -> int:
     try:
         require_extras()
         with threads(options.threads), interruptible() as stop:
-            return _run(options, command, stop)
+            return _run_study(options, command, stop) if options.study is not None else _run(options, command, stop)
     except DemoError as error:
         option = f"argument --{error.argument.replace('_', '-')}: " if error.argument else ""
         return _fail(f"{option}{error}", 2)
@@ -85,12 +101,21 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _run(options: argparse.Namespace, command: str, stop: Stop) -> int:
-    setting = _prepare(options)
+def _console() -> Any:
     console = optional("rich.console").Console()
     if not console.is_terminal:
         console.width = max(console.width, 120)  # nothing is gained by folding a table in a file
-    console.print(announcement(setting), highlight=False, markup=False, soft_wrap=True)
+    return console
+
+
+def _say(console: Any, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _run(options: argparse.Namespace, command: str, stop: Stop) -> int:
+    out = options.out or DEFAULT_OUT / "demo"
+    setting, console = _prepare(options, out), _console()
+    _say(console, announcement(setting))
     interrupted = False
     try:
         with progress_on(console) as progress:
@@ -98,10 +123,28 @@ def _run(options: argparse.Namespace, command: str, stop: Stop) -> int:
                 train(start(setting, router, options.resume), progress, stop)
     except (Interrupted, KeyboardInterrupt):
         interrupted = True
-    write_report(setting, options.out, command, console)
+    write_report(setting, out, command, console)
     if interrupted:
-        hint = f"circuitroute demo --resume --out {shlex.quote(str(options.out))}"
-        console.print(f"Interrupted. To go on: {hint}", highlight=False, markup=False, soft_wrap=True)
+        _say(console, f"Interrupted. To go on: circuitroute demo --resume --out {shlex.quote(str(out))}")
+    return INTERRUPTED if interrupted else 0
+
+
+def _run_study(options: argparse.Namespace, command: str, stop: Stop) -> int:
+    out = options.out or DEFAULT_OUT / str(options.study)
+    study, console = study_from(options, out), _console()
+    processes = processes_for(options, study)
+    runs, steps = len(study.config.runs()), study.config.base.steps
+    _say(console, study_announcement(study, processes))
+    interrupted = False
+    try:
+        with study_progress_on(console, runs, steps) as tell:
+            execute(study, processes, tell, stop)
+    except (Interrupted, KeyboardInterrupt):
+        interrupted = True
+    write_study_report(study, out, command, processes, console)
+    if interrupted:
+        place = shlex.quote(str(out))
+        _say(console, f"Interrupted. To go on: circuitroute demo --study {options.study} --resume --out {place}")
     return INTERRUPTED if interrupted else 0
 
 
@@ -129,62 +172,25 @@ def _work(config: DemoConfig) -> float:
     return float(len(config.routers) * config.steps * config.tokens_per_step * config.layers * config.hidden)
 
 
-def _prepare(options: argparse.Namespace) -> Setting:
+def _prepare(options: argparse.Namespace, out: Path) -> Setting:
     """Checks all that can be checked before training, and makes the output directory a place for this run."""
-    device = _device(options.device)
-    config = _resumed_config(options) if options.resume else DemoConfig(**_given(options))
+    refuse_study_options(options)
+    device = device_of(options.device)
+    config = _resumed_config(options, out) if options.resume else DemoConfig(**given(options))
     corpus = load_corpus(config)
-    setting = Setting(config, corpus, device, options.out / CHECKPOINTS)
+    setting = Setting(config, corpus, device, out / CHECKPOINTS)
     if not options.resume:
-        _clear(options.out)
-        checkpoint.write_json(options.out / RUN_FILE, {"format": checkpoint.FORMAT, **setting.identity})
+        clear(out)
+        checkpoint.write_json(out / RUN_FILE, {"format": checkpoint.FORMAT, **setting.identity})
     return setting
 
 
-def _given(options: argparse.Namespace) -> dict[str, Any]:
-    """The configuration's fields that the command line sets."""
-    names = [name.replace("-", "_") for name, _, _ in OPTIONS]
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    return given if options.routers is None else {**given, "routers": tuple(options.routers)}
-
-
-def _resumed_config(options: argparse.Namespace) -> DemoConfig:
+def _resumed_config(options: argparse.Namespace, out: Path) -> DemoConfig:
     """The configuration of the run in --out. Raises DemoError when there is none or an option contradicts
     it."""
-    path = options.out / RUN_FILE
-    if not path.exists():
-        raise DemoError(f"there is no run in {options.out} to go on with: leave --resume out", "resume")
     try:
-        config = DemoConfig.from_json(checkpoint.read_json(path)["config"])
+        config = DemoConfig.from_json(run_file(out, study=None)["config"])
     except (KeyError, TypeError) as error:
-        raise DemoError(f"{path} is damaged ({error!r}): start again without --resume", "resume") from None
-    for name, value in _given(options).items():
-        if getattr(config, name) != value:
-            raise DemoError(
-                f"the run in {options.out} has {getattr(config, name)!r}, not {value!r}: "
-                "leave the option out, or start again without --resume",
-                name,
-            )
+        raise damaged(out, error) from None
+    refuse_changes(out, vars(config), given(options))
     return config
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise DemoError(f"{name!r} is not usable here: {str(error).splitlines()[0]}", "device") from None
-    return device
-
-
-def _clear(out: Path) -> None:
-    """Removes an earlier run's files, and only those: the directory may hold other things."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DemoError(f"cannot make the directory {str(out)!r}: {error.strerror or error}", "out") from None
-    for path in (out / name for name in (RESULTS, *FIGURES)):
-        path.unlink(missing_ok=True)
-    for router in ROUTERS:
-        for path in (out / CHECKPOINTS).glob(f"{router}*"):
-            path.unlink()

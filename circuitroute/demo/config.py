@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-ROUTERS = ("top-k", "exact-k", "range-k")
+ROUTERS = ("top-k", "exact-k", "range-k")  # what the demo compares unless told otherwise
+ALL_ROUTERS = (*ROUTERS, "soft-uniform", "soft-learned", "budget")
 HEAD_SIZE = 32
 
 
@@ -42,10 +43,15 @@ class DemoConfig:
     balance_weight: float = 0.01
     z_weight: float = 1e-3
     count_weight: float = 0.1
+    estimation_weight: float = 1.0  # of what a plan adds to the loss
+    table_rate: float = 10.0  # times the learning rate: the few numbers that split a budget over the layers
+    soft_alpha: float = 1.0
+    calibrate_every: int = 10  # steps between calibrations of soft routers' thresholds
+    calibration_batches: int = 4  # of training text, before a validation
     validations: int = 8
     validation_batches: int = 10
     oracle_sequences: int = 16
-    oracle_rounds: int = 32
+    oracle_rounds: int = 32  # 0: no swap oracle
 
     def __post_init__(self) -> None:
         for name in ("steps", "layers", "experts", "k", "batch_size"):
@@ -69,16 +75,16 @@ class DemoConfig:
         self._check_routers()
 
     def _check_routers(self) -> None:
-        unknown = [name for name in self.routers if name not in ROUTERS]
+        unknown = [name for name in self.routers if name not in ALL_ROUTERS]
         if unknown or not self.routers:
             given = ", ".join(map(repr, unknown)) or "none"
-            raise DemoError(f"must name some of {', '.join(ROUTERS)}, got {given}", "routers")
+            raise DemoError(f"must name some of {', '.join(ALL_ROUTERS)}, got {given}", "routers")
         if len(set(self.routers)) < len(self.routers):
             raise DemoError(f"names a router twice: {' '.join(self.routers)}", "routers")
 
     @property
     def k_range(self) -> tuple[int, int]:
-        """The range router's bounds: half to twice k, so that k sits inside."""
+        """What a layer may get where there is a choice: half to twice k, so that k sits inside."""
         return max(1, self.k // 2), min(self.experts, 2 * self.k)
 
     @property

@@ -44,6 +44,8 @@ class Evaluation:
     max_violation: float  # mean over layers
     utilization: list[list[float]]  # [L, E]: fraction of tokens that use the expert
     executed_counts: list[int]  # [E + 1]: tokens, over all layers, that execute so many experts
+    executed_totals: list[int]  # [L E + 1]: tokens that execute so many experts in all layers together
+    soft_mass: list[float] | None  # [L]: mean soft mass per token; None where experts are executed or not
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -55,19 +57,23 @@ def evaluate(model: LanguageModel, batches: Sequence[Tensor], step: int, stop: S
     model.eval()
     nats: list[Tensor] = []
     masks: list[list[Tensor]] = []
+    masses: list[Tensor] = []
     try:
         for tokens in batches:
             stop_if(stop)
             logits_BSV, routings = model(tokens[:, :-1])
             nats.append(token_losses(logits_BSV, tokens[:, 1:]).double().mean(dim=-1))
             masks.append([routing.mask for routing in routings])
+            if model.plan.soft:
+                masses.append(torch.stack([routing.marginals.double().sum(dim=-1) for routing in routings]))
     finally:
         model.train()
     bits = float(torch.cat(nats).mean()) / math.log(2)
-    return _summary(step, bits, [torch.cat(layer) for layer in zip(*masks, strict=True)])
+    mass = torch.cat(masses, dim=1).mean(dim=1).tolist() if masses else None
+    return _summary(step, bits, [torch.cat(layer) for layer in zip(*masks, strict=True)], mass)
 
 
-def _summary(step: int, bits: float, masks_ME: Sequence[Tensor]) -> Evaluation:
+def _summary(step: int, bits: float, masks_ME: Sequence[Tensor], mass: list[float] | None) -> Evaluation:
     counts_LM = torch.stack([mask_ME.sum(dim=-1) for mask_ME in masks_ME])
     experts = masks_ME[0].shape[-1]
     return Evaluation(
@@ -78,6 +84,8 @@ def _summary(step: int, bits: float, masks_ME: Sequence[Tensor]) -> Evaluation:
         max_violation=fmean(float(cr.metrics.max_violation(mask_ME)) for mask_ME in masks_ME),
         utilization=[cr.metrics.utilization(mask_ME).tolist() for mask_ME in masks_ME],
         executed_counts=counts_LM.flatten().bincount(minlength=experts + 1).tolist(),
+        executed_totals=counts_LM.sum(dim=0).bincount(minlength=len(masks_ME) * experts + 1).tolist(),
+        soft_mass=mass,
     )
 
 
@@ -86,10 +94,13 @@ def swap_correlation(model: LanguageModel, config: DemoConfig, tokens: Tensor, s
     another.
 
     Every other layer takes its mode, so the swap is all that differs. tokens: [B, S + 1] int64. Returns the
-    rank correlation, None where it is undefined. Raises Interrupted between the model's runs.
+    rank correlation, None where it is undefined: soft routers and budgets have no subset of this layer's to swap in
+    at the same probability model. Raises Interrupted between the model's runs.
     """
     layer = config.layers // 2
     router = model.router(layer)
+    if not isinstance(router, cr.Router) or config.oracle_rounds == 0:
+        return None
     tokens = tokens[: config.oracle_sequences]
 
     def losses_of(routing: cr.Routing) -> Tensor:

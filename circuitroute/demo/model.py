@@ -6,10 +6,10 @@ heads, D = H / A.
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,26 +18,14 @@ from torch.nn import functional
 import circuitroute as cr
 
 from .config import HEAD_SIZE, DemoConfig
+from .plans import KINDS, LayerRouter
 
 VOCABULARY = 256
 RECENT = 4  # bytes that the first layer sees at once: one says little, and attention learns this slowly
+# A budget's router of a layer starts where the layer's own router would: so the routers differ in what they do alone.
+_BUDGET_ROUTER = re.compile(r"^plan\.budget\.routers\.(\d+)\.")
 Override = Callable[[Tensor], cr.Routing]
-
-
-@dataclass(frozen=True)
-class RouterKind:
-    """One router of the comparison: how to build it, and which auxiliary losses suit it."""
-
-    build: Callable[[DemoConfig], cr.Router]
-    probabilities: Literal["marginal", "softmax"]  # what the balance loss averages: the stock router has no marginals
-    free_count: bool  # whether the router chooses how many, so that its expected count needs a price
-
-
-KINDS = {
-    "top-k": RouterKind(lambda c: cr.TopKRouter(c.hidden, c.experts, c.k), "softmax", False),
-    "exact-k": RouterKind(lambda c: cr.ExactKRouter(c.hidden, c.experts, c.k), "marginal", False),
-    "range-k": RouterKind(lambda c: cr.DynamicKRouter(c.hidden, c.experts, *c.k_range), "marginal", True),
-}
+Choose = Callable[[Tensor], cr.Routing]  # a layer's hidden states [B, S, H] -> its routing
 
 
 class Attention(nn.Module):
@@ -71,22 +59,17 @@ def _rotate(x_BASD: Tensor) -> Tensor:
 class Block(nn.Module):
     """Attention, then a mixture of experts, each on a normalised residual stream."""
 
-    def __init__(self, config: DemoConfig, router: cr.Router) -> None:
+    def __init__(self, config: DemoConfig, router: LayerRouter | None) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden)
         self.attention = Attention(config.hidden)
         self.experts_norm = nn.RMSNorm(config.hidden)
         self.experts = cr.MoE(router, nn.ModuleList(Expert(config.hidden) for _ in range(config.experts)))
 
-    @property
-    def router(self) -> cr.Router:
-        return cast(cr.Router, self.experts.router)
-
-    def forward(self, hidden_BSH: Tensor, key_T: Tensor | None, override: Override | None) -> tuple[Tensor, cr.Routing]:
+    def forward(self, hidden_BSH: Tensor, choose: Choose) -> tuple[Tensor, cr.Routing]:
         hidden_BSH = hidden_BSH + self.attention(self.attention_norm(hidden_BSH))
         normed_BSH = self.experts_norm(hidden_BSH)
-        routing = None if override is None else override(self.router.logits(normed_BSH.flatten(0, 1)))
-        out_BSH, routing = self.experts(normed_BSH, key=key_T, routing=routing)
+        out_BSH, routing = self.experts(normed_BSH, routing=choose(normed_BSH))
         return hidden_BSH + out_BSH, routing
 
 
@@ -108,7 +91,8 @@ class LanguageModel(nn.Module):
     state.
 
     keys: one int64 [T] per layer, for a router that samples (in training mode).
-    overrides: layer -> function from that layer's router logits [T, E] to the Routing to use instead.
+    overrides: layer -> function from that layer's router logits [T, E] to the Routing to use instead, for layers
+    with a router of their own.
     """
 
     def __init__(self, config: DemoConfig, router: str) -> None:
@@ -116,9 +100,10 @@ class LanguageModel(nn.Module):
         kind = KINDS[router]
         self.embedding = nn.Embedding(VOCABULARY, config.hidden)
         self.mix_recent = nn.Linear(RECENT * config.hidden, config.hidden, bias=False)
-        self.blocks = nn.ModuleList(Block(config, kind.build(config)) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, kind.layer(config)) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.hidden)
         self.head = nn.Linear(config.hidden, VOCABULARY, bias=False)
+        self.plan = kind.plan(config)
 
     def forward(
         self,
@@ -126,17 +111,47 @@ class LanguageModel(nn.Module):
         keys: Sequence[Tensor] | None = None,
         overrides: Mapping[int, Override] | None = None,
     ) -> tuple[Tensor, list[cr.Routing]]:
+        return self._pass(tokens_BS, keys, overrides or {})
+
+    @torch.no_grad()
+    def calibrate(self, tokens_BS: Tensor) -> None:
+        """Sets, layer by layer, what the routers read off training text instead of learning it by gradient."""
+        if self.plan.soft:
+            self._pass(tokens_BS, None, {}, calibrating=True)
+
+    def router(self, layer: int) -> LayerRouter | None:
+        """The layer's own router; None where one router serves the whole model."""
+        return cast(LayerRouter | None, cast(Block, self.blocks[layer]).experts.router)
+
+    def _pass(
+        self,
+        tokens_BS: Tensor,
+        keys: Sequence[Tensor] | None,
+        overrides: Mapping[int, Override],
+        calibrating: bool = False,
+    ) -> tuple[Tensor, list[cr.Routing]]:
         hidden_BSH = self.embedding(tokens_BS)
         hidden_BSH = hidden_BSH + self.mix_recent(_recent(hidden_BSH))
-        routings = []
-        for layer, block in enumerate(self.blocks):
+        state = self.plan.begin(hidden_BSH)
+        routings: list[cr.Routing] = []
+
+        def choose(normed_BSH: Tensor) -> cr.Routing:
+            nonlocal state
+            layer = len(routings)
+            router = self.router(layer)
+            if layer in overrides:
+                assert router is not None
+                return overrides[layer](router.logits(normed_BSH.flatten(0, 1)))
+            if calibrating:
+                self.plan.calibrate(router, normed_BSH, layer, state)
             key_T = None if keys is None else keys[layer]
-            hidden_BSH, routing = block(hidden_BSH, key_T, (overrides or {}).get(layer))
+            routing, state = self.plan.route(router, normed_BSH, layer, state, key_T)
+            return routing
+
+        for block in self.blocks:
+            hidden_BSH, routing = block(hidden_BSH, choose)
             routings.append(routing)
         return self.head(self.norm(hidden_BSH)), routings
-
-    def router(self, layer: int) -> cr.Router:
-        return cast(Block, self.blocks[layer]).router
 
 
 def _recent(hidden_BSH: Tensor) -> Tensor:
@@ -153,11 +168,18 @@ def build_model(config: DemoConfig, router: str) -> LanguageModel:
         model = LanguageModel(config, router)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.dim() == 2:
-                generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed}/{name}".encode()))
+            if is_matrix(name, weight):
+                alias = _BUDGET_ROUTER.sub(r"blocks.\1.experts.router.", name)
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed}/{alias}".encode()))
                 scale = 0.02 if name == "embedding.weight" else weight.shape[1] ** -0.5
                 weight.normal_(0.0, scale, generator=generator)
     return model
+
+
+def is_matrix(name: str, weight: Tensor) -> bool:
+    """Whether a parameter is a linear map: drawn at random and subject to weight decay. A table of a plan, such as the
+    preferences among counts, is not, whatever its shape."""
+    return weight.dim() >= 2 and name.endswith("weight")
 
 
 def token_losses(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:

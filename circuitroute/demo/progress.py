@@ -67,7 +67,7 @@ class BarProgress:
 
 @contextmanager
 def progress_on(console: Any) -> Iterator[Progress]:
-    """The progress that suits a rich.console.Console."""
+    """The progress of a demo run that suits a rich.console.Console."""
     if not console.is_terminal:
         yield PlainProgress(console)
         return

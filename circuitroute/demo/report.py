@@ -15,6 +15,7 @@ import circuitroute as cr
 from circuitroute import plots
 
 from .checkpoint import FORMAT, write_json
+from .corpus import Corpus
 from .extras import REQUIRED, optional
 from .trainee import Record, Setting, record_of, saved_state
 
@@ -104,7 +105,6 @@ def _results(
     rows: list[dict[str, Any]],
     figures: Sequence[Path],
 ) -> dict[str, Any]:
-    text = setting.corpus
     return {
         "format": FORMAT,
         "complete": len(records) == len(setting.config.routers) and all(r.finished for r in records),
@@ -113,15 +113,20 @@ def _results(
         "device": str(setting.device),
         "threads": torch.get_num_threads(),
         "config": setting.config.to_json(),
-        "text": {
-            "source": text.source,
-            "sha256": text.digest,
-            "training_bytes": text.train.numel(),
-            "held_out_bytes": text.valid.numel(),
-        },
+        "text": text_of(setting.corpus),
         "rows": rows,
         "figures": [path.name for path in figures],
         "runs": [record.to_json() for record in records],
+    }
+
+
+def text_of(corpus: Corpus) -> dict[str, Any]:
+    """Which text it was."""
+    return {
+        "source": corpus.source,
+        "sha256": corpus.digest,
+        "training_bytes": corpus.train.numel(),
+        "held_out_bytes": corpus.valid.numel(),
     }
 
 

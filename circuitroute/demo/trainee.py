@@ -13,7 +13,7 @@ from . import checkpoint
 from .config import DemoConfig, DemoError
 from .corpus import Corpus
 from .evaluation import Evaluation
-from .model import LanguageModel, build_model
+from .model import LanguageModel, build_model, is_matrix
 
 BETAS = (0.9, 0.95)
 
@@ -68,7 +68,7 @@ class Trainee:
 
     def save(self) -> None:
         """Raises DemoError where the disk refuses."""
-        tensors: dict[str, Tensor] = {f"model.{name}": weight for name, weight in self.model.named_parameters()}
+        tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         for name, weight in self.model.named_parameters():
             state = self.optimizer.state.get(weight, {})  # empty for an expert that no token has used yet
             tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
@@ -78,12 +78,12 @@ class Trainee:
     def restore(self, state: dict[str, Any]) -> None:
         """Takes up a checkpoint. Raises DemoError when it is damaged or holds another model's tensors."""
         tensors = checkpoint.load_tensors(self.setting.checkpoints, state)
-        weights = dict(self.model.named_parameters())
-        if {f"model.{name}" for name in weights} != {name for name in tensors if name.startswith("model.")}:
+        weights, values = dict(self.model.named_parameters()), self.model.state_dict()
+        if {f"model.{name}" for name in values} != {name for name in tensors if name.startswith("model.")}:
             raise DemoError("the checkpoint holds another model's tensors: start again without --resume", "resume")
         with torch.no_grad():
-            for name, weight in weights.items():
-                weight.copy_(tensors[f"model.{name}"])
+            for name, value in values.items():  # with the thresholds of soft routers, which are no parameters
+                value.copy_(tensors[f"model.{name}"])
         self.optimizer.load_state_dict(_optimizer_state(self.optimizer, weights, tensors))
         self.record = record_of(state)
 
@@ -91,12 +91,20 @@ class Trainee:
 def start(setting: Setting, router: str, resume: bool) -> Trainee:
     """A trainee at step 0, or where its checkpoint left it."""
     model = build_model(setting.config, router).to(setting.device)
-    matrices = [weight for weight in model.parameters() if weight.dim() >= 2]
-    others = [weight for weight in model.parameters() if weight.dim() < 2]
+    matrices: list[Tensor] = []
+    tables: list[Tensor] = []
+    others: list[Tensor] = []
+    for name, weight in model.named_parameters():
+        if is_matrix(name, weight):
+            matrices.append(weight)
+        else:
+            (tables if name.startswith("plan.") else others).append(weight)
     groups = [
-        {"params": matrices, "weight_decay": setting.config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": setting.config.weight_decay, "scale": 1.0},
+        {"params": others, "weight_decay": 0.0, "scale": 1.0},
     ]
+    if tables:
+        groups.append({"params": tables, "weight_decay": 0.0, "scale": setting.config.table_rate})
     fused = setting.device.type in ("cpu", "cuda")  # one kernel instead of a dozen per tensor
     trainee = Trainee(setting, model, torch.optim.AdamW(groups, betas=BETAS, fused=fused), Record(router))
     state = saved_state(setting, router) if resume else None

@@ -18,7 +18,8 @@ import circuitroute as cr
 
 from .config import DemoConfig
 from .evaluation import Evaluation, Interrupted, Stop, evaluate, stop_if, swap_correlation
-from .model import KINDS, token_losses
+from .model import token_losses
+from .plans import KINDS
 from .trainee import Trainee
 
 WARMUP = 0.05  # of all steps
@@ -71,6 +72,7 @@ def _advance(trainee: Trainee, batches: Sequence[Tensor], progress: Progress, st
     record = trainee.record
     if _validation_due(trainee):
         with _clock(trainee):
+            calibrate(trainee)
             record.evaluations.append(evaluate(trainee.model, batches, record.step, stop))
         trainee.save()
         progress.validated(record.evaluations[-1])
@@ -98,18 +100,32 @@ def training_step(trainee: Trainee) -> float:
     routers' randomness depend on the seed and the step's number alone."""
     config, step = trainee.setting.config, trainee.record.step
     tokens = trainee.setting.corpus.batch(config, step).to(trainee.setting.device)
+    if step % config.calibrate_every == 0:
+        trainee.model.calibrate(tokens[:, :-1])
     positions_T = torch.arange(config.tokens_per_step, device=tokens.device)
     keys_LT = [cr.random_key(config.seed, step, layer, positions_T) for layer in range(config.layers)]
     logits_BSV, routings = trainee.model(tokens[:, :-1], keys=keys_LT)
     loss = token_losses(logits_BSV, tokens[:, 1:]).mean()
     total = loss + auxiliary_loss(routings, config, trainee.record.router)
+    planned = trainee.model.plan.loss(routings)
+    if planned is not None:
+        total = total + config.estimation_weight * planned
     trainee.optimizer.zero_grad(set_to_none=True)
     total.backward()
     nn.utils.clip_grad_norm_(trainee.model.parameters(), CLIP)
     for group in trainee.optimizer.param_groups:
-        group["lr"] = learning_rate(config, step)
+        group["lr"] = group["scale"] * learning_rate(config, step)
     trainee.optimizer.step()
     return float(loss.detach())
+
+
+def calibrate(trainee: Trainee) -> None:
+    """Calibrates soft routers on several batches of training text, which no step uses: never on held-out text."""
+    if not trainee.model.plan.soft:
+        return
+    config, corpus = trainee.setting.config, trainee.setting.corpus
+    batches = [corpus.batch(config, config.steps + i) for i in range(config.calibration_batches)]
+    trainee.model.calibrate(torch.cat(batches)[:, :-1].to(trainee.setting.device))
 
 
 def auxiliary_loss(routings: Sequence[cr.Routing], config: DemoConfig, router: str) -> Tensor:
