@@ -1,5 +1,6 @@
 """Prune a trained mixture of experts to a budget over all its layers, learning which experts to keep.
 
+    pip install -e '.[demo]'
     python examples/prune_experts.py --budgets 48 32 24
 
 Trains the demo's small language model. Then every (layer, expert) gets a score, and cr.LayerBudget makes the scores a
@@ -129,8 +130,10 @@ def simple_loss(task: Task, distribution: cr.SubsetDistribution, batch: int, key
 ESTIMATORS = {"score function": score_loss, "SIMPLE": simple_loss}
 
 
-def learn(task: Task, circuit: cr.Circuit, estimator: str, steps: int, console: Console) -> cr.SubsetDistribution:
-    """The distribution after `steps` updates of its scores."""
+def learn(task: Task, budget: int, estimator: str, steps: int, console: Console) -> cr.SubsetDistribution:
+    """The distribution after `steps` updates of its scores; twice as many where no backward pass is needed."""
+    steps = steps if estimator == "SIMPLE" else 2 * steps
+    circuit = routable(task.config, budget)
     scores_N = torch.zeros(circuit.n, requires_grad=True)
     optimizer = torch.optim.Adam([scores_N], lr=RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
@@ -144,7 +147,9 @@ def learn(task: Task, circuit: cr.Circuit, estimator: str, steps: int, console: 
         if (step + 1) % math.ceil(steps / 4) == 0:
             entropy = float(circuit(scores_N.detach()).entropy())
             console.print(f"  {estimator}: step {step + 1}/{steps}, entropy {entropy:.1f} nats")
-    return circuit(scores_N.detach())
+    found = circuit(scores_N.detach())
+    describe(task, found, estimator, console)
+    return found
 
 
 # What it is compared with: scores [N] that the same circuit turns into a subset
@@ -168,7 +173,7 @@ def usage(task: Task) -> Tensor:
 
 @torch.no_grad()
 def removal_costs(task: Task) -> Tensor:
-    """What removing every expert alone adds to the loss on calibration text."""
+    """The loss on calibration text with every expert alone removed."""
     batches = task.calibration[:REMOVAL_BATCHES]
     kept_NN = 1 - torch.eye(task.config.layers * task.config.experts)
     return torch.stack(
@@ -189,22 +194,17 @@ class Row:
     kept: list[int] | None
 
 
-def compare(task: Task, budget: int, steps: int, baselines: dict[str, Tensor], console: Console) -> Iterator[Row]:
-    """All methods at one budget."""
+def ranked(task: Task, budget: int, rankings: dict[str, Tensor]) -> Iterator[Row]:
+    """The subsets that need no learning at this budget."""
     circuit = routable(task.config, budget)
     uniform = circuit(torch.zeros(circuit.n))  # every allowed subset with the same probability
     draws = uniform.sample((RANDOM_DRAWS,), key=cr.random_key(task.config.seed, budget))
     yield Row(budget, f"random, mean of {RANDOM_DRAWS}", sum(map(task.bits, draws)) / RANDOM_DRAWS, None)
     share, rest = divmod(budget, task.config.layers)
     equal = allowed(task.config, budget, share, share + (rest > 0))
-    yield row_of(task, budget, "magnitude, equal layers", equal(baselines["magnitude"]).mode)
-    for name, scores_N in baselines.items():
+    yield row_of(task, budget, "magnitude, equal layers", equal(rankings["magnitude"]).mode)
+    for name, scores_N in rankings.items():
         yield row_of(task, budget, name, circuit(scores_N).mode)
-    for name in ESTIMATORS:
-        # Without a backward pass a step costs less than half.
-        found = learn(task, circuit, name, steps if name == "SIMPLE" else 2 * steps, console)
-        describe(task, found, name, console)
-        yield row_of(task, budget, f"learned, {name}", found.mode)
 
 
 def row_of(task: Task, budget: int, method: str, kept_N: Tensor) -> Row:
@@ -271,11 +271,15 @@ def prepare(config: DemoConfig, directory: Path, batches: int, console: Console)
 def prune(options: argparse.Namespace, task: Task, console: Console) -> None:
     whole = task.bits()
     console.print(f"measuring {task.config.layers * task.config.experts} experts: magnitude, usage, removal of each")
-    baselines = {"magnitude": magnitudes(task), "usage": usage(task), "removal, one at a time": removal_costs(task)}
+    rankings = {"magnitude": magnitudes(task), "usage": usage(task), "removal, one at a time": removal_costs(task)}
     rows: list[Row] = []
     for budget in options.budgets:
         console.print(f"keeping {budget} experts")
-        rows += compare(task, budget, options.prune_steps, baselines, console)
+        rows += ranked(task, budget, rankings)
+        found = {name: learn(task, budget, name, options.prune_steps, console) for name in ESTIMATORS}
+        rows += [row_of(task, budget, f"learned, {name}", learned.mode) for name, learned in found.items()]
+        if budget == options.budgets[0]:  # whether its scores serve for other budgets, the rows of these tell
+            rankings[f"learned for {budget}, SIMPLE"] = found["SIMPLE"].logits
     console.print(table_of(rows, whole, task.config.layers * task.config.experts))
 
 
