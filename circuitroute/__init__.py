@@ -9,6 +9,7 @@ from circuitroute import integrations as integrations
 from circuitroute import losses as losses
 from circuitroute import metrics as metrics
 from circuitroute import replay as replay
+from circuitroute.budget import Budget as Budget
 from circuitroute.budget import BudgetRouter as BudgetRouter
 from circuitroute.budget import BudgetState as BudgetState
 from circuitroute.circuit import Circuit as Circuit

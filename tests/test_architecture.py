@@ -51,7 +51,7 @@ IMPORTERS = ("import_module", "importlib.import_module", "__import__")
 
 # Slow to import, or extras that need not be installed: for the functions that use them.
 LAZY = {"matplotlib", "networkx", "numba", "pyjuice", "rich", "safetensors", "sympy", "tqdm", "transformers", "triton"}
-LAZY |= {"hypothesis", "megatron", "peft", "pytest", "torchtitan"}
+LAZY |= {"accelerate", "hypothesis", "megatron", "peft", "pytest", "torchtitan"}
 
 # Adapters that subclass what is in their stack: imported by whoever uses it, and by nothing here.
 ADAPTERS = {
@@ -67,6 +67,7 @@ PUBLIC = [
     "AtLeast",
     "AtMost",
     "Between",
+    "Budget",
     "BudgetRouter",
     "BudgetState",
     "Circuit",

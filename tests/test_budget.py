@@ -398,6 +398,34 @@ def test_low_precision_hidden_states() -> None:
     assert budget.estimates.grad is not None
 
 
+@pytest.mark.parametrize("decide", ["sample", "mode"])
+def test_a_budget_alone_is_the_routers_without_their_maps(decide: str) -> None:
+    router = _random(BudgetRouter(H, 4, 3, [cr.Between(1, 3), cr.Exactly(2), cr.Between(0, 4)], cr.AtMost(7)))
+    budget = router.without_routers()
+    assert type(budget) is cr.Budget
+    assert dict(budget.named_parameters()).keys() == {"preferences", "estimates"}
+    assert all(value is getattr(router, name) for name, value in budget.named_parameters())
+    hidden = _hidden(3, 50, dtype=torch.float32)
+    state, other = router.begin(hidden[0]), budget.begin(hidden[0])
+    for layer in range(3):
+        key = cr.random_key(0, layer, torch.arange(50))
+        logits, circuit = router.router(layer).logits(hidden[layer]), router.router(layer).circuit
+        potential = budget.potential(other)
+        assert torch.equal(potential, router.potential(state, hidden[layer]))
+        routing = cr.route(logits, circuit, count_potential=potential, key=key, training=decide == "sample")
+        if decide == "sample":
+            assert torch.equal(routing.mask, router(hidden[layer], state, key=key)[0].mask)
+        state, other = router.spend(state, routing), budget.spend(other, routing)
+    assert int(other.spent.max()) <= 7
+    with pytest.raises(ValueError, match=r"state\.layer=3: all 3 layers"):
+        budget.potential(other)
+    headed = BudgetRouter(H, 4, 2, cr.Between(1, 3), cr.AtMost(5), per_token=True)
+    with pytest.raises(ValueError, match="per_token=True"):
+        headed.without_routers()
+    with pytest.raises(ValueError, match="hidden=None"):
+        headed.potential(headed.begin(hidden[0]))
+
+
 # ---------------------------------------------------------------------------------------------- bad input
 
 

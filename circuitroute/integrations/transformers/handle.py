@@ -13,12 +13,16 @@ from torch import Tensor, nn
 
 from circuitroute import losses
 from circuitroute._validate import as_int
+from circuitroute.budget import Budget
 from circuitroute.integrations.transformers.experts import leave_ragged
 from circuitroute.integrations.transformers.extra import transformers
 from circuitroute.integrations.transformers.routers import CircuitRouting, Session, restore_class
+from circuitroute.integrations.transformers.walk import forget_turns
 from circuitroute.routing import Routing
 
 SETTINGS = "circuitroute"
+# The name by which a model has its budget, and the start of the names of its parameters.
+BUDGET = "circuitroute_budget"
 
 
 class Handle:
@@ -38,6 +42,11 @@ class Handle:
         """The numbers of the routed layers, in order."""
         plans = {router.circuitroute_plan.position: router.circuitroute_plan for router in patched_routers(self.model)}
         return tuple(plans[position].layer for position in sorted(plans))
+
+    @property
+    def budget(self) -> Budget | None:
+        """The budget over the layers, ``model.circuitroute_budget``; None without one."""
+        return None if self._session.walk is None else self._session.walk.budget
 
     # ------------------------------------------------------------------ sampling
 
@@ -127,7 +136,7 @@ class Handle:
     # ------------------------------------------------------------------ the way back
 
     def unpatch(self) -> None:
-        """Restore the model: its routers, its experts implementation, its configuration.
+        """Restore the model: its routers, its experts implementation, its configuration; a budget goes.
 
         Raises:
             RuntimeError: it is not patched any more.
@@ -139,6 +148,11 @@ class Handle:
             leave_ragged(experts)
         for router in routers:
             restore_class(router)
+        owner = self._session.model()
+        if self._session.walk is not None and owner is not None:
+            forget_turns(owner)
+            delattr(owner, BUDGET)
+            self._session.walk = None
         config = getattr(self.model, "config", None)
         if hasattr(config, SETTINGS):
             delattr(config, SETTINGS)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from circuitroute._validate import as_int
+from circuitroute.budget import Budget, BudgetRouter
 from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Constraint
 from circuitroute.estimators import Estimator, as_estimator
@@ -22,17 +26,20 @@ from circuitroute.integrations.transformers.experts import (
 )
 from circuitroute.integrations.transformers.extra import transformers
 from circuitroute.integrations.transformers.families import Found, find_layers
-from circuitroute.integrations.transformers.handle import SETTINGS, Handle, patched_routers
+from circuitroute.integrations.transformers.handle import BUDGET, SETTINGS, Handle, patched_routers
 from circuitroute.integrations.transformers.routers import Eval, Plan, Session, exchange_class
+from circuitroute.integrations.transformers.walk import Walk
 from circuitroute.interop.reprs import parse_constraint
 from circuitroute.routing import Combine, as_combine
 
 FORMAT = 1
+# Arguments of from_pretrained that say where files are.
+WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 def patch(
     model: nn.Module,
-    constraint: Constraint | Sequence[Constraint] | Mapping[int, Constraint],
+    constraint: Constraint | Sequence[Constraint] | Mapping[int, Constraint] | Budget,
     *,
     combine: Combine | None = None,
     estimator: str | Estimator = "simple",
@@ -49,7 +56,9 @@ def patch(
         model: of one of the families in :func:`supported`, wrapped by PEFT or not.
         constraint: one for all layers, a sequence with one per mixture-of-experts layer, or a mapping from the number
             of a layer in the model to its constraint; layers that it does not name stay as they are.
-            :func:`own_constraints` gives those of the model.
+            :func:`own_constraints` gives those of the model. Or a :class:`circuitroute.Budget` over all of them (of a
+            :class:`circuitroute.BudgetRouter` its preferences and estimates, shared with it): the experts of every
+            token over all layers keep its total. It becomes ``model.circuitroute_budget``, in front of optimizers.
         combine: how chosen experts are weighted, see :func:`circuitroute.route`; None keeps the model's own rule
             with all its factors.
         estimator: see :func:`circuitroute.route`.
@@ -59,13 +68,15 @@ def patch(
         eval: what to choose in evaluation: the ``"mode"``; ``"auto"`` leaves the choice to the stock router where the
             constraint is the model's own, so that outputs are those of the stock model: bit for bit without gradients,
             up to rounding with them. (DeepSeek-V3 picks groups greedily, by their two best experts, which is not always
-            the mode.)
+            the mode.) With a budget both take the most probable number of experts under what is left of it, then the
+            best subset of that size, whatever the model's own rule.
         seed: of the sampling keys, see :meth:`Handle.set_step`; None draws them from torch's global generator, which
             activation checkpointing winds back unless it is told not to (``preserve_rng_state=False``).
 
     Raises:
         ValueError: the model is patched already, or has no mixture-of-experts layers; constraints that do not fit
-            them; an unknown option, or a padding that would be wrong here.
+            them; a budget over another number of layers or experts, or in a model whose own rule is more than a count;
+            an unknown option, or a padding that would be wrong here.
         TypeError: a router that is not supported, named; a constraint that is none.
         InfeasibleError: no subset of a layer's experts satisfies its constraint.
         ImportError: transformers is missing or too old.
@@ -76,7 +87,8 @@ def patch(
         raise ValueError(f"model={type(model).__name__} is patched already: call unpatch() of its handle first")
     layers = find_layers(model)
     numbers = _numbers(layers)
-    constraints = _by_position(constraint, numbers)
+    budget = _budget(constraint, layers, numbers) if isinstance(constraint, Budget) else None
+    constraints = _by_position(constraint if budget is None else budget.per_layer, numbers)
     session = Session(weakref.ref(model), seed)
     plans = {
         position: Plan(
@@ -85,7 +97,7 @@ def patch(
             layer=numbers[position],
             family=layers[position].family,
             circuit=compile_constraint(wanted, _count_experts(layers[position])),
-            own=wanted == layers[position].family.constraint(layers[position].routers[0]),
+            own=budget is None and wanted == layers[position].family.constraint(layers[position].routers[0]),
             combine=combine,
             estimator=estimator,
             padding=padding,
@@ -98,9 +110,38 @@ def patch(
     for position, plan in plans.items():
         for router in layers[position].routers:
             exchange_class(router, plan)
+    if budget is not None:
+        model.add_module(BUDGET, budget)
+        session.walk = Walk(budget, session.model)
     settings = _settings(len(layers), constraints, combine, estimator, padding, eval, seed)
+    if budget is not None:
+        settings["total"] = repr(budget.total)
     setattr(model.config, SETTINGS, settings)
     return Handle(model, session)
+
+
+def _budget(given: Budget, layers: Sequence[Found], numbers: Sequence[int]) -> Budget:
+    """The budget without routers of its own, where the model's are; checked to fit them."""
+    if given.layers != len(layers):
+        raise ValueError(
+            f"constraint is a budget over layers={given.layers}, but the model has {len(layers)} mixture-of-experts "
+            f"layers, {list(numbers)}"
+        )
+    for layer, number in zip(layers, numbers, strict=True):
+        experts = _count_experts(layer)
+        if given.num_experts != experts:
+            raise ValueError(
+                f"constraint is a budget with num_experts={given.num_experts}, but layer {number} has {experts}"
+            )
+        own = layer.family.constraint(layer.routers[0])
+        if compile_constraint(own, experts).counts is None:
+            raise ValueError(
+                f"constraint is a budget, which is for counts, but layer {number} chooses by {own!r}: give constraints "
+                f"without a budget"
+            )
+    budget = given.without_routers() if isinstance(given, BudgetRouter) else given
+    first = next(layers[0].routers[0].parameters())
+    return budget.to(first.device)
 
 
 def _count_experts(layer: Found) -> int:
@@ -166,7 +207,7 @@ def load(path: Any, *, model_class: Any = None, **kwargs: Any) -> Any:
     """
     package = transformers()
     config = kwargs.pop("config", None) or package.AutoConfig.from_pretrained(path)
-    constraints, options = _read_settings(path, getattr(config, SETTINGS, None))
+    constraints, total, options = _read_settings(path, getattr(config, SETTINGS, None))
     if model_class is None:
         names = getattr(config, "architectures", None) or ["AutoModelForCausalLM"]
         model_class = getattr(package, names[0], package.AutoModelForCausalLM)
@@ -178,8 +219,39 @@ def load(path: Any, *, model_class: Any = None, **kwargs: Any) -> Any:
             f"{len(numbers)}"
         )
     named = {number: wanted for number, wanted in zip(numbers, constraints, strict=True) if wanted is not None}
-    patch(model, named, **options)
+    if total is None:
+        patch(model, named, **options)
+        return model
+    budget = Budget(_count_experts(find_layers(model)[0]), len(named), list(named.values()), total)
+    budget.load_state_dict(_saved_budget(path, kwargs))
+    patch(model, budget, **options)
     return model
+
+
+def _saved_budget(path: Any, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The parameters of the budget among those of a saved model, which ``from_pretrained`` leaves out."""
+    from safetensors import safe_open
+
+    where = {name: kwargs[name] for name in WHERE if name in kwargs}
+    find = partial(transformers().utils.cached_file, path, _raise_exceptions_for_missing_entries=False, **where)
+    index = find("model.safetensors.index.json")
+    if index is not None:
+        weights = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({file for key, file in weights.items() if key.startswith(f"{BUDGET}.")})
+    else:
+        names = ["model.safetensors"]
+    found: dict[str, Tensor] = {}
+    for name in names:
+        file = find(name)
+        if file is not None:
+            with safe_open(file, framework="pt") as tensors:
+                prefixed = [key for key in tensors.keys() if key.startswith(f"{BUDGET}.")]  # noqa: SIM118
+                found |= {key.removeprefix(f"{BUDGET}."): tensors.get_tensor(key) for key in prefixed}
+    if not found:
+        raise ValueError(
+            f"path={str(path)!r}: the parameters of the budget, {BUDGET}.*, are not in its safetensors files"
+        )
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- arguments
@@ -262,8 +334,8 @@ def _settings(
     }
 
 
-def _read_settings(path: Any, settings: Any) -> tuple[list[Constraint | None], dict[str, Any]]:
-    """The constraints by position and the options of :func:`patch`."""
+def _read_settings(path: Any, settings: Any) -> tuple[list[Constraint | None], Constraint | None, dict[str, Any]]:
+    """The constraints by position, the total of a budget, and the options of :func:`patch`."""
     place = f"path={str(path)!r}"
     if not isinstance(settings, dict) or not isinstance(settings.get("constraints"), list):
         raise ValueError(f"{place} was not saved from a patched model: load it with from_pretrained, and call patch()")
@@ -274,7 +346,9 @@ def _read_settings(path: Any, settings: Any) -> tuple[list[Constraint | None], d
         _check_options(**options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{place}: {error}. Load it with from_pretrained, and call patch()") from None
-    return [None if text is None else _read_constraint(place, text) for text in settings["constraints"]], options
+    constraints = [None if text is None else _read_constraint(place, text) for text in settings["constraints"]]
+    total = settings.get("total")
+    return constraints, None if total is None else _read_constraint(place, total), options
 
 
 def _read_constraint(place: str, text: Any) -> Constraint:

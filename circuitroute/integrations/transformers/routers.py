@@ -3,7 +3,8 @@
 So parameters, names in the state dict, hooks and the recording of router logits stay what they were.
 
 Nothing that a decision depends on changes in ``forward``: it is run again under activation checkpointing, and must
-decide the same. What forward leaves behind is a record of its decision, which it never reads.
+decide the same. What forward leaves behind is a record of its decision, which it never reads, and with a budget over
+the layers what the pass has spent, for the layers after it (:mod:`circuitroute.integrations.transformers.walk`).
 
 Legend: T tokens, H hidden size, E experts, K slots.
 """
@@ -14,6 +15,7 @@ import copy
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -25,9 +27,10 @@ from circuitroute.distribution import SubsetDistribution
 from circuitroute.estimators import Estimator, as_estimator
 from circuitroute.integrations.transformers.experts import Padding, choose_padding
 from circuitroute.integrations.transformers.families import Family
+from circuitroute.integrations.transformers.walk import Walk, in_backward
 from circuitroute.integrations.transformers.weights import Weigh
 from circuitroute.keys import random_key
-from circuitroute.routing import Combine, Routing, route
+from circuitroute.routing import Combine, Decide, Routing, route, route_with
 
 Eval: TypeAlias = Literal["auto", "mode"]
 Stock: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -45,6 +48,7 @@ class Session:
         step, token_offset: see :meth:`Handle.set_step`.
         recording: whether forward passes leave their decisions behind.
         records: by position of the layer, the decision of the last forward pass.
+        walk: where forward passes stand in the budget over the layers; None without one.
     """
 
     model: weakref.ref[nn.Module]
@@ -53,13 +57,16 @@ class Session:
     token_offset: int | Tensor = 0
     recording: bool = True
     records: dict[int, Routing] = field(default_factory=dict)
+    walk: Walk | None = None
 
     def is_copied(self, memo: dict[int, Any]) -> bool:
         """Whether ``copy.deepcopy`` with this memo is at work on the whole model."""
         return id(self.model()) in memo
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
-        copied = replace(self, model=weakref.ref(memo[id(self.model())]), records={})
+        model = weakref.ref(memo[id(self.model())])
+        walk = None if self.walk is None else Walk(copy.deepcopy(self.walk.budget, memo), model)
+        copied = replace(self, model=model, records={}, walk=walk)
         memo[id(self)] = copied
         return copied
 
@@ -74,11 +81,6 @@ class Session:
         """Keep a decision, unless it is the recomputation of one: that belongs to a graph of the backward pass."""
         if self.recording and (is_compiling() or not in_backward()):
             self.records[position] = routing
-
-
-def in_backward() -> bool:
-    """Whether autograd is running backward, which is when checkpointed layers run again."""
-    return int(torch._C._current_graph_task_id()) != -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,25 +116,34 @@ class Plan:
     def decide(self, router: nn.Module, logits: Tensor, replay: Tensor | None) -> Routing:
         """The decision for router logits [T, E]: sampled in training, else the mode, or ``replay`` if there is one.
 
-        A budget that layers share would come in here: as count potentials [T, J] of the layers after this one, handed
-        on from layer to layer beside the session.
+        With a budget, evaluation takes the most probable count under what is left, then its best subset.
         """
+        walk = self.session.walk
+        if walk is None:
+            return self._decide(router, logits, replay, "sample" if router.training else "mode", None)
+        choose = partial(self._decide, router, logits, replay, "sample" if router.training else "count")
+        return walk.decide(self.position, logits, router.training, choose)
+
+    def _decide(
+        self, router: nn.Module, logits: Tensor, replay: Tensor | None, how: Decide, count_potential: Tensor | None
+    ) -> Routing:
         choice = self.family.choice(router, logits)
         key = self.session.keys(self.layer, len(logits), logits.device) if router.training else None
         rule = self.family.combine(router) if self.combine is None else self.combine
         if choice is logits and isinstance(rule, str):
-            return route(
+            return route_with(
                 choice,
                 self.circuit,
                 combine=rule,
                 estimator=self.estimator,
-                training=router.training,
+                decide=how,
                 key=key,
                 replay=replay,
+                count_potential=count_potential,
                 validate_args=False,
             )
-        distribution = SubsetDistribution(self.circuit, choice, validate_args=False)
-        mask = replay if replay is not None else _drawn(distribution, router.training, key)
+        distribution = SubsetDistribution(self.circuit, choice, count_potential, validate_args=False)
+        mask = replay if replay is not None else _drawn(distribution, how, key)
         with torch.autocast(logits.device.type, enabled=False):
             g = as_estimator(self.estimator)(mask.to(distribution.logits.dtype), distribution)
             return Routing(distribution, mask, self._weigh(rule, g, mask, distribution, logits))
@@ -177,8 +188,10 @@ def as_mask(indices: Tensor, experts: int) -> Tensor:
     return mask.scatter(-1, indices, True)
 
 
-def _drawn(distribution: SubsetDistribution, training: bool, key: Tensor | None) -> Tensor:
-    return distribution.sample_in_sweep(key) if training else distribution.mode_mask()
+def _drawn(distribution: SubsetDistribution, how: Decide, key: Tensor | None) -> Tensor:
+    if how == "sample":
+        return distribution.sample_in_sweep(key)
+    return distribution.mode_mask(distribution.count_probs.detach().argmax(-1) if how == "count" else None)
 
 
 class CircuitRouting(nn.Module):
