@@ -58,12 +58,30 @@ def ungrouped(family: str, implementation: str = "grouped_mm", **changes: Any) -
     return tiny(family, implementation, **changes)
 
 
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("family", FAMILIES)
+# What every test run checks of every family; the other cells of the table take most of the time and differ least.
+ALWAYS_CHECKED = ("forward, backward", "save, load", "ragged")
+CELLS = [
+    pytest.param(
+        family,
+        check,
+        marks=[] if family in ALWAYS or check in ALWAYS_CHECKED else pytest.mark.slow,
+        id=f"{family}-{check}",
+    )
+    for family in FAMILIES
+    for check in CHECKS
+]
+
+
+@pytest.mark.parametrize(("family", "check"), CELLS)
 def test_every_cell_of_the_table(family: str, check: str) -> None:
     if check == "PEFT":
         pytest.importorskip("peft", reason="peft is not installed")
     CHECKS[check](family)
+
+
+def test_the_cells_have_names() -> None:
+    assert set(ALWAYS_CHECKED) < set(CHECKS)
+    assert set(ALWAYS) < set(FAMILIES)
 
 
 def test_the_page_shows_the_table_that_is_run() -> None:
