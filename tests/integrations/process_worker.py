@@ -72,6 +72,20 @@ class BudgetModel(nn.Module):
         return hidden + output, routing, state
 
 
+def digest(masks: list[Tensor], processes: int) -> list[list[int]]:
+    """Per layer, every token's chosen experts as one integer, over all processes in order."""
+    everyone = []
+    for mask in masks:
+        word = (mask.long() << torch.arange(mask.shape[1])).sum(-1)
+        parts = [torch.empty_like(word) for _ in range(processes)]
+        if processes > 1:
+            dist.all_gather(parts, word)
+        else:
+            parts = [word]
+        everyone.append(torch.cat(parts).tolist())
+    return everyone
+
+
 class Scenario:
     """One way to train, with the example's loop: on this process's share of the batch, or on all of it."""
 
@@ -93,20 +107,7 @@ class Scenario:
         self.example.objective = observed
         with self.autocast:
             losses = self.example.train(model, self.rank, self.processes)
-        return {"losses": losses, "decisions": [self._digest(masks) for masks in self.masks]}
-
-    def _digest(self, masks: list[Tensor]) -> list[list[int]]:
-        """Per layer, every token's chosen experts as one integer, over all processes in order."""
-        everyone = []
-        for mask in masks:
-            word = (mask.long() << torch.arange(mask.shape[1])).sum(-1)
-            parts = [torch.empty_like(word) for _ in range(self.processes)]
-            if self.processes > 1:
-                dist.all_gather(parts, word)
-            else:
-                parts = [word]
-            everyone.append(torch.cat(parts).tolist())
-        return everyone
+        return {"losses": losses, "decisions": [digest(masks, self.processes) for masks in self.masks]}
 
     def shard(self, model: Any, alone: bool = False, **options: Any) -> nn.Module:
         if self.processes == 1 and not alone:
@@ -217,16 +218,24 @@ SCENARIOS: dict[str, Callable[[Scenario], dict[str, Any]]] = {
 }
 
 
-def main(store: str, rank: int, processes: int, out: str) -> None:
+def run_all(
+    scenarios: dict[str, Callable[[Any], dict[str, Any]]],
+    scenario_class: Callable[[int, int], Any],
+    store: str,
+    rank: int,
+    processes: int,
+    out: str,
+) -> None:
+    """All scenarios in one process group; the first process writes what they give."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
     # cr.MoE's outputs are views of its sum, which FSDP2 warns about in case someone changes them in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")
-    results = {name: scenario(Scenario(rank, processes)) for name, scenario in SCENARIOS.items()}
+    results = {name: scenario(scenario_class(rank, processes)) for name, scenario in scenarios.items()}
     if rank == 0:
         Path(out).write_text(json.dumps(results), encoding="utf-8")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    run_all(SCENARIOS, Scenario, sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

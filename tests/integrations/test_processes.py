@@ -45,12 +45,12 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
 
 
-def run_together(processes: int, directory: Path) -> dict[str, Any]:
+def run_together(processes: int, directory: Path, worker: Path = WORKER) -> dict[str, Any]:
     """What the worker's scenarios give on that many processes."""
     store, out = directory / f"store-{processes}", directory / f"{processes}.json"
     started = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(store), str(rank), str(processes), str(out)],
+            [sys.executable, str(worker), str(store), str(rank), str(processes), str(out)],
             env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

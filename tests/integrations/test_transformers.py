@@ -9,6 +9,7 @@ import copy
 import itertools
 import json
 import re
+import types
 from pathlib import Path
 from typing import Any
 
@@ -441,6 +442,26 @@ def test_the_trainer_callback_counts() -> None:
     seen.append((handle._session.step, handle._session.token_offset))
     assert seen == [(5, 3 << 48), (5, (3 << 48) + (1 << 32))]
     assert isinstance(callback, transformers.TrainerCallback)
+
+
+@pytest.mark.parametrize(
+    ("layout", "shares"),
+    [
+        ({"tp_size": 2}, [0, 0, 0, 0]),
+        ({"fsdp_size": 2}, [0, 1, 0, 1]),
+        ({"tp_size": 2, "fsdp_size": 2}, [0, 0, 1, 1]),
+        ({"fsdp_size": 2, "pp_size": 2}, [0, 1, 0, 1]),
+    ],
+)
+def test_processes_that_share_tokens_share_their_keys(layout: dict[str, int], shares: list[int]) -> None:
+    """By the rank's place on transformers' mesh: pipelines outermost, tensors innermost."""
+    model = tiny("OLMoE")
+    handle = adapter.patch(model, cr.Exactly(2), seed=SEED)
+    model.config.distributed_config = transformers.distributed.DistributedConfig(**layout)
+    state = types.SimpleNamespace(global_step=0)
+    for rank, share in enumerate(shares):
+        handle.trainer_callback().on_step_begin(types.SimpleNamespace(process_index=rank), state, None)
+        assert handle._session.token_offset == share << 48
 
 
 # ---------------------------------------------------------------------------------------------- records and losses

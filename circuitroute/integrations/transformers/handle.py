@@ -203,6 +203,17 @@ def _selected(routing: Routing, attention_mask: Tensor | None) -> Routing:
     return _Selected(routing, kept)
 
 
+def _share(model: Any, rank: int) -> int:
+    """Which share of the batch a process has: the processes of a tensor- or pipeline-parallel group have one together.
+
+    Of the dimensions of transformers' device mesh, that of tensors is the innermost and that of pipelines the outermost.
+    """
+    layout = getattr(model.config, "distributed_config", None)
+    if layout is None:
+        return rank
+    return int(rank // layout.tp_size % layout.dp_size)
+
+
 def _step_setter(handle: Handle) -> Any:
     class StepSetter(transformers().TrainerCallback):  # type: ignore[misc]
         """Tells the handle which step it is."""
@@ -210,7 +221,8 @@ def _step_setter(handle: Handle) -> Any:
         def _set(self, args: Any, state: Any, part: int) -> None:
             self.part = part
             # Room for 2^32 tokens per part and 2^16 parts per process.
-            handle.set_step(state.global_step, ((args.process_index << 16) + part) << 32)
+            share = _share(handle.model, args.process_index)
+            handle.set_step(state.global_step, ((share << 16) + part) << 32)
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self._set(args, state, 0)
