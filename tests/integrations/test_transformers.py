@@ -450,11 +450,10 @@ def test_the_trainer_callback_counts() -> None:
         ({"tp_size": 2}, [0, 0, 0, 0]),
         ({"fsdp_size": 2}, [0, 1, 0, 1]),
         ({"tp_size": 2, "fsdp_size": 2}, [0, 0, 1, 1]),
-        ({"fsdp_size": 2, "pp_size": 2}, [0, 1, 0, 1]),
     ],
 )
 def test_processes_that_share_tokens_share_their_keys(layout: dict[str, int], shares: list[int]) -> None:
-    """By the rank's place on transformers' mesh: pipelines outermost, tensors innermost."""
+    """By the rank's place on transformers' mesh, where tensors are the innermost dimension."""
     model = tiny("OLMoE")
     handle = adapter.patch(model, cr.Exactly(2), seed=SEED)
     model.config.distributed_config = transformers.distributed.DistributedConfig(**layout)

@@ -204,9 +204,9 @@ def _selected(routing: Routing, attention_mask: Tensor | None) -> Routing:
 
 
 def _share(model: Any, rank: int) -> int:
-    """Which share of the batch a process has: the processes of a tensor- or pipeline-parallel group have one together.
+    """Which share of the batch a process has: those of a tensor- or pipeline-parallel group have one together.
 
-    Of the dimensions of transformers' device mesh, that of tensors is the innermost and that of pipelines the outermost.
+    Of the dimensions of transformers' device mesh, tensors are the innermost and pipelines the outermost.
     """
     layout = getattr(model.config, "distributed_config", None)
     if layout is None:
