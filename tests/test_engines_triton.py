@@ -5,6 +5,7 @@ Bounds as for the engine ``torch``: marginals 1e-6, gradients of marginals 1e-5,
 """
 
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -374,3 +375,23 @@ def test_what_a_gpu_is_asked_first(tmp_path, capsys, wide):
     assert row["marginals_error"] <= 1e-6
     assert row["samples_that_differ"] == 0
     assert subprocess.run(["bash", "-n", str(ROOT / "benchmarks" / "gpu.sh")], check=False).returncode == 0
+
+
+def test_constants_of_kernels_equal_themselves():
+    """Triton compares the globals that a kernel captured at every launch: NaN would make each of them fail."""
+    from triton.language import constexpr
+
+    from circuitroute.engines.subset import kernels
+
+    modules = [
+        importlib.import_module(f"{kernels.__name__}.{path.stem}")
+        for path in Path(kernels.__path__[0]).glob("[!_]*.py")
+    ]
+    constants = [
+        (module.__name__, name, found.value)
+        for module in modules
+        for name, found in vars(module).items()
+        if isinstance(found, constexpr)
+    ]
+    assert len(constants) > 5
+    assert [constant for constant in constants if constant[-1] != constant[-1]] == []

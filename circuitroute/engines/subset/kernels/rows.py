@@ -30,7 +30,6 @@ from circuitroute.engines.subset.kernels.lanes import MARGIN
 from circuitroute.engines.subset.kernels.root import SMALLEST_COEFFICIENT, allowed_range, weigh
 
 LOG_ZERO = tl.constexpr(-1e300)  # as in circuitroute.engines.logspace
-NAN = tl.constexpr(float("nan"))
 
 
 # ---------------------------------------------------------------------------------------------- levels
@@ -349,7 +348,7 @@ def _log_weigh(coefficients, phi, count, shift, forced):
     top = tl.max(weights, axis=1, keep_dims=True)
     shares = tl.exp(weights - top)
     total = tl.sum(shares, axis=1, keep_dims=True)
-    log_total = tl.where(top < 0.5 * LOG_ZERO, NAN, top + tl.log(total))
+    log_total = tl.where(top < 0.5 * LOG_ZERO, float("nan"), top + tl.log(total))
     return tl.where(phi > -INFINITY, base - log_total, LOG_ZERO), tl.exp(weights - log_total), log_total
 
 
@@ -451,7 +450,7 @@ def forward(
                 product = tl.exp(below + present) if LOG else below * present
                 product = tl.minimum(product, 1.0).to(tl.float32)  # rounding may go an ulp beyond
                 product = tl.where(x == INFINITY, 1.0, product)
-                product = tl.where(log_root == log_root, product, NAN)
+                product = tl.where(log_root == log_root, product, float("nan"))
                 tl.store(MARGINALS + row * N + i, product, mask=i < N)
                 tl.store(PROBS + row * J + j, posterior.to(tl.float32), mask=j < J)
                 first = tl.zeros_like(forced).to(tl.int32)
