@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def kernels(n: int, k: int, kind: str) -> list[tuple[str, dict[str, Any]]]:
     """The kernels that a call launches, with their constants."""
-    from circuitroute.engines.subset import fused
+    from circuitroute.engines.subset.triton import engine as fused
 
     J = k + 1
     in_memory = {"N": n, "J": J, **fused.row_shape(n, J)}
@@ -95,11 +95,11 @@ def kernels(n: int, k: int, kind: str) -> list[tuple[str, dict[str, Any]]]:
     if kind != "backward":
         flags = {"MOMENTS": kind != "sample", "SAMPLE": "sample" in kind}
         name = "forward"
-    launched: list[tuple[str, dict[str, Any]]] = [(f"rows.{name}", {**in_memory, **flags, "LOG": True})]
+    launched: list[tuple[str, dict[str, Any]]] = [(f"memory.{name}", {**in_memory, **flags, "LOG": True})]
     if fused.lanes_fit(n, k):
         shape = fused.lane_shape(n, name == "backward")
-        return [(f"lanes.{name}", {"N": n, "J": J, **shape, **flags}), *launched]
-    return [(f"rows.{name}", {**in_memory, **flags, "LOG": False}), *launched]
+        return [(f"registers.{name}", {"N": n, "J": J, **shape, **flags}), *launched]
+    return [(f"memory.{name}", {**in_memory, **flags, "LOG": False}), *launched]
 
 
 def compiled(n: int, k: int, name: str, constants: dict[str, Any], target: int, kind: str) -> Row:
@@ -108,7 +108,7 @@ def compiled(n: int, k: int, name: str, constants: dict[str, Any], target: int, 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from circuitroute.engines.subset import fused
+    from circuitroute.engines.subset.triton import engine as fused
 
     kernel = _kernel(name)
     constants = {**constants, "FAST": True}
@@ -140,7 +140,7 @@ def compiled(n: int, k: int, name: str, constants: dict[str, Any], target: int, 
         "triton": triton.__version__,
         "predicted": True,
     }
-    if name.startswith("lanes"):
+    if name.startswith("registers"):
         lanes = 1 << constants["LG"]
         row |= {"instructions_per_variable": round(sum(counts.values()) * lanes / n, 1)}
         row |= predict(counts, lanes, traffic(n, k, kind), TARGETS[target])
@@ -148,10 +148,10 @@ def compiled(n: int, k: int, name: str, constants: dict[str, Any], target: int, 
 
 
 def _kernel(name: str) -> Any:
-    from circuitroute.engines.subset.kernels import lanes, rows
+    from circuitroute.engines.subset.triton import memory, registers
 
     module, function = name.split(".")
-    return getattr({"lanes": lanes, "rows": rows}[module], function)
+    return getattr({"registers": registers, "memory": memory}[module], function)
 
 
 def _type(argument: str, constants: dict[str, Any]) -> str:

@@ -24,10 +24,11 @@ import circuitroute as cr
 from benchmarks import rows
 from benchmarks.measure import ProcessClock, quiet
 from circuitroute.engines import engine_of
-from circuitroute.engines.subset.compiled import lanes, root, sampling, shift, sweep, tree
-from circuitroute.engines.subset.compiled.lanes import WIDTH
-from circuitroute.engines.subset.compiled.rows import read
-from circuitroute.engines.subset.numba import _shape
+from circuitroute.engines.subset.numba import root, sampling, shift, sweep, tree
+from circuitroute.engines.subset.numba.engine import _shape
+from circuitroute.engines.subset.numba.simd import lanes
+from circuitroute.engines.subset.numba.simd.lanes import WIDTH
+from circuitroute.engines.subset.numba.simd.rows import read
 
 ROWS = Path(__file__).parent / "rows" / "cpu-profile.jsonl"
 STAGES = ("read and transpose", "shift", "tree up", "weigh the root", "sample", "tree down, write")

@@ -4,15 +4,11 @@ Declare a constraint, compile it to a circuit, call the circuit on logits: a dis
 subsets with exact marginals, samples and gradients. Mixture-of-experts routers are thin modules on top.
 """
 
-from circuitroute import divergence as divergence
+import sys as _sys
+
+from circuitroute import compilation as compilation
+from circuitroute import engines as engines
 from circuitroute import integrations as integrations
-from circuitroute import losses as losses
-from circuitroute import metrics as metrics
-from circuitroute import replay as replay
-from circuitroute.budget import Budget as Budget
-from circuitroute.budget import BudgetRouter as BudgetRouter
-from circuitroute.budget import BudgetState as BudgetState
-from circuitroute.circuit import Circuit as Circuit
 from circuitroute.compilation import compile as compile
 from circuitroute.compilation import register_compiler as register_compiler
 from circuitroute.constraints import ActiveGroups as ActiveGroups
@@ -28,7 +24,6 @@ from circuitroute.constraints import Groups as Groups
 from circuitroute.constraints import LayerBudget as LayerBudget
 from circuitroute.constraints import Logic as Logic
 from circuitroute.constraints import variables as variables
-from circuitroute.distribution import SubsetDistribution as SubsetDistribution
 from circuitroute.errors import CircuitFileError as CircuitFileError
 from circuitroute.errors import CircuitPropertyError as CircuitPropertyError
 from circuitroute.errors import CircuitRouteError as CircuitRouteError
@@ -36,22 +31,37 @@ from circuitroute.errors import CircuitTooLargeError as CircuitTooLargeError
 from circuitroute.errors import EngineError as EngineError
 from circuitroute.errors import InfeasibleError as InfeasibleError
 from circuitroute.errors import UnsupportedConstraintError as UnsupportedConstraintError
-from circuitroute.estimators import Estimator as Estimator
-from circuitroute.interop.nnf import read_nnf as read_nnf
-from circuitroute.interop.sdd import read_sdd as read_sdd
-from circuitroute.interop.storage import load as load
+from circuitroute.inference import divergence as divergence
+from circuitroute.inference.circuit import Circuit as Circuit
+from circuitroute.inference.distribution import SubsetDistribution as SubsetDistribution
+from circuitroute.inference.reading import load as load
+from circuitroute.inference.reading import read_nnf as read_nnf
+from circuitroute.inference.reading import read_sdd as read_sdd
 from circuitroute.keys import random_key as random_key
-from circuitroute.moe import MoE as MoE
-from circuitroute.replay import RoutingRecord as RoutingRecord
-from circuitroute.routers import DynamicKRouter as DynamicKRouter
-from circuitroute.routers import ExactKRouter as ExactKRouter
-from circuitroute.routers import Router as Router
-from circuitroute.routers import SoftTopKRouter as SoftTopKRouter
-from circuitroute.routers import TopKRouter as TopKRouter
-from circuitroute.routing import Routing as Routing
-from circuitroute.routing import SoftRouting as SoftRouting
-from circuitroute.routing import route as route
-from circuitroute.soft import LayerAllocation as LayerAllocation
-from circuitroute.soft import soft_topk as soft_topk
+from circuitroute.layers.budget import Budget as Budget
+from circuitroute.layers.budget import BudgetRouter as BudgetRouter
+from circuitroute.layers.budget import BudgetState as BudgetState
+from circuitroute.layers.budget import log_count_polynomial as log_count_polynomial
+from circuitroute.layers.moe import MoE as MoE
+from circuitroute.layers.routers import DynamicKRouter as DynamicKRouter
+from circuitroute.layers.routers import ExactKRouter as ExactKRouter
+from circuitroute.layers.routers import Router as Router
+from circuitroute.layers.routers import SoftTopKRouter as SoftTopKRouter
+from circuitroute.layers.routers import TopKRouter as TopKRouter
+from circuitroute.routing import estimators as estimators
+from circuitroute.routing import losses as losses
+from circuitroute.routing import metrics as metrics
+from circuitroute.routing import replay as replay
+from circuitroute.routing.estimators import Estimator as Estimator
+from circuitroute.routing.replay import RoutingRecord as RoutingRecord
+from circuitroute.routing.route import Routing as Routing
+from circuitroute.routing.route import SoftRouting as SoftRouting
+from circuitroute.routing.route import route as route
+from circuitroute.routing.soft_topk import LayerAllocation as LayerAllocation
+from circuitroute.routing.soft_topk import soft_topk as soft_topk
+
+# Public modules answer to their public names, wherever they live: `from circuitroute.replay import mismatch`.
+for _module in (divergence, estimators, losses, metrics, replay):
+    _sys.modules[f"{__name__}.{_module.__name__.rpartition('.')[2]}"] = _module
 
 __version__ = "0.1.0"

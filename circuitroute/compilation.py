@@ -21,9 +21,9 @@ from importlib.metadata import entry_points
 from typing import Any, TypeAlias, TypeVar
 
 from circuitroute._validate import int_at_least
-from circuitroute.circuit import Circuit
 from circuitroute.constraints import Constraint
 from circuitroute.errors import CircuitTooLargeError, UnsupportedConstraintError
+from circuitroute.inference.circuit import Circuit
 
 
 @dataclass(frozen=True)

@@ -23,20 +23,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from circuitroute.estimators import score_function_loss
+from language_model.config import DemoConfig, DemoError
+from language_model.corpus import load_corpus
+from language_model.model import LanguageModel, token_losses
+from language_model.process import threads
+from language_model.progress import progress_on
+from language_model.trainee import Setting, start
+from language_model.training import train
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import circuitroute as cr
-from circuitroute.demo.config import DemoConfig, DemoError
-from circuitroute.demo.corpus import load_corpus
-from circuitroute.demo.model import LanguageModel, token_losses
-from circuitroute.demo.process import threads
-from circuitroute.demo.progress import progress_on
-from circuitroute.demo.trainee import Setting, start
-from circuitroute.demo.training import train
-from circuitroute.estimators import score_function_loss
 
 ROUTER = "top-k"  # the stock router: what one finds in a model that is to be pruned
 RATE = 0.2  # of Adam, falling to 0

@@ -11,10 +11,10 @@ from __future__ import annotations
 import copy
 
 import torch
+from circuitroute.replay import RoutingRecord, importance_ratio, mismatch, path_log_prob
 from torch import Tensor, nn
 
 import circuitroute as cr
-from circuitroute.replay import RoutingRecord, importance_ratio, mismatch, path_log_prob
 
 LAYERS, EXPERTS, HIDDEN, ACTIONS = 4, 64, 32, 4
 SHARPNESS, STEPS, MINIBATCHES, RATE, CLIP = 3.0, 6, 2, 0.5, (0.8, 1.2)

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import networkx
 import pytest
 
 import circuitroute as cr
@@ -23,29 +24,26 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "circuitroute"
 MODULES = sorted(path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py"))
 
-# From the ground up: a module may import modules of lower layers, and of its own package. "circuitroute" itself is
-# the facade; what stands on it uses the library as anyone would. The leaves know nothing of one another.
-LAYERS: tuple[tuple[str, ...], ...] = (
+# The floors of the house, from the ground up, as CONTRIBUTING.md prints them: rooms and modules that share a floor know
+# nothing of one another, and imports point to lower floors only, inside functions too; a room has no circle.
+# "circuitroute" itself is the facade; what stands on it uses the library as anyone would.
+FLOORS: tuple[tuple[str, ...], ...] = (
     ("_files", "_validate", "errors"),
-    ("keys",),
+    ("keys", "plots"),
     ("constraints",),
     ("circuit",),
-    ("compilation",),
+    ("interop",),
     ("engines",),
-    ("arguments", "evidence"),
-    ("distribution",),
-    ("divergence",),
-    ("estimators", "soft"),
+    ("inference",),
+    ("compilation",),
     ("routing",),
-    ("routers",),
-    ("budget", "interop", "losses", "metrics", "moe", "plots", "replay"),
+    ("layers",),
     ("integrations",),
-    ("drawing",),
     ("circuitroute",),
-    ("bench", "demo", "explain", "testing"),
+    ("testing",),
     ("cli",),
 )
-LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
+FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 IMPORTERS = ("import_module", "importlib.import_module", "__import__")
 
@@ -59,8 +57,9 @@ ADAPTERS = {
     "circuitroute/integrations/torchtitan.py": {"torchtitan"},
 }
 
-# Packages of kernels whose decorators need a compiler when they are imported: only functions may import them.
-KERNELS = {"circuitroute.engines.subset.compiled": {"numba"}, "circuitroute.engines.subset.kernels": {"triton"}}
+# Folders of engines whose decorators need a compiler when they are imported: all modules but ``engine`` do, and only
+# functions may import them.
+KERNELS = {"circuitroute/engines/subset/numba": "numba", "circuitroute/engines/subset/triton": "triton"}
 
 PUBLIC = [
     "ActiveGroups",
@@ -98,10 +97,14 @@ PUBLIC = [
     "SubsetDistribution",
     "TopKRouter",
     "UnsupportedConstraintError",
+    "compilation",
     "compile",
     "divergence",
+    "engines",
+    "estimators",
     "integrations",
     "load",
+    "log_count_polynomial",
     "losses",
     "metrics",
     "random_key",
@@ -150,13 +153,13 @@ def _origin(node: ast.ImportFrom, module: str) -> str:
 
 
 def _module_named(origin: str, name: str) -> str:
-    """ "from circuitroute import losses" names the module circuitroute.losses, since there is one."""
+    """ "from circuitroute import losses" names the module circuitroute.routing.losses, since there is one."""
     path = ROOT / Path(*origin.split("."), name)
     return f"{origin}.{name}" if path.with_suffix(".py").exists() or path.is_dir() else origin
 
 
 def _place(dotted: str) -> str:
-    """The name by which a module of the package appears in LAYERS."""
+    """The name by which a module of the package appears in FLOORS."""
     parts = dotted.split(".")
     return parts[1] if len(parts) > 1 else parts[0]
 
@@ -178,29 +181,59 @@ def test_the_core_imports_no_compiler(module: str) -> None:
     assert not {name for name in imported if name.split(".")[0] == "circuitroute_compilers"}
 
 
+def _arrows(module: str) -> Iterator[str]:
+    """The modules of the library that a module imports, anywhere in it."""
+    for name in _imported(ast.walk(_tree(module)), module):
+        if name.split(".")[0] == "circuitroute":
+            path = name.replace(".", "/")
+            yield f"{path}.py" if f"{path}.py" in MODULES else f"{path}/__init__.py"
+
+
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_point_down_the_layers_only(module: str) -> None:
+def test_imports_point_down_the_stair_only(module: str) -> None:
     own = _own_place(module)
-    assert own in LAYER_OF, f"{module} has no place in LAYERS of {Path(__file__).name}: decide what it may import"
-    for name in _imported(_on_import(_tree(module)), module):
+    assert own in FLOOR_OF, f"{module} has no place in FLOORS of {Path(__file__).name}: decide what it may import"
+    for name in _imported(ast.walk(_tree(module)), module):
         if name.split(".")[0] != "circuitroute" or _place(name) == own:
             continue
-        assert LAYER_OF[_place(name)] < LAYER_OF[own], f"{module} imports {name}, which is not below it"
+        assert FLOOR_OF[_place(name)] < FLOOR_OF[own], f"{module} imports {name}, which is not below it"
 
 
-def test_every_layer_exists() -> None:
-    found = {_own_place(module) for module in MODULES}
-    assert set(LAYER_OF) == found
+def test_no_files_import_each_other_in_a_circle() -> None:
+    graph = networkx.DiGraph((module, other) for module in MODULES for other in _arrows(module))
+    assert sorted(networkx.simple_cycles(graph, length_bound=8)) == []
+    assert networkx.is_directed_acyclic_graph(graph)
+    assert len(graph) > 100
+
+
+def test_every_floor_exists_and_is_printed() -> None:
+    assert set(FLOOR_OF) == {_own_place(module) for module in MODULES}
+    printed = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = [" ".join(f"`{name}`" for name in names) for names in FLOORS if names != ("circuitroute",)]
+    places = [printed.find(f"| {row} |") for row in rows]
+    assert -1 not in places, f"CONTRIBUTING.md lacks the floor {rows[places.index(-1)]}"
+    assert places == sorted(places)
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_slow_and_optional_packages_are_imported_where_they_are_used(module: str) -> None:
     names = set(_imported(_on_import(_tree(module)), module))
-    package = _origin(ast.ImportFrom(level=1), module)
-    assert not {name.split(".")[0] for name in names} & (
-        LAZY - KERNELS.get(package, set()) - ADAPTERS.get(module, set())
-    )
-    assert package in KERNELS or not {name for name in names if name.startswith(tuple(KERNELS))}
+    allowed = ADAPTERS.get(module, set()) | {_compiler_of(module)}
+    assert not {name.split(".")[0] for name in names} & (LAZY - allowed)
+    if not _compiler_of(module):
+        assert not {other for other in _arrows_on_import(module) if _compiler_of(other)}
+
+
+def _compiler_of(module: str) -> str | None:
+    """The compiler that a module of kernels needs; None for the others."""
+    path = Path(module)
+    if path.name in ("engine.py", "__init__.py"):
+        return None
+    return next((compiler for folder, compiler in KERNELS.items() if Path(folder) in path.parents), None)
+
+
+def _arrows_on_import(module: str) -> set[str]:
+    return {f"{name.replace('.', '/')}.py" for name in _imported(_on_import(_tree(module)), module)}
 
 
 def test_the_rules_can_tell() -> None:
@@ -222,10 +255,10 @@ plot = import_module("networkx")
 """
     found = {name.split(".")[0] for name in _imported(_on_import(ast.parse(source)), "example")}
     assert found & LAZY == {"sympy", "rich", "numba", "networkx"}
-    inner = "circuitroute/engines/subset/eager.py"
-    relative = ast.parse("from . import tree\nfrom ..base import Engine\nfrom ... import routing\nimport circuitroute")
+    inner = "circuitroute/engines/subset/naive.py"
+    relative = ast.parse("from . import mode\nfrom ..base import Engine\nfrom ... import routing\nimport circuitroute")
     assert list(_imported(_on_import(relative), inner)) == [
-        "circuitroute.engines.subset.tree",
+        "circuitroute.engines.subset.mode",
         "circuitroute.engines.base",
         "circuitroute.routing",
         "circuitroute",
@@ -240,8 +273,9 @@ def _exported() -> list[str]:
     names = []
     for node in _tree("circuitroute/__init__.py").body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            assert all(alias.asname == alias.name for alias in node.names), ast.unparse(node)
-            names += [alias.name for alias in node.names]
+            public = [alias for alias in node.names if not str(alias.asname).startswith("_")]
+            assert all(alias.asname == alias.name for alias in public), ast.unparse(node)
+            names += [alias.name for alias in public]
     return names
 
 

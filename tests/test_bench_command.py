@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import rows
-from circuitroute import bench
-from circuitroute.cli import main
+from circuitroute.cli import checkout
+from circuitroute.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,12 +35,13 @@ def test_bad_options_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "circuitroute bench: error: --sizes '8'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["bench", "demo"])
 def test_outside_a_checkout_it_says_where_to_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "PACKAGE", tmp_path / "site-packages" / "circuitroute")
+    monkeypatch.setattr(checkout, "PACKAGE", tmp_path / "site-packages" / "circuitroute")
     monkeypatch.chdir(tmp_path)
-    assert main(["bench", "--help"]) == 2
+    assert main([command, "--help"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     (line,) = captured.err.splitlines()
@@ -50,7 +51,7 @@ def test_outside_a_checkout_it_says_where_to_run(
 def test_the_current_directory_is_looked_at_where_the_package_has_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert bench.find_checkout() == ROOT
-    monkeypatch.setattr(bench, "PACKAGE", tmp_path / "circuitroute")
+    assert checkout.find_checkout() == ROOT
+    monkeypatch.setattr(checkout, "PACKAGE", tmp_path / "circuitroute")
     monkeypatch.chdir(ROOT)
-    assert bench.find_checkout() == ROOT
+    assert checkout.find_checkout() == ROOT

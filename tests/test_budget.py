@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import circuitroute as cr
-from circuitroute.budget import BudgetRouter, BudgetState, log_count_polynomial
+from circuitroute.layers.budget import BudgetRouter, BudgetState, log_count_polynomial
 
 H = 6
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import circuitroute as cr
-from circuitroute.cli import main
+from circuitroute.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -102,7 +102,7 @@ def test_a_missing_extra_is_named(
 
 def test_import_leaves_the_extras_alone() -> None:
     program = (
-        "import sys, circuitroute, circuitroute.cli\n"
+        "import sys, circuitroute, circuitroute.cli.main\n"
         "print(sorted({'matplotlib', 'rich', 'safetensors'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from language_model import checkpoint, corpus, process, progress, trainee, training
+from language_model.config import ROUTERS, DemoConfig, DemoError
+from language_model.evaluation import Evaluation, Interrupted
+from language_model.model import build_model
 
 import circuitroute as cr
 from circuitroute import plots
-from circuitroute.cli import main
-from circuitroute.demo import checkpoint, corpus, process, progress, trainee, training
-from circuitroute.demo.config import ROUTERS, DemoConfig, DemoError
-from circuitroute.demo.evaluation import Evaluation, Interrupted
-from circuitroute.demo.model import build_model
+from circuitroute.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 TINY = DemoConfig(

@@ -13,10 +13,12 @@ import circuitroute as cr
 from circuitroute.circuit import Graph, NodeKind
 from circuitroute.circuit.counting import split_by_count
 from circuitroute.engines import layered_engine
-from circuitroute.engines.layered import NaiveLayered, TorchLayered, eager, evaluated, steps, walk
-from circuitroute.engines.layered.plan import lay_out
-from circuitroute.engines.layered.runs import Contraction, LargestSum
-from circuitroute.engines.layered.steps import Dense, Pairs, Pool
+from circuitroute.engines.layered import NaiveLayered, TorchLayered, evaluated
+from circuitroute.engines.layered.torch import engine as eager
+from circuitroute.engines.layered.torch import steps, walk
+from circuitroute.engines.layered.torch.plan import lay_out
+from circuitroute.engines.layered.torch.runs import Contraction, LargestSum
+from circuitroute.engines.layered.torch.steps import Dense, Pairs, Pool
 from circuitroute.keys import uniform
 from tests.test_compile import NoNeighbours, Parity
 from tests.truth import enumerate_worlds, world_truth

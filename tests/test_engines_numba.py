@@ -16,7 +16,7 @@ import torch
 import circuitroute as cr
 from circuitroute import engines
 from circuitroute.engines.subset import NaiveSubset, NumbaSubset, TorchSubset
-from circuitroute.engines.subset import numba as engine
+from circuitroute.engines.subset.numba import engine
 from circuitroute.keys import uniform
 from tests.truth import count_gradient, count_truth
 
@@ -112,7 +112,7 @@ def test_large_circuits(n, k, rows):
 def test_exp_and_log_of_lanes(dtype):
     import numba
 
-    from circuitroute.engines.subset.compiled import functions, lanes
+    from circuitroute.engines.subset.numba.simd import functions, lanes
 
     @numba.njit
     def both(x, e, log):
@@ -196,7 +196,8 @@ def test_draws_that_float64_leaves_in_doubt_are_the_naive_engines(monkeypatch):
 def test_uniforms_are_those_of_keys():
     import numba
 
-    from circuitroute.engines.subset.compiled import lanes, sampling
+    from circuitroute.engines.subset.numba import sampling
+    from circuitroute.engines.subset.numba.simd import lanes
 
     @numba.njit
     def draw(key, words, out):

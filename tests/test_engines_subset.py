@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import circuitroute as cr
-from circuitroute.engines.subset import NaiveSubset, eager
+from circuitroute.engines.subset import NaiveSubset
+from circuitroute.engines.subset.torch import engine as eager
 from tests.truth import count_gradient, count_truth
 
 ENGINES = ["numba", "torch", "naive"]

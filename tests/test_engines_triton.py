@@ -20,7 +20,8 @@ import torch
 import circuitroute as cr
 from benchmarks import triton_check
 from circuitroute.engines import Inference, choose
-from circuitroute.engines.subset import NaiveSubset, TorchSubset, TritonSubset, fused
+from circuitroute.engines.subset import NaiveSubset, TorchSubset, TritonSubset
+from circuitroute.engines.subset.triton import engine as fused
 from tests.test_engines_subset import evidence_rows, phi_of
 from tests.truth import count_gradient, count_truth
 
@@ -346,7 +347,7 @@ def test_kernels_compile_ahead_of_time(kind, tmp_path):
     done = _python("-m", "benchmarks.aot", "--sizes", "4:2", "--kinds", kind, "--targets", "90", "--out", str(out))
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in out.read_text().splitlines()]
-    assert {row["kernel"] for row in found} == {f"lanes.{kind}", f"rows.{kind}"}
+    assert {row["kernel"] for row in found} == {f"registers.{kind}", f"memory.{kind}"}
     assert all(row["registers"] > 0 and row["instructions"] > 0 for row in found)
     assert all(row["predicted"] is True for row in found if "predicted_us" in row)
 
@@ -381,7 +382,7 @@ def test_constants_of_kernels_equal_themselves():
     """Triton compares the globals that a kernel captured at every launch: NaN would make each of them fail."""
     from triton.language import constexpr
 
-    from circuitroute.engines.subset import kernels
+    from circuitroute.engines.subset import triton as kernels
 
     modules = [
         importlib.import_module(f"{kernels.__name__}.{path.stem}")

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import circuitroute as cr
-from circuitroute.engines.layered import NaiveLayered, evaluated, unrolled
-from circuitroute.engines.layered.unrolled import UnrolledMode
+from circuitroute.engines.layered import NaiveLayered, evaluated
+from circuitroute.engines.layered.torch import unrolled
+from circuitroute.engines.layered.torch.unrolled import UnrolledMode
 
 x = cr.variables(12)
 CONSTRAINTS = {

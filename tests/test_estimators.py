@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import circuitroute as cr
-from circuitroute.estimators import NoEstimator, Score, Simple, as_estimator, score_function_loss
+from circuitroute.routing.estimators import NoEstimator, Score, Simple, as_estimator, score_function_loss
 from tests.truth import enumerate_worlds, world_truth
 
 E = 5

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 import circuitroute as cr
-from circuitroute.circuit.circuit import scientific
-from circuitroute.cli import main
+from circuitroute.cli.explain import command
+from circuitroute.cli.explain.facts import facts_of
+from circuitroute.cli.main import main
 from circuitroute.compilation import predict
 from circuitroute.engines import cost
-from circuitroute.explain import command
-from circuitroute.explain.facts import facts_of
+from circuitroute.inference.circuit import scientific
 
 ROOT = Path(__file__).parents[1]
 
@@ -215,7 +215,7 @@ ARGUMENTS = ["explain", "rules:node_limited", "-n", "64"]
 
 def test_the_installed_command_finds_modules_here(tmp_path: Path) -> None:
     """A console script has its own directory on the path, not the current one."""
-    program = f"import sys; sys.path.remove(''); from circuitroute.cli import main; sys.exit(main({ARGUMENTS!r}))"
+    program = f"import sys; sys.path.remove(''); from circuitroute.cli.main import main; sys.exit(main({ARGUMENTS!r}))"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "compilers")])
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(

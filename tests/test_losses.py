@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import circuitroute as cr
-from circuitroute import losses
+from circuitroute.routing import losses
 from tests.truth import world_truth
 
 INF = float("inf")

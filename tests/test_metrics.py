@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import circuitroute as cr
-from circuitroute import metrics
-from circuitroute.metrics import rank_correlation, swap_oracle
+from circuitroute.routing import metrics
+from circuitroute.routing.metrics import rank_correlation, swap_oracle
 
 INF = float("inf")
 T, E = 24, 8

@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import circuitroute as cr
-from circuitroute.circuit import Circuit, Graph, bitsets, conflicts, overlaps, worlds
-from circuitroute.circuit.conflicts import UnverifiedError
-from circuitroute.circuit.properties import check
+from circuitroute.circuit import Graph
+from circuitroute.circuit.verify import bitsets, conflicts, overlaps, worlds
+from circuitroute.circuit.verify.conflicts import UnverifiedError
+from circuitroute.circuit.verify.properties import check
+from circuitroute.inference.circuit import Circuit
 
 T, A, P, S = range(4)  # true, absent, present, sum
 

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 import circuitroute as cr
-from circuitroute.circuit import Circuit, Graph, NodeKind
+from circuitroute.circuit import Graph, NodeKind
 from circuitroute.engines import ENGINES
 from circuitroute.engines.layered import NaiveLayered, PyjuiceLayered, TorchLayered
 from circuitroute.engines.layered import pyjuice as engine_module
+from circuitroute.inference.circuit import Circuit
 from circuitroute.interop.pyjuice_circuit import LOG_ZERO, soft_evidence
 from tests.test_views import CASES, IDS, factors_the_root
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import circuitroute as cr
-from circuitroute import replay
-from circuitroute.replay import LayerRecord, RoutingRecord, importance_ratio, mismatch, path_log_prob
+from circuitroute.routing import replay
+from circuitroute.routing.replay import LayerRecord, RoutingRecord, importance_ratio, mismatch, path_log_prob
 
 ROOT = Path(__file__).parent.parent
 T = 30

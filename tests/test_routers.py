@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import circuitroute as cr
-from circuitroute.estimators import Simple
+from circuitroute.routing.estimators import Simple
 
 H, E = 5, 8
 

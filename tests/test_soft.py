@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from circuitroute.soft import LayerAllocation, laplace_cdf, soft_topk
+from circuitroute.routing.soft_topk import LayerAllocation, laplace_cdf, soft_topk
 
 INF = float("inf")
 

@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 import circuitroute as cr
 from circuitroute import losses, metrics
-from circuitroute.routers import SoftTopKRouter
-from circuitroute.routing import Combine, SoftRouting
-from circuitroute.soft import LayerAllocation, soft_topk
+from circuitroute.layers.routers import SoftTopKRouter
+from circuitroute.routing.route import Combine, SoftRouting
+from circuitroute.routing.soft_topk import LayerAllocation, soft_topk
 
 H, E, T, K = 5, 8, 40, 2.5
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import circuitroute as cr
-from circuitroute.circuit import Circuit
 from circuitroute.constraints import And, Or
+from circuitroute.inference.circuit import Circuit
 from circuitroute.interop import storage
 from circuitroute.interop.imported import Imported, Opaque
 from circuitroute.interop.reprs import parse_constraint
@@ -176,7 +176,7 @@ def test_a_forced_engine_is_not_saved(path):
 
 def test_a_circuit_that_cannot_be_judged_is_loaded_all_the_same(path, monkeypatch):
     """Determinism is verified where it can be decided; whoever compiled the circuit vouches for the rest."""
-    from circuitroute.circuit import conflicts
+    from circuitroute.circuit.verify import conflicts
     from tests.test_interop import _both_parities
 
     source = path.with_name("a.nnf")

@@ -13,10 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-
-from circuitroute import plots
-from circuitroute.cli import main
-from circuitroute.demo import (
+from language_model import (
     corpus,
     evaluation,
     process,
@@ -27,10 +24,13 @@ from circuitroute.demo import (
     trainee,
     training,
 )
-from circuitroute.demo.config import ALL_ROUTERS, DemoConfig, DemoError
-from circuitroute.demo.evaluation import Interrupted
-from circuitroute.demo.model import build_model
-from circuitroute.demo.study import Run, StudyConfig, preset, row_of, summarise
+from language_model.config import ALL_ROUTERS, DemoConfig, DemoError
+from language_model.evaluation import Interrupted
+from language_model.model import build_model
+from language_model.study import Run, StudyConfig, preset, row_of, summarise
+
+from circuitroute import plots
+from circuitroute.cli.main import main
 from tests.test_demo import TINY, Watcher, assert_same_run, never, png_size, results
 
 STUDY = ["demo", "--study", "budgets"]

@@ -14,10 +14,10 @@ import sympy
 import torch
 
 import circuitroute as cr
-from circuitroute import drawing
-from circuitroute.circuit import Circuit, Graph, NodeKind
-from circuitroute.circuit.circuit import scientific
+from circuitroute.circuit import Graph, NodeKind
 from circuitroute.circuit.graph import enumerate_models
+from circuitroute.inference.circuit import Circuit, scientific
+from circuitroute.interop import drawing
 from circuitroute.interop.polynomial import MAX_ELEMENTS
 
 GROUPS = cr.ActiveGroups(cr.Groups(2), at_most=1) & cr.Exactly(2)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.registry import Forward, Outputs, UnavailableError, provider
 from benchmarks.subset.workload import SubsetCase
-from circuitroute.soft import soft_topk
+from circuitroute.routing.soft_topk import soft_topk
 
 
 @provider("subset", "lapsum", note="a soft relaxation, no sample")

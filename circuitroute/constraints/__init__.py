@@ -1,9 +1,9 @@
 """What is allowed: immutable, hashable constraints and the protocol to write new ones."""
 
-from circuitroute.constraints.algebra import And as And
-from circuitroute.constraints.algebra import Not as Not
-from circuitroute.constraints.algebra import Or as Or
+from circuitroute.constraints.base import And as And
 from circuitroute.constraints.base import Constraint as Constraint
+from circuitroute.constraints.base import Not as Not
+from circuitroute.constraints.base import Or as Or
 from circuitroute.constraints.base import Over as Over
 from circuitroute.constraints.base import State as State
 from circuitroute.constraints.cost import Cost as Cost

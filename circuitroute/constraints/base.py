@@ -1,4 +1,4 @@
-"""The protocol every constraint follows: a small state machine over a tree of variables.
+"""The protocol every constraint follows, a small state machine over a tree of variables, and its algebra: & | ~ over.
 
 A constraint gives each literal a state (:meth:`Constraint.leaf`), a way to combine the states of two
 neighbouring blocks of variables (:meth:`Constraint.merge`) and says which final states are allowed
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 from circuitroute._validate import index_tuple
 
@@ -51,21 +51,23 @@ class Constraint:
 
     def __and__(self, other: Constraint) -> Constraint:
         """Both hold."""
-        from circuitroute.constraints.algebra import And
-
         return And.of(self, other) if isinstance(other, Constraint) else NotImplemented
 
     def __or__(self, other: Constraint) -> Constraint:
         """At least one holds."""
-        from circuitroute.constraints.algebra import Or
-
         return Or.of(self, other) if isinstance(other, Constraint) else NotImplemented
 
     def __invert__(self) -> Constraint:
         """It does not hold."""
-        from circuitroute.constraints.algebra import Not
-
         return Not.of(self)
+
+    def __bool__(self) -> bool:
+        """There is none: ``a and b`` would silently be ``b``.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(f"{self!r} has no truth value: combine constraints with & | ~, not with and, or, not")
 
     def over(self, indices: Iterable[int]) -> Constraint:
         """The same constraint on the variables ``indices``; the others are left free.
@@ -100,3 +102,68 @@ class Over(Constraint):
 
     def __repr__(self) -> str:
         return f"{self.constraint!r}.over({list(self.indices)!r})"
+
+
+@dataclass(frozen=True, repr=False, init=False)
+class _Composed(Constraint):
+    """Several constraints joined by one operator: nested uses flattened, repetitions dropped, order kept."""
+
+    symbol: ClassVar[str]
+    parts: tuple[Constraint, ...]
+
+    def __init__(self, parts: Iterable[Constraint]) -> None:
+        flat: list[Constraint] = []
+        for i, part in enumerate(parts):
+            if not isinstance(part, Constraint):
+                raise TypeError(f"parts[{i}]={part!r}: expected a circuitroute Constraint, got {type(part).__name__}")
+            flat.extend(part.parts if isinstance(part, type(self)) else (part,))
+        if not flat:
+            raise ValueError("parts=(): give at least one constraint")
+        object.__setattr__(self, "parts", tuple(dict.fromkeys(flat)))
+
+    @classmethod
+    def of(cls, *parts: Constraint) -> Constraint:
+        """The combination, which is the part itself where there is only one."""
+        combined = cls(parts)
+        return combined.parts[0] if len(combined.parts) == 1 else combined
+
+    def over(self, indices: Iterable[int]) -> Constraint:
+        chosen = list(indices)
+        return self.of(*(part.over(chosen) for part in self.parts))
+
+    def __repr__(self) -> str:
+        return f"({f' {self.symbol} '.join(map(repr, self.parts))})"
+
+
+class And(_Composed):
+    """All of ``parts`` hold; made by ``a & b``."""
+
+    symbol = "&"
+
+
+class Or(_Composed):
+    """At least one of ``parts`` holds; made by ``a | b``."""
+
+    symbol = "|"
+
+
+@dataclass(frozen=True, repr=False)
+class Not(Constraint):
+    """``part`` does not hold; made by ``~a``."""
+
+    part: Constraint
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.part, Constraint):
+            raise TypeError(f"part={self.part!r}: expected a circuitroute Constraint, got {type(self.part).__name__}")
+
+    @staticmethod
+    def of(part: Constraint) -> Constraint:
+        """The negation; of a negation, what it negates."""
+        return part.part if isinstance(part, Not) else Not(part)
+
+    def over(self, indices: Iterable[int]) -> Constraint:
+        return Not.of(self.part.over(indices))
+
+    def __repr__(self) -> str:
+        return f"~{self.part!r}"

@@ -15,7 +15,7 @@ class Cost(Constraint):
 
     Args:
         costs: non-negative integers, one per variable of the scope.
-        at_most, at_least: limits of the sum; at least one of them.
+        at_most, at_least: limits of the sum; at least one of them (``at_least=0`` is one like any other).
 
     Raises:
         ValueError: no or negative costs, no limit, or limits the wrong way round.
@@ -26,16 +26,16 @@ class Cost(Constraint):
     at_most: int | None
     at_least: int
 
-    def __init__(self, costs: Iterable[int], at_most: int | None = None, at_least: int = 0) -> None:
+    def __init__(self, costs: Iterable[int], at_most: int | None = None, at_least: int | None = None) -> None:
         if isinstance(costs, (str, bytes)) or not isinstance(costs, Iterable):
             raise TypeError(f"costs={costs!r}: expected a sequence of integers, one per variable")
         values = tuple(int_at_least(f"costs[{i}]", c, 0) for i, c in enumerate(costs))
         if not values:
             raise ValueError("costs=(): give one cost per variable")
-        lowest = int_at_least("at_least", at_least, 0)
+        if at_most is None and at_least is None:
+            raise ValueError("at_most=None, at_least=None: give one of them, or both")
+        lowest = 0 if at_least is None else int_at_least("at_least", at_least, 0)
         highest = None if at_most is None else int_at_least("at_most", at_most, 0)
-        if highest is None and lowest == 0:
-            raise ValueError("at_most=None: give at_most, at_least, or both")
         if highest is not None and highest < lowest:
             raise ValueError(f"at_most={highest}: must be at least at_least={lowest}")
         object.__setattr__(self, "costs", values)

@@ -17,14 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from circuitroute.circuit import Circuit
+from circuitroute.circuit import Compiled, boolean
+from circuitroute.circuit.compiled import of_handle
 from circuitroute.engines.base import Inference
+from circuitroute.engines.choice import engine_of
 
 # (log Z, marginals, count posterior, shift, log root, mask, fallback)
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def infer(circuit: Circuit, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor | None) -> Inference:
+def infer(circuit: Compiled, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor | None) -> Inference:
     """One sweep, differentiable once; see :meth:`circuitroute.engines.base.Engine.infer`."""
     log_partition, marginals, counts, shift, log_root, mask, fallback = _infer(
         logits_TN, potential, key_T, circuit.handle
@@ -40,34 +42,32 @@ def infer(circuit: Circuit, logits_TN: Tensor, potential: Tensor | None, key_T: 
     )
 
 
-def sample(circuit: Circuit, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor) -> Tensor:
+def sample(circuit: Compiled, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor) -> Tensor:
     """[T, N] bool."""
     found: Tensor = _sample(logits_TN, potential, key_T, circuit.handle)
     return found
 
 
-def mode(circuit: Circuit, logits_TN: Tensor, potential: Tensor | None) -> Tensor:
+def mode(circuit: Compiled, logits_TN: Tensor, potential: Tensor | None) -> Tensor:
     """[T, N] bool."""
     found: Tensor = _mode(logits_TN, potential, circuit.handle)
     return found
 
 
-def satisfies(circuit: Circuit, mask_TN: Tensor) -> Tensor:
+def satisfies(circuit: Compiled, mask_TN: Tensor) -> Tensor:
     """[T] bool."""
     found: Tensor = _satisfies(mask_TN, circuit.handle)
     return found
 
 
 def _engine(handle: str, device: torch.device) -> Any:
-    from circuitroute.engines import engine_of
-
-    return engine_of(Circuit.of_handle(handle), device)
+    return engine_of(of_handle(handle), device)
 
 
 def _counted(handle: str, device: torch.device) -> int:
     """J, or 0 where a sweep gives no count posterior."""
-    circuit, engine = Circuit.of_handle(handle), _engine(handle, device)
-    return circuit.max_count + 1 if circuit.op == "subset" or engine.gives_counts else 0
+    circuit, engine = of_handle(handle), _engine(handle, device)
+    return circuit.max_count + 1 if circuit.counts is not None or engine.gives_counts else 0
 
 
 @torch.library.custom_op("circuitroute::infer", mutates_args=())
@@ -182,7 +182,7 @@ def _(logits: Tensor, potential: Tensor | None, circuit: str) -> Tensor:
 
 @torch.library.custom_op("circuitroute::satisfies", mutates_args=())
 def _satisfies(mask: Tensor, circuit: str) -> Tensor:
-    return Circuit.of_handle(circuit).satisfies(mask).clone()  # an operator's result is no view
+    return boolean.satisfies(of_handle(circuit), mask).clone()  # an operator's result is no view
 
 
 @_satisfies.register_fake

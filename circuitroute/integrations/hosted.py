@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from circuitroute._validate import as_int, int_at_least
-from circuitroute.circuit import Circuit
 from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Constraint
-from circuitroute.distribution import SubsetDistribution
-from circuitroute.estimators import Estimator, as_estimator
+from circuitroute.inference.circuit import Circuit
+from circuitroute.inference.distribution import SubsetDistribution
 from circuitroute.keys import fold_in, random_key
-from circuitroute.routing import Routing, route, weigh_by_logits
+from circuitroute.routing.estimators import Estimator, as_estimator
+from circuitroute.routing.route import Routing, route, weigh_by_logits
 
 Weights = Literal["softmax", "normalized", "sigmoid"]
 

@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from circuitroute import losses
 from circuitroute.constraints import Constraint
-from circuitroute.estimators import Estimator
 from circuitroute.integrations.hosted import Decider, Weights
 from circuitroute.integrations.hosted import begin_step as begin_step
 from circuitroute.integrations.hosted import recorded_routings as recorded_routings
-from circuitroute.routing import Routing
+from circuitroute.routing import losses
+from circuitroute.routing.estimators import Estimator
+from circuitroute.routing.route import Routing
 
 try:
     from megatron.core.transformer.moe.router import TopKRouter

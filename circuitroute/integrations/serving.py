@@ -25,14 +25,14 @@ from torch.export import Dim, ExportedProgram
 
 from circuitroute._files import replace_file
 from circuitroute._validate import int_at_least
-from circuitroute.circuit import Circuit
 from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Constraint
 from circuitroute.engines import layered_engine, ops
 from circuitroute.engines.layered import evaluated
-from circuitroute.engines.layered.unrolled import MAX_UNROLLED, UnrolledMode, can_unroll
+from circuitroute.engines.layered.torch.unrolled import MAX_UNROLLED, UnrolledMode, can_unroll
 from circuitroute.engines.subset.mode import best_count, best_scores
-from circuitroute.routing import expert_softmax
+from circuitroute.inference.circuit import Circuit
+from circuitroute.routing.route import expert_softmax
 
 ServedCombine: TypeAlias = Literal["softmax", "normalized", "sigmoid"]
 Score: TypeAlias = Literal["logits", "sigmoid"]

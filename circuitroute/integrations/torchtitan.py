@@ -20,10 +20,10 @@ from torch.distributed.tensor import DTensor
 
 from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Constraint
-from circuitroute.estimators import Estimator
 from circuitroute.integrations.hosted import Decider
 from circuitroute.integrations.hosted import begin_step as begin_step
 from circuitroute.integrations.hosted import recorded_routings as recorded_routings
+from circuitroute.routing.estimators import Estimator
 
 try:
     from torchtitan.config.override import derive

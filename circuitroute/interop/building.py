@@ -11,8 +11,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from circuitroute.circuit.bitsets import Pool
 from circuitroute.circuit.graph import Graph, NodeKind
+from circuitroute.circuit.verify.bitsets import Pool
 from circuitroute.errors import CircuitTooLargeError
 
 Pair: TypeAlias = tuple[int, int]

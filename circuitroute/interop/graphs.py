@@ -11,15 +11,13 @@ the product of element ``e`` is called ``("product", e)``. So the circuit's arra
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from circuitroute.circuit import Compiled
 from circuitroute.circuit.graph import Graph, NodeKind, count_ranges
 
-if TYPE_CHECKING:
-    from circuitroute.circuit import Circuit
 
-
-def to_networkx(circuit: Circuit) -> Any:
+def to_networkx(circuit: Compiled) -> Any:
     """A ``networkx.DiGraph`` with a node per node and per product of the circuit.
 
     Every node has ``kind`` ("true", "absent", "present", "sum", "product"), ``level`` (0 for literals and

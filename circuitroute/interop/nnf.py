@@ -24,9 +24,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from circuitroute._validate import int_at_least
-from circuitroute.circuit import Circuit
-from circuitroute.circuit.bitsets import listed, members
-from circuitroute.circuit.properties import check
+from circuitroute.circuit import Parts
+from circuitroute.circuit.verify.bitsets import listed, members
+from circuitroute.circuit.verify.properties import check
 from circuitroute.errors import CircuitPropertyError, InfeasibleError
 from circuitroute.interop.building import Builder, Value
 from circuitroute.interop.imported import Imported
@@ -59,28 +59,8 @@ class _Nnf:
     variables: int
 
 
-def read_nnf(path: str | os.PathLike[str], n: int | None = None, max_nodes: int = 1_000_000) -> Circuit:
-    """Read a d-DNNF circuit in the format of c2d or of d4 (the content tells which).
-
-    The circuit is made smooth, and verified: what is not decomposable, or cannot be seen to be deterministic, is
-    refused. Elements of an or-node must imply opposite literals, as they do where a compiler decided a variable, or
-    depend on at most 16 variables, or the whole circuit must be structured.
-
-    Args:
-        path: the file.
-        n: number of variables, if there are more than the file speaks of; the others are left free.
-        max_nodes: the largest circuit to build, in nodes.
-
-    Returns:
-        A circuit over the file's variables, 1 becoming 0; its constraint only tells where it came from.
-
-    Raises:
-        CircuitFileError: the file is malformed, or of another kind; names path, line, what was found and expected.
-        CircuitPropertyError: a node is not decomposable, or not (seen to be) deterministic; named as in the file.
-        InfeasibleError: the circuit is false.
-        CircuitTooLargeError: the smooth circuit needs more than ``max_nodes`` nodes.
-        ValueError: ``n`` is smaller than the file's number of variables.
-    """
+def read(path: str | os.PathLike[str], n: int | None, max_nodes: int) -> Parts:
+    """The parts of a circuit in c2d's or d4's format, made smooth and verified; see :func:`circuitroute.read_nnf`."""
     max_nodes = int_at_least("max_nodes", max_nodes, 1)
     file = TextFile(path)
     nnf = _parse(file)
@@ -91,7 +71,7 @@ def read_nnf(path: str | os.PathLike[str], n: int | None = None, max_nodes: int 
         raise InfeasibleError(f"{file.path}: the circuit is false, no subset satisfies it")
     graph, origin = builder.finish(value, nnf.root)
     check(graph, lambda i: _label(file, nnf.nodes[origin[i]]))
-    return Circuit(graph, Imported(nnf.format, file.digest))
+    return Parts(graph, Imported(nnf.format, file.digest))
 
 
 def _label(file: TextFile, node: _Node) -> str:

@@ -9,18 +9,16 @@ marginal of i.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from circuitroute.circuit import Compiled
 from circuitroute.circuit.graph import NodeKind
-
-if TYPE_CHECKING:
-    from circuitroute.circuit import Circuit
 
 # Beyond this sympy takes minutes for what the circuit's own engines do in a moment.
 MAX_ELEMENTS = 2_000
 
 
-def to_sympy(circuit: Circuit) -> Any:
+def to_sympy(circuit: Compiled) -> Any:
     """The network polynomial in the symbols ``x0, x1, ...`` (selected) and ``x0bar, x1bar, ...`` (not selected).
 
     Shared nodes are shared subexpressions, the very same objects: ``sympy.lambdify(..., cse=True)`` keeps them so,
@@ -29,9 +27,10 @@ def to_sympy(circuit: Circuit) -> Any:
     Raises:
         ValueError: the circuit has more than two thousand products.
     """
-    if circuit.num_edges > MAX_ELEMENTS:
+    edges = circuit.graph.num_edges
+    if edges > MAX_ELEMENTS:
         raise ValueError(
-            f"{circuit.constraint!r} over {circuit.n} variables has {circuit.num_edges} products, more than sympy "
+            f"{circuit.constraint!r} over {circuit.n} variables has {edges} products, more than sympy "
             f"handles well ({MAX_ELEMENTS}): take a smaller n, or circuit.to_networkx(), which has no limit"
         )
     import sympy

@@ -21,17 +21,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from circuitroute.circuit.graph import Graph, NodeKind
-from circuitroute.circuit.properties import node_scopes
-
-if TYPE_CHECKING:
-    from circuitroute.circuit import Circuit
+from circuitroute.circuit.verify.properties import node_scopes
 
 # Stands for log 0: PyJuice's kernels subtract infinities from one another, and sums of thousands of these are finite.
 LOG_ZERO = -1e30
@@ -41,19 +38,18 @@ SMALLEST = float(np.finfo(np.float32).tiny)
 Key: TypeAlias = tuple[int, bool, int]
 
 
-def to_pyjuice(circuit: Circuit) -> Any:
-    """The root of the circuit as ``pyjuice`` nodes, for ``pyjuice.compile``.
+def to_pyjuice(graph: Graph, name: str) -> Any:
+    """The root of a circuit as ``pyjuice`` nodes, for ``pyjuice.compile``; ``name`` is what messages call it.
 
     Raises:
         ImportError: PyJuice is not installed.
         ValueError: some weight is too small for PyJuice's float32.
     """
     pyjuice = _pyjuice()
-    graph = circuit.graph
     if graph.kind[-1] != NodeKind.SUM:  # a single literal
         inputs = pyjuice.inputs(0, num_nodes=2, dist=pyjuice.distributions.External())
         return _sums(pyjuice, 1, {(inputs,): [(0, (_side(graph, -1),), 1.0)]})
-    return _Declaration(pyjuice, circuit).root()
+    return _Declaration(pyjuice, graph, name).root()
 
 
 def soft_evidence(logits_TN: Tensor) -> Tensor:
@@ -76,10 +72,9 @@ def _pyjuice() -> Any:
 class _Declaration:
     """The vectors declared so far, and where each node of the circuit stands: (vector, index)."""
 
-    def __init__(self, pyjuice: Any, circuit: Circuit) -> None:
-        self._pyjuice = pyjuice
-        self._graph = graph = circuit.graph
-        self._name = f"{circuit.constraint!r} over {circuit.n} variables"
+    def __init__(self, pyjuice: Any, graph: Graph, name: str) -> None:
+        self._pyjuice, self._graph = pyjuice, graph
+        self._name = f"{name} over {graph.n} variables"
         self._scopes = node_scopes(graph)
         self._counts: list[int] = graph.fold(np.ones(graph.num_nodes, dtype=object), np.multiply, np.add).tolist()
         self._place: dict[int, tuple[Any, int]] = {}

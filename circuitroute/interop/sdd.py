@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from circuitroute._validate import int_at_least
-from circuitroute.circuit import Circuit
-from circuitroute.circuit.properties import check
+from circuitroute.circuit import Parts
+from circuitroute.circuit.verify.properties import check
 from circuitroute.errors import InfeasibleError
 from circuitroute.interop.building import TRUE, Builder
 from circuitroute.interop.imported import Imported
@@ -33,27 +33,8 @@ _VTREE = "L id variable, or I id left right"
 _Value: TypeAlias = tuple[int, int | None] | None
 
 
-def read_sdd(path: str | os.PathLike[str], vtree: str | os.PathLike[str], max_nodes: int = 1_000_000) -> Circuit:
-    """Read a sentential decision diagram and its vtree, as libsdd and PySDD save them.
-
-    The circuit is made smooth along the vtree, so that it stays structured, and verified to be decomposable and
-    deterministic.
-
-    Args:
-        path: the SDD.
-        vtree: the file of the vtree it was saved with.
-        max_nodes: the largest circuit to build, in nodes.
-
-    Returns:
-        A circuit over the vtree's variables, 1 becoming 0; its constraint only tells where it came from.
-
-    Raises:
-        CircuitFileError: a file is malformed, of another kind, or not the vtree of this SDD; names path, line, what
-            was found and expected.
-        CircuitPropertyError: a node is not deterministic, or could not be verified to be; named as in the file.
-        InfeasibleError: the circuit is false.
-        CircuitTooLargeError: the smooth circuit needs more than ``max_nodes`` nodes.
-    """
+def read(path: str | os.PathLike[str], vtree: str | os.PathLike[str], max_nodes: int) -> Parts:
+    """The parts of the circuit in an SDD, made smooth and verified; see :func:`circuitroute.read_sdd`."""
     max_nodes = int_at_least("max_nodes", max_nodes, 1)
     file, tree_file = TextFile(path), TextFile(vtree)
     tree = _read_vtree(tree_file)
@@ -63,7 +44,7 @@ def read_sdd(path: str | os.PathLike[str], vtree: str | os.PathLike[str], max_no
         raise InfeasibleError(f"{file.path}: the circuit is false, no subset satisfies it")
     graph, origin = reader.builder.finish(reader.lifted(value, tree.root), -1)
     check(graph, lambda i: f"node {origin[i]} of {file.path}")
-    return Circuit(graph, Imported("sdd", hashlib.sha256(file.data + tree_file.data).hexdigest()))
+    return Parts(graph, Imported("sdd", hashlib.sha256(file.data + tree_file.data).hexdigest()))
 
 
 # ---------------------------------------------------------------------------------------------- the vtree

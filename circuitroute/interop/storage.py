@@ -29,10 +29,10 @@ import numpy as np
 import numpy.typing as npt
 
 from circuitroute._files import replace_file
-from circuitroute.circuit import Circuit, Graph, NodeKind
-from circuitroute.circuit.conflicts import UnverifiedError
+from circuitroute.circuit import Compiled, Graph, NodeKind, Parts
 from circuitroute.circuit.graph import count_range, model_count
-from circuitroute.circuit.properties import check
+from circuitroute.circuit.verify.conflicts import UnverifiedError
+from circuitroute.circuit.verify.properties import check
 from circuitroute.constraints import Constraint
 from circuitroute.errors import CircuitFileError, CircuitPropertyError
 from circuitroute.interop.imported import Opaque
@@ -59,8 +59,8 @@ class _Header(NamedTuple):
 # ---------------------------------------------------------------------------------------------- saving
 
 
-def save(circuit: Circuit, path: str | os.PathLike[str]) -> None:
-    """Write a circuit to a file that :func:`load` reads; a file that is there is replaced in one step.
+def save(circuit: Compiled, path: str | os.PathLike[str]) -> None:
+    """Write a circuit to a file that :func:`read` reads; a file that is there is replaced in one step.
 
     A forced engine is not part of the file.
 
@@ -70,7 +70,7 @@ def save(circuit: Circuit, path: str | os.PathLike[str]) -> None:
     replace_file(path, _content(circuit))
 
 
-def _content(circuit: Circuit) -> bytes:
+def _content(circuit: Compiled) -> bytes:
     graph = circuit.graph
     text = repr(circuit.constraint)
     again = parse_constraint(text)
@@ -94,18 +94,8 @@ def _content(circuit: Circuit) -> bytes:
 # ---------------------------------------------------------------------------------------------- loading
 
 
-def load(path: str | os.PathLike[str]) -> Circuit:
-    """Read a circuit that :meth:`Circuit.save` wrote: the same arrays, so the same results and the same samples.
-
-    The file is verified: its checksum, its structure, that the circuit is smooth, decomposable and, where that can
-    be decided, deterministic, and that the allowed counts are what the circuit says. Nothing in it is executed. The
-    constraint is rebuilt if it is made of built-in ones, and is otherwise a placeholder that carries its repr.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        CircuitFileError: the file is damaged, of another kind, or of a newer version; names the path.
-        CircuitTooLargeError: the scopes of the circuit's nodes do not fit in memory, to be verified.
-    """
+def read(path: str | os.PathLike[str]) -> Parts:
+    """The parts of a circuit that :func:`save` wrote, verified; see :func:`circuitroute.load`."""
     source = Path(path)
     lines = _verified_lines(source, source.read_bytes())
     header = _header(source, lines[1])
@@ -114,7 +104,7 @@ def load(path: str | os.PathLike[str]) -> Circuit:
         _check_graph(graph, header)
     except (ValueError, CircuitPropertyError) as error:
         raise CircuitFileError(f"{source} holds no valid circuit: {error}") from None
-    return Circuit(graph, _constraint(header), header.counts)
+    return Parts(graph, _constraint(header), header.counts)
 
 
 def _verified_lines(path: Path, data: bytes) -> list[bytes]:

@@ -9,6 +9,7 @@ import torch
 
 from circuitroute import Circuit, CircuitPropertyError, CircuitTooLargeError, InfeasibleError
 from circuitroute import compile as compile_constraint
+from circuitroute.circuit import boolean
 from circuitroute.compilation import clear_cache
 from circuitroute.testing.case import BoolArray, Case, worlds
 from circuitroute.testing.suite import Suite, check, require
@@ -115,7 +116,10 @@ class CircuitChecks(Suite):
 def require_same_worlds(what: str, circuit: Circuit, allowed: BoolArray) -> None:
     """That a circuit allows just the worlds ``allowed`` [W]."""
     masks = torch.from_numpy(worlds(circuit.n))
-    for method, got in (("satisfies", circuit.satisfies(masks)), ("its graph", circuit.holds(~masks, masks))):
+    for method, got in (
+        ("satisfies", circuit.satisfies(masks)),
+        ("its graph", boolean.holds(circuit.graph, ~masks, masks)),
+    ):
         wrong = np.flatnonzero(got.numpy() != allowed)
         if len(wrong):
             selected = np.flatnonzero(worlds(circuit.n)[wrong[0]]).tolist()

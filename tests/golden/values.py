@@ -132,15 +132,14 @@ def signatures() -> dict[str, str]:
 
 PUBLIC_MODULES = ("losses", "metrics", "replay")
 # For engines and compilers, not for users: free to change.
-INTERNAL = ("Circuit", "Circuit.handle", "Circuit.of_handle", "Circuit.holds", "Circuit.as_mask")
+INTERNAL = ("Circuit", "Circuit.engine", "Circuit.handle", "Circuit.of_handle", "Circuit.holds", "Circuit.as_mask")
 
 
 def _members(prefix: str, thing: Any) -> dict[str, str]:
     """Functions, methods and properties of a class or a module of our own."""
     found = {}
     for name, member in vars(thing).items():
-        home = getattr(member, "__module__", None) if inspect.ismodule(thing) else "circuitroute"
-        if name.startswith("_") or not str(home).startswith("circuitroute"):
+        if name.startswith("_") or (inspect.ismodule(thing) and getattr(member, "__module__", None) != thing.__name__):
             continue
         if isinstance(member, property) or type(member).__name__ == "cached_property":
             found[f"{prefix}.{name}"] = "property"
@@ -192,7 +191,7 @@ def write() -> None:
     }
     content = {"random_key": random_keys(), "state_dicts": state_dicts(), "decisions": decisions}
     DECISIONS.write_text(json.dumps(content, separators=(",", ":")).replace('},"', '},\n"') + "\n", encoding="utf-8")
-    SIGNATURES.write_text(json.dumps(signatures(), indent=0) + "\n", encoding="utf-8")
+    SIGNATURES.write_text(json.dumps(signatures(), indent=0, sort_keys=True) + "\n", encoding="utf-8")
 
 
 SAVED = {

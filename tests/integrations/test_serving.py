@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import circuitroute as cr
-from circuitroute.engines.layered import unrolled
+from circuitroute.engines.layered.torch import unrolled
 from circuitroute.integrations import serving
 
 T, H = 40, 5

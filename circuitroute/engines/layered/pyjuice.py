@@ -17,20 +17,19 @@ from __future__ import annotations
 
 import math
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from circuitroute.circuit.graph import Graph, model_count
 from circuitroute.engines.autograd import attach
 from circuitroute.engines.base import Inference
 from circuitroute.engines.layered.definite import evaluated
-from circuitroute.engines.layered.eager import TorchLayered
+from circuitroute.engines.layered.torch.engine import TorchLayered
 from circuitroute.engines.logspace import log_coins, log_literals, nan_rows
 from circuitroute.errors import EngineError
-
-if TYPE_CHECKING:
-    from circuitroute.circuit import Circuit
+from circuitroute.interop.pyjuice_circuit import to_pyjuice
 
 # Finite, since PyJuice's kernels subtract log-values from one another; far below any sum of real ones.
 LOG_ZERO = -1e30
@@ -53,9 +52,10 @@ class PyjuiceLayered:
     name = "pyjuice"
     gives_counts = False
 
-    def __init__(self, circuit: Circuit) -> None:
-        self._circuit = circuit
-        self._torch = TorchLayered(evaluated(circuit.graph), circuit.max_count)
+    def __init__(self, graph: Graph, max_count: int, name: str) -> None:
+        self._graph, self._name = graph, name
+        self._log_models = math.log(model_count(graph))
+        self._torch = TorchLayered(evaluated(graph), max_count)
         self._compiled: dict[torch.device, Any] = {}
 
     @torch.no_grad()
@@ -68,14 +68,14 @@ class PyjuiceLayered:
         coins = torch.stack(log_literals(logits, unshifted)).permute(2, 1, 0)
         value, flows = self._in_chunks(coins.clamp(min=LOG_ZERO).float().contiguous())
         empty = value < LOG_ZERO / 2
-        log_root = nan_rows(empty, value.double() + math.log(self._circuit.model_count()))
+        log_root = nan_rows(empty, value.double() + self._log_models)
         log_partition = (log_root + log_coins(logits, unshifted)).to(logits_TN.dtype)
         mask = None if key_T is None else self.sample(logits_TN, None, key_T)
         return Inference(log_partition, nan_rows(empty, flows[..., 1]), None, unshifted, log_root, mask)
 
     def _in_chunks(self, coins_TN2: Tensor) -> tuple[Tensor, Tensor]:
         """([T], [T, N, 2]): the log-value of the root, and the probability of every literal."""
-        rows = max(1, MAX_VALUES // (2 * (self._circuit.num_nodes + self._circuit.num_edges)))
+        rows = max(1, MAX_VALUES // (2 * (self._graph.num_nodes + self._graph.num_edges)))
         parts = [self._sweep(chunk.contiguous()) for chunk in coins_TN2.split(rows)]
         return torch.cat([value for value, _ in parts]), torch.cat([flows for _, flows in parts])
 
@@ -97,7 +97,7 @@ class PyjuiceLayered:
         if device not in self._compiled:
             import pyjuice
 
-            self._compiled[device] = pyjuice.compile(self._circuit.to_pyjuice(), device=device, verbose=False)
+            self._compiled[device] = pyjuice.compile(to_pyjuice(self._graph, self._name), device=device, verbose=False)
             self._compiled[device].to(device)
         return self._compiled[device]
 

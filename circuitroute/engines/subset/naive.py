@@ -2,7 +2,7 @@
 
 Legend: T tokens, N variables, K the largest allowed count, J = K + 1; m nodes at a level, d their degree.
 
-The same balanced tree as :mod:`circuitroute.engines.subset.tree`, with logsumexp for + and + for *. Marginals
+The same balanced tree as :mod:`circuitroute.engines.subset.torch.tree`, with logsumexp for + and + for *. Marginals
 and count posterior are the derivatives of log Z, taken by autograd, so everything is differentiable to any
 order. Leaves are log-probabilities of independent coins with logits theta - s, which keeps the weights that
 matter near zero; the choice of s changes rounding only.
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from circuitroute.engines.base import Inference, given
 from circuitroute.engines.logspace import LOG_ZERO, as_input, is_zero, log_coins, log_literals, nan_rows
-from circuitroute.engines.subset.tree import even
+from circuitroute.engines.subset.torch.tree import even
 from circuitroute.keys import uniform
 
 

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from circuitroute import losses
 from circuitroute._validate import as_int
-from circuitroute.budget import Budget
 from circuitroute.integrations.transformers.experts import leave_ragged
 from circuitroute.integrations.transformers.extra import transformers
 from circuitroute.integrations.transformers.routers import CircuitRouting, Session, restore_class
 from circuitroute.integrations.transformers.walk import forget_turns
-from circuitroute.routing import Routing
+from circuitroute.layers.budget import Budget
+from circuitroute.routing import losses
+from circuitroute.routing.route import Routing
 
 SETTINGS = "circuitroute"
 # The name by which a model has its budget, and the start of the names of its parameters.

@@ -13,10 +13,8 @@ from typing import Any, get_args
 from torch import Tensor, nn
 
 from circuitroute._validate import as_int
-from circuitroute.budget import Budget, BudgetRouter
 from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Constraint
-from circuitroute.estimators import Estimator, as_estimator
 from circuitroute.integrations.transformers.experts import (
     Padding,
     as_padding,
@@ -30,7 +28,9 @@ from circuitroute.integrations.transformers.handle import BUDGET, SETTINGS, Hand
 from circuitroute.integrations.transformers.routers import Eval, Plan, Session, exchange_class
 from circuitroute.integrations.transformers.walk import Walk
 from circuitroute.interop.reprs import parse_constraint
-from circuitroute.routing import Combine, as_combine
+from circuitroute.layers.budget import Budget, BudgetRouter
+from circuitroute.routing.estimators import Estimator, as_estimator
+from circuitroute.routing.route import Combine, as_combine
 
 FORMAT = 1
 # Arguments of from_pretrained that say where files are.

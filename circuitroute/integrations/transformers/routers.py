@@ -22,15 +22,15 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from circuitroute.circuit import Circuit
-from circuitroute.distribution import SubsetDistribution
-from circuitroute.estimators import Estimator, as_estimator
+from circuitroute.inference.circuit import Circuit
+from circuitroute.inference.distribution import SubsetDistribution
 from circuitroute.integrations.transformers.experts import Padding, choose_padding
 from circuitroute.integrations.transformers.families import Family
 from circuitroute.integrations.transformers.walk import Walk, in_backward
 from circuitroute.integrations.transformers.weights import Weigh
 from circuitroute.keys import random_key
-from circuitroute.routing import Combine, Decide, Routing, route, route_with
+from circuitroute.routing.estimators import Estimator, as_estimator
+from circuitroute.routing.route import Combine, Decide, Routing, route, route_with
 
 Eval: TypeAlias = Literal["auto", "mode"]
 Stock: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from circuitroute.budget import Budget, BudgetState
-from circuitroute.routing import Routing
+from circuitroute.layers.budget import Budget, BudgetState
+from circuitroute.routing.route import Routing
 
 CHECKPOINTING = "_gradient_checkpointing_func"
 

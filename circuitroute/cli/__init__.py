@@ -1,0 +1,3 @@
+"""The command line."""
+
+from circuitroute.cli.main import main as main

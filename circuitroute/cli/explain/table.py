@@ -1,0 +1,107 @@
+"""The facts as tables to read, in the terminal."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from circuitroute.engines import cost
+from circuitroute.inference.circuit import scientific
+
+from .facts import Facts
+
+LONGEST = 10**15  # model counts from here on are abbreviated
+BAR = 30  # characters of the longest bar
+PREDICTED = ("nodes", "edges", "width")
+
+
+def _optional(name: str) -> Any:
+    """A module of the `cli` extra. Raises ImportError with the remedy where it is not installed."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ImportError(
+            f"circuitroute explain needs rich ({error}): pip install 'circuitroute[cli]', or ask for --json",
+            name="rich",
+        ) from error
+
+
+def print_tables(facts: Facts) -> None:
+    """The circuit, its levels, and what the prediction is made of."""
+    console = _optional("rich.console").Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 120)  # nothing is gained by folding a table in a file
+    console.print(circuit_table(facts))
+    console.print(level_table(facts))
+    console.print(prediction(facts), soft_wrap=True)
+
+
+def circuit_table(facts: Facts) -> Any:
+    """A rich.table.Table of names and values."""
+    circuit, estimate, told = facts.circuit, cost(facts.circuit), facts.predicted
+    table = _table("The circuit")
+    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold")
+    count = circuit.model_count()
+    expected = {name: "" if told is None else f" (predicted {getattr(told, name):,})" for name in PREDICTED}
+    seconds = "" if told is None else f" (predicted {told.seconds:.2g})"
+    for name, value in (
+        ("constraint", repr(circuit.constraint)),
+        ("variables", f"{circuit.n:,}"),
+        ("models", f"{count:,}" if count < LONGEST else f"about {scientific(count)}"),
+        ("counts", f"{circuit.min_count} to {circuit.max_count}"),
+        ("nodes", f"{circuit.num_nodes:,}{expected['nodes']}"),
+        ("edges", f"{circuit.num_edges:,}{expected['edges']}"),
+        ("depth", f"{circuit.depth}"),
+        ("width", f"{circuit.width:,}{expected['width']}"),
+        ("seconds to compile", f"{facts.seconds:.2g}{seconds}"),
+        ("op", circuit.op),
+        (f"engine on {facts.device}", circuit.engine_for(facts.device)),
+        (
+            "multiply-adds per token",
+            f"{estimate.multiply_adds:,} (marginals), {estimate.backward:,} (their gradient)",
+        ),
+        ("bytes per token", f"{estimate.bytes_moved:,} (logits in, marginals out, float32)"),
+        ("predicted share of a router", f"{facts.share:.2%} of its arithmetic"),
+    ):
+        table.add_row(name, value)
+    return table
+
+
+def level_table(facts: Facts) -> Any:
+    """A rich.table.Table with a row and a bar per level, the root's first."""
+    table = _table("Its levels, from the root down")
+    for heading in ("level", "sums", "elements", "widest"):
+        table.add_column(heading, justify="right")
+    table.add_column("elements of the level")
+    most = max((level.elements for level in facts.levels), default=1)
+    for level in reversed(facts.levels):
+        bar = "█" * max(1, round(BAR * level.elements / most))
+        table.add_row(f"{level.level}", f"{level.sums:,}", f"{level.elements:,}", f"{level.widest:,}", bar)
+    return table
+
+
+def prediction(facts: Facts) -> str:
+    """What is predicted from what."""
+    sizes = "" if facts.predicted is None else "\nSizes in brackets were predicted before building, as upper bounds."
+    ours, linear = f"{facts.multiply_adds:,}", f"{facts.router_multiply_adds:,}"
+    return (
+        f"share = circuit / (circuit + linear) = {ours} / ({ours} + {linear}) = {facts.share:.2%}\n"
+        f"  circuit: multiply-adds per token of the marginals, an upward and a downward sweep over "
+        f"{facts.circuit.num_edges:,} edges\n"
+        f"  linear:  hidden x n = {facts.hidden:,} x {facts.circuit.n:,} multiply-adds, the router's linear layer\n"
+        "Predicted from these counts alone; no engine was timed. Small operations on a CPU or GPU take longer than "
+        "their arithmetic.\n"
+        f"widest: the most sums of a level over the same variables.{sizes}"
+    )
+
+
+def _table(title: str) -> Any:
+    boxes = _optional("rich.box")
+    return _optional("rich.table").Table(
+        title=title,
+        title_justify="left",
+        box=boxes.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_header=title != "The circuit",
+    )

@@ -1,0 +1,42 @@
+"""The command line: `circuitroute demo`, `circuitroute explain` and `circuitroute bench`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import circuitroute as cr
+from circuitroute.cli import checkout
+from circuitroute.cli.explain import command as explain
+
+# Each adds subcommands, whose parsers set `run`: (options, command line) -> exit code.
+COMMANDS: tuple[Callable[[Any], None], ...] = (checkout.add_parsers, explain.add_parser)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line (sys.argv's by default) and returns its exit code; 2 for bad arguments."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        options = _parser().parse_args(arguments)
+    except SystemExit as stop:  # argparse has printed its message, the help or the version
+        return stop.code if isinstance(stop.code, int) else 0
+    code: int = options.run(options, shlex.join(["circuitroute", *arguments]))
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="circuitroute", description="Exact inference over constrained subsets, and routers on top."
+    )
+    parser.add_argument("--version", action="version", version=f"circuitroute {cr.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add_parser in COMMANDS:
+        add_parser(commands)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

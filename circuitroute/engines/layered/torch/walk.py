@@ -1,0 +1,109 @@
+"""Down from the root, one element of every sum that is reached: at random for a sample, the best for the mode.
+
+Legend: B tokens, m blocks of one step, F the most elements any of their sums has.
+
+A chosen subset is a tree inside the circuit with one element per sum. It meets every scope at most once, so per token
+and block at most one sum is reached, and only its elements are looked at.
+
+As on the count family's engine, a choice that rounding could have decided is reported, and the caller draws that token
+again in higher precision: the outcome is that of the naive engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from circuitroute.engines.layered.torch.plan import Plan
+from circuitroute.keys import uniform_at
+
+# (weights or scores [F, m, B], the reached rows [m, B]) -> which element [m, B]
+Choice: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+# Entries of [F, m, B] at once.
+MAX_ENTRIES = 1 << 22
+
+
+class Draw:
+    """Choice by inversion at the uniform that belongs to the sum; notes tokens whose outcome is in doubt."""
+
+    def __init__(self, plan: Plan, key_B: Tensor, margin: float) -> None:
+        self._number = plan.tensor("number", plan.number)
+        self._key = key_B
+        self._margin = margin
+        self.uncertain = torch.zeros(len(key_B), dtype=torch.bool, device=key_B.device)
+
+    def __call__(self, weights: Tensor, row: Tensor) -> Tensor:
+        return self.invert(weights, _take(self._number, row))
+
+    def invert(self, weights: Tensor, number: Tensor) -> Tensor:
+        """How many cumulative ``weights`` [F, m, B] lie below the uniforms ``number`` [m, B] of the tokens."""
+        cumulative = weights.cumsum(0)
+        total = cumulative[-1]
+        gaps = cumulative[:-1] - uniform_at(self._key, number, weights.dtype) * total
+        if len(gaps):
+            self.uncertain |= ((gaps.abs().amin(0) <= self._margin * total) & (total > 0)).any(0)
+        return (gaps <= 0).sum(0)
+
+
+def first_best(scores: Tensor, row: Tensor) -> Tensor:
+    """Choice of the first element with the largest score."""
+    return (scores == scores.amax(0)).to(torch.uint8).argmax(0)
+
+
+def walk(
+    plan: Plan, rows: Tensor, multiply: Callable[[Tensor, Tensor], Tensor], nothing: float, choose: Choice, root: Tensor
+) -> Tensor:
+    """[B, N] bool: the subset reached from the root's element number ``root`` [B], -1 for none.
+
+    Args:
+        multiply: an element's weight from its children's values, in place on the first.
+        nothing: the weight of no element.
+    """
+    reached = root.new_full((plan.blocks + 1, len(root)), -1)
+    _reach_root(plan, reached, root)
+    first = plan.tensor("first", plan.elements.first)
+    left, right = plan.tensor("left", plan.elements.left), plan.tensor("right", plan.elements.right)
+    block_of = plan.tensor("block_of", plan.block_of)
+    stop = plan.blocks
+    for sums in reversed(plan.sums):
+        start, stop = stop - sums.blocks, stop - sums.blocks
+        width = max(1, MAX_ENTRIES // max(1, sums.fan_in * len(root)))
+        for low in range(start, start + sums.blocks, width):
+            row = reached[low : min(low + width, start + sums.blocks)]
+            live = row >= 0
+            at = row.clamp(min=2 * plan.n + 1)
+            start_of, stop_of = _take(first, at), _take(first, at + 1)
+            element = start_of + torch.arange(sums.fan_in, device=row.device)[:, None, None]
+            inside = (element < stop_of) & live
+            element.clamp_(max=len(left) - 1)
+            weights = multiply(_values(rows, _take(left, element)), _values(rows, _take(right, element)))
+            picked = (start_of + choose(torch.where(inside, weights, nothing), at)).clamp_(max=len(left) - 1)
+            for child in (_take(left, picked), _take(right, picked)):
+                reached.scatter_(0, torch.where(live, _take(block_of, child), plan.blocks), child)
+    present = torch.arange(plan.n, 2 * plan.n, device=root.device)[:, None]
+    return (reached[: plan.n] == present).t()
+
+
+def _reach_root(plan: Plan, reached: Tensor, root: Tensor) -> None:
+    live = root >= 0
+    if plan.root is None:
+        children = [torch.full_like(root, int(plan.coefficients[0]))]
+    else:
+        children = [plan.tensor(f"root {i}", plan.root[i])[root.clamp(min=0)] for i in (0, 1)]
+    for child in children:
+        block = torch.where(live, plan.tensor("block_of", plan.block_of)[child], plan.blocks)
+        reached.scatter_(0, block[None], child[None])
+
+
+def _take(array: Tensor, at: Tensor) -> Tensor:
+    """array[at], which for one dimension is several times faster said this way."""
+    return array.index_select(0, at.view(-1)).view(at.shape)
+
+
+def _values(rows: Tensor, at: Tensor) -> Tensor:
+    """rows[at[f, m, b], b]."""
+    return rows.gather(0, at.view(-1, at.shape[-1])).view(at.shape)

@@ -1,1 +1,0 @@
-"""Triton kernels of the count family. Importing what lies here imports triton."""

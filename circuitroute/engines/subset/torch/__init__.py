@@ -1,0 +1,1 @@
+"""The engine ``torch`` of the count family."""

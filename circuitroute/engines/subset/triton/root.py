@@ -1,0 +1,86 @@
+"""Where the way up ends and the way down starts, for kernels; see :mod:`circuitroute.engines.root`.
+
+Shapes: what belongs to a count is a tuple of chunks [rows, lanes], count c G + g in lane g of chunk c.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from circuitroute.engines.subset.triton.shift import INFINITY, LN2, LOG2E, exp2, row_sum
+
+SMALLEST_COEFFICIENT = tl.constexpr(1e-25)  # as in circuitroute.engines.root
+LOG2_SMALLEST = tl.constexpr(-83.04820237218406)
+LOG2_NEGLIGIBLE = tl.constexpr(33.18198594024512)  # e^-23, likewise
+IMPOSSIBLE = tl.constexpr(-1e300)
+
+
+@triton.jit
+def allowed_range(phi, g, J: tl.constexpr, G: tl.constexpr):
+    """(least, most, tilt) of a row's potential: its smallest and largest allowed count, and its slope between them."""
+    least, most = tl.zeros_like(phi[0]) + INFINITY, tl.zeros_like(phi[0]) - INFINITY
+    for c in tl.static_range(len(phi)):
+        allowed = phi[c] > -INFINITY
+        least = tl.minimum(least, tl.where(allowed, c * G + g, INFINITY).to(phi[0].dtype))
+        most = tl.maximum(most, tl.where(allowed, c * G + g, -INFINITY).to(phi[0].dtype))
+    least, most = tl.min(least, axis=1, keep_dims=True), tl.max(most, axis=1, keep_dims=True)
+    none = most < least
+    least, most = tl.where(none, 0.0, least), tl.where(none, 0.0, most)
+    rise = tl.zeros_like(phi[0])
+    for c in tl.static_range(len(phi)):
+        rise += tl.where(c * G + g == most, phi[c], 0.0)
+        rise -= tl.where(c * G + g == least, phi[c], 0.0)
+    tilt = row_sum(rise) / tl.maximum(most - least, 1.0)
+    tilt = tl.where((most > least) & (tl.abs(tilt) < INFINITY), tilt, 0.0)
+    return least.to(tl.float32), most.to(tl.float32), tilt.to(tl.float32)
+
+
+@triton.jit
+def _power(exponent, FAST: tl.constexpr):
+    """2^exponent in float32, of a float64 exponent of at most 127: the whole part is exact."""
+    exponent = tl.maximum(exponent, -127.0)
+    whole = tl.floor(exponent)
+    bits = (whole.to(tl.int32) + 127) << 23
+    return exp2((exponent - whole).to(tl.float32), FAST) * bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def weigh(coefficients, phi, g, shift, forced, undecided, G: tl.constexpr, FAST: tl.constexpr):
+    """(adjoint, posterior, log total, underflow) of the root, see :func:`circuitroute.engines.root.weigh`.
+
+    Everything is in powers of two; scores are float64, since potential and shift may be of any size and cancel.
+    Counts that evidence excludes have no weight to lose.
+    """
+    exponents, scores = (), ()
+    largest = tl.zeros_like(phi[0]).to(tl.float64) + IMPOSSIBLE
+    for c in tl.static_range(len(phi)):
+        count = (c * G + g).to(tl.float32)
+        possible = (phi[c] > -INFINITY) & (count >= forced) & (count <= forced + undecided)
+        exponent = (phi[c].to(tl.float64) + shift * (count - forced).to(tl.float64)) * LOG2E
+        exponent = tl.where(possible, exponent, IMPOSSIBLE)
+        found = coefficients[c] >= SMALLEST_COEFFICIENT
+        log_coefficient = tl.log2(tl.where(found, coefficients[c], 1.0)).to(tl.float64)
+        score = tl.where(found, exponent + log_coefficient, IMPOSSIBLE)
+        largest = tl.maximum(largest, score)
+        exponents, scores = exponents + (exponent,), scores + (score,)
+    largest = tl.floor(tl.max(largest, axis=1, keep_dims=True))
+    weights, shares = (), ()
+    total = tl.zeros_like(coefficients[0])
+    for c in tl.static_range(len(phi)):
+        seen = scores[c] > IMPOSSIBLE
+        weight = tl.where(seen, _power(tl.where(seen, exponents[c] - largest, -127.0), FAST), 0.0)
+        share = weight * coefficients[c]
+        total += share
+        weights, shares = weights + (weight,), shares + (share,)
+    total = row_sum(total)
+    log2_total = largest + tl.log2(total).to(tl.float64)
+    adjoint, posterior = (), ()
+    hidden = tl.zeros_like(coefficients[0])
+    for c in tl.static_range(len(phi)):
+        adjoint = adjoint + (weights[c] / total,)
+        posterior = posterior + (shares[c] / total,)
+        bound = tl.where(coefficients[c] < SMALLEST_COEFFICIENT, exponents[c] + LOG2_SMALLEST, IMPOSSIBLE)
+        hidden += tl.where(bound > log2_total - LOG2_NEGLIGIBLE, 1.0, 0.0)
+    underflow = (row_sum(hidden) > 0.0) | (largest <= IMPOSSIBLE)
+    return adjoint, posterior, log2_total * LN2, underflow

@@ -1,0 +1,280 @@
+"""A compiled constraint: immutable, shared, and callable on logits.
+
+Legend: T tokens (all leading dimensions), N variables, K the largest allowed count, M nodes, E elements.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from circuitroute import engines
+from circuitroute.circuit import Graph, boolean, compiled
+from circuitroute.circuit.graph import count_range, model_count
+from circuitroute.circuit.verify.properties import check, widest
+from circuitroute.constraints import Constraint
+from circuitroute.errors import InfeasibleError
+from circuitroute.inference.distribution import SubsetDistribution
+from circuitroute.interop import drawing, graphs, polynomial, pyjuice_circuit, storage
+
+
+class Circuit:
+    """A constraint over ``n`` variables, compiled.
+
+    Get one from :func:`circuitroute.compile`; compilers build one from a :class:`Graph`. Calling it on logits
+    gives the distribution over the allowed subsets.
+
+    Args:
+        graph: the arrays.
+        constraint: what was compiled.
+        counts: for a pure count constraint over all variables, the allowed counts in 0..n; such a circuit runs
+            on the fused ``subset`` engines. None for every other circuit.
+        engine: the name of a forced engine, or None to choose by device.
+
+    Raises:
+        InfeasibleError: ``counts`` is given and empty.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        constraint: Constraint,
+        counts: Sequence[int] | None = None,
+        engine: str | None = None,
+    ) -> None:
+        self._graph = graph
+        self._constraint = constraint
+        self._counts = None if counts is None else tuple(sorted(counts))
+        self._engine = engine
+        self._known_range = (self._counts[0], self._counts[-1]) if self._counts else None
+        self._handle = compiled.name(self)
+        if self._counts == ():
+            raise InfeasibleError(f"{constraint!r} over {graph.n} variables: no allowed count in 0..{graph.n}")
+
+    @property
+    def graph(self) -> Graph:
+        """The arrays behind the circuit."""
+        return self._graph
+
+    @property
+    def handle(self) -> str:
+        """A name for this very object in this process, by which traced programs refer to it."""
+        return self._handle
+
+    @property
+    def engine(self) -> str | None:
+        """The name of the forced engine, or None where it is chosen by device."""
+        return self._engine
+
+    @property
+    def constraint(self) -> Constraint:
+        """What was compiled."""
+        return self._constraint
+
+    @property
+    def n(self) -> int:
+        """Number of variables N."""
+        return self._graph.n
+
+    @property
+    def num_nodes(self) -> int:
+        """Literals, constants and sums: values held per token."""
+        return self._graph.num_nodes
+
+    @property
+    def num_edges(self) -> int:
+        """Products of two nodes: multiply-adds per token in one upward pass."""
+        return self._graph.num_edges
+
+    @property
+    def depth(self) -> int:
+        """Levels of sums between the literals and the root."""
+        return len(self._graph.levels)
+
+    @cached_property
+    def width(self) -> int:
+        """The most nodes that share one scope, i.e. the largest number of states at one tree node."""
+        return widest(self._graph)
+
+    @property
+    def counts(self) -> tuple[int, ...] | None:
+        """The allowed counts of a pure count constraint over all variables, increasing; None otherwise."""
+        return self._counts
+
+    @property
+    def op(self) -> str:
+        """``"subset"`` for a pure count constraint over all variables, else ``"layered"``."""
+        return engines.op_of(self)
+
+    @property
+    def _count_range(self) -> tuple[int, int]:
+        # Not a cached_property, whose lock traced programs cannot enter.
+        if self._known_range is None:
+            self._known_range = count_range(self._graph)
+        return self._known_range
+
+    @property
+    def min_count(self) -> int:
+        """The smallest number of variables any allowed subset selects."""
+        return self._count_range[0]
+
+    @property
+    def max_count(self) -> int:
+        """The largest number of variables any allowed subset selects (K)."""
+        return self._count_range[1]
+
+    @cached_property
+    def _model_count(self) -> int:
+        return model_count(self._graph)
+
+    def model_count(self) -> int:
+        """Exact number of allowed subsets, a Python int of any size."""
+        return self._model_count
+
+    def satisfies(self, mask: Tensor) -> Tensor:
+        """Whether each subset is allowed.
+
+        Args:
+            mask: [..., N] bool, or numbers that are all 0 or 1.
+
+        Returns:
+            [...] bool.
+
+        Raises:
+            ValueError: the last dimension is not N, or a value is neither 0 nor 1.
+        """
+        return boolean.satisfies(self, mask)
+
+    def check(self) -> None:
+        """Verify that the circuit is smooth, decomposable and deterministic.
+
+        Raises:
+            CircuitPropertyError: it is not, or a node could not be seen to be deterministic; the message names it.
+            CircuitTooLargeError: the scopes of the nodes do not fit in memory.
+        """
+        check(self._graph)
+
+    def summary(self) -> str:
+        """Sizes, depth, model count, op, engine, and the cost per token in multiply-adds and bytes."""
+        estimate = engines.cost(self)
+        count = self.model_count()
+        shown = str(count) if count < 10**15 else f"about {scientific(count)}"
+        rows = [
+            ("constraint", repr(self.constraint)),
+            ("variables", f"{self.n}"),
+            ("models", shown),
+            ("counts", f"{self.min_count} to {self.max_count}"),
+            ("nodes", f"{self.num_nodes}"),
+            ("edges", f"{self.num_edges}"),
+            ("depth", f"{self.depth}"),
+            ("width", f"{self.width}"),
+            ("op", self.op),
+            ("engine on cpu", self.engine_for("cpu")),
+            ("multiply-adds per token", f"{estimate.multiply_adds} (marginals), {estimate.backward} (their gradient)"),
+            ("bytes per token", f"{estimate.bytes_moved} (logits in, marginals out, float32)"),
+        ]
+        pad = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{pad}}  {value}" for name, value in rows)
+
+    def draw(self, path: str | os.PathLike[str]) -> Path:
+        """Draw a small circuit, level by level, to a .png, .svg or .pdf file; see :mod:`circuitroute.interop.drawing`.
+
+        Raises:
+            ValueError: another suffix, or a circuit that is too large to be read from a picture.
+            ImportError: matplotlib is not installed.
+        """
+        return drawing.draw(self, path)
+
+    def to_networkx(self) -> Any:
+        """A ``networkx.DiGraph`` of all nodes and products; see :mod:`circuitroute.interop.graphs`."""
+        return graphs.to_networkx(self)
+
+    def to_sympy(self) -> Any:
+        """The network polynomial as a sympy expression; see :mod:`circuitroute.interop.polynomial`.
+
+        Raises:
+            ValueError: the circuit is too large for sympy.
+        """
+        return polynomial.to_sympy(self)
+
+    def to_pyjuice(self) -> Any:
+        """The root of a PyJuice circuit, its inputs given per sample; see :mod:`circuitroute.interop.pyjuice_circuit`.
+
+        Raises:
+            ImportError: PyJuice is not installed.
+            ValueError: a weight would be too small for PyJuice's float32.
+        """
+        return pyjuice_circuit.to_pyjuice(self._graph, repr(self._constraint))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the circuit to a file that :func:`circuitroute.load` reads; see :mod:`circuitroute.interop.storage`.
+
+        A file that is there is replaced in one step. A forced engine is not part of the file.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        storage.save(self, path)
+
+    def engine_for(self, device: torch.device | str) -> str:
+        """The name of the engine that runs this circuit on ``device``."""
+        return engines.engine_name(self, torch.device(device))
+
+    def with_engine(self, name: str) -> Circuit:
+        """The same circuit with its engine forced; shares all arrays.
+
+        Raises:
+            EngineError: there is no such engine, or it cannot run this circuit; says why.
+        """
+        engines.require(self, name)
+        return Circuit(self._graph, self._constraint, self._counts, engine=name)
+
+    def __call__(
+        self,
+        logits: Tensor,
+        count_potential: Tensor | None = None,
+        validate_args: bool | None = None,
+    ) -> SubsetDistribution:
+        """The distribution p(S) ~ exp(sum of the logits of S + count_potential[|S|]) over the allowed subsets.
+
+        Args:
+            logits: [..., N] of any floating dtype; -inf forbids a variable, +inf forces it.
+            count_potential: [K + 1] or [..., K + 1], log potentials of the counts 0..K, for count constraints.
+            validate_args: None follows torch.distributions' default.
+
+        Raises:
+            ValueError: wrong shapes, NaN, or (when validating) rows whose evidence leaves nothing.
+        """
+        return SubsetDistribution(self, logits, count_potential, validate_args=validate_args)
+
+    def __repr__(self) -> str:
+        forced = f", engine={self._engine!r}" if self._engine else ""
+        return f"Circuit({self._constraint!r}, n={self.n}, nodes={self.num_nodes}, edges={self.num_edges}{forced})"
+
+    def __reduce__(self) -> tuple[type[Circuit], tuple[Graph, Constraint, tuple[int, ...] | None, str | None]]:
+        # What is cached on the way (counts, engines with tensors on some device) is not part of a circuit.
+        return (Circuit, (self._graph, self._constraint, self._counts, self._engine))
+
+    def __copy__(self) -> Circuit:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Circuit:
+        return self  # immutable; modules that hold one are copied often
+
+
+def scientific(count: int) -> str:
+    """A large count as "7.161e13": its first digits, cut off. For ints that are too long for ``str``, too."""
+    exponent = int(math.log10(count))
+    leading = count // 10 ** (exponent - 3)
+    if leading >= 10_000:  # the logarithm was rounded down across a power of ten
+        exponent, leading = exponent + 1, leading // 10
+    elif leading < 1_000:  # or up
+        exponent, leading = exponent - 1, count // 10 ** (exponent - 4)
+    return f"{leading // 1000}.{leading % 1000:03d}e{exponent}"

@@ -1,0 +1,517 @@
+"""A circuit and logits: a distribution over the allowed subsets.
+
+Legend: T tokens (the batch, flattened), N variables, K the largest allowed count, J = K + 1; z a 0/1 mask of a
+subset S, theta the logits, phi the count potential.
+
+    p(S) = exp(phi(|S|) + sum_{i in S} theta_i) / Z    over the subsets the constraint allows.
+
+Values of log-probabilities and entropies are computed relative to independent coins (see
+:class:`circuitroute.engines.base.Inference`), which keeps their accuracy when logits are large; their gradients are
+those of the textbook formulas.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+from torch.compiler import is_compiling
+from torch.distributions import Distribution, constraints
+from torch.nn import functional as F
+
+from circuitroute._validate import as_mask
+from circuitroute.circuit import Compiled, boolean
+from circuitroute.circuit.graph import enumerate_models, model_count
+from circuitroute.engines import Inference, certainly_finite, engine_of, layered_engine, ops
+from circuitroute.engines.logspace import nan_rows
+from circuitroute.engines.subset.mode import mode as subset_mode
+from circuitroute.inference.arguments import as_logits, as_potential, common_batch
+from circuitroute.inference.evidence import condition_logits, rows_text, unsatisfiable_rows
+from circuitroute.keys import as_key, fold_in
+
+MAX_ENUMERATED = 1 << 22
+
+
+class AllowedSubsets(constraints.Constraint):
+    """The support: 0/1 masks [..., N] of allowed subsets."""
+
+    is_discrete = True
+    event_dim = 1
+
+    def __init__(self, circuit: Compiled) -> None:
+        self.circuit = circuit
+        super().__init__()
+
+    def check(self, value: Tensor) -> Tensor:
+        """[...] whether each mask is 0/1 and allowed."""
+        binary = ((value == 0) | (value == 1)).all(-1)
+        return boolean.satisfies(self.circuit, value == 1) & binary
+
+    def __repr__(self) -> str:
+        return f"AllowedSubsets({self.circuit.constraint!r}, n={self.circuit.n})"
+
+
+class SubsetDistribution(Distribution):
+    """p(S) ~ exp(count_potential[|S|] + sum of the logits of S), over the subsets a circuit allows.
+
+    Args:
+        circuit: the compiled constraint.
+        logits: [..., N], any floating dtype; computed in float32 (float64 for float64). -inf forbids a variable,
+            +inf forces it: infinite logits condition the distribution and add nothing to ``log_partition``.
+        count_potential: [K + 1] or [..., K + 1] log potentials of the counts 0..K (-inf forbids a count); for
+            count constraints over all variables only.
+        validate_args: whether to check values (torch's default when None). Without it, rows with NaN or with
+            evidence that leaves nothing give NaN, in those rows alone.
+
+    Raises:
+        TypeError: logits that are no floating-point tensor.
+        ValueError: wrong shapes; a count potential for another kind of constraint; when validating, NaN, or rows
+            whose evidence leaves no subset, named.
+    """
+
+    arg_constraints = {"logits": constraints.real_vector}  # noqa: RUF012 - torch's own spelling
+    has_rsample = True
+    has_enumerate_support = True
+
+    def __init__(
+        self,
+        circuit: Compiled,
+        logits: Tensor,
+        count_potential: Tensor | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        self.circuit = circuit
+        self.logits = as_logits(logits, circuit.n)
+        self.count_potential: Tensor | None = None
+        batch_shape = self.logits.shape[:-1]
+        if count_potential is not None:
+            self.count_potential = as_potential(count_potential, circuit, self.logits)
+            batch_shape = common_batch(batch_shape, self.count_potential.shape[:-1])
+            self.logits = self.logits.expand(*batch_shape, circuit.n)
+        self._cached: Inference | None = None
+        checked = _validating(validate_args)
+        if checked:
+            self._validate_rows()
+        # Validation is done, with messages that name rows; torch's own would print whole tensors.
+        super().__init__(batch_shape, Size([circuit.n]), validate_args=False)
+        self._validate_args = checked
+
+    def _validate_rows(self) -> None:
+        finite_logits = certainly_finite(self.logits)
+        if self.count_potential is None and finite_logits:
+            return
+        if not finite_logits and bool((bad := self.logits.isnan().any(-1)).any()):
+            raise ValueError(f"logits hold NaN in {rows_text(bad)}")
+        if self.count_potential is not None and bool(self.count_potential.isnan().any()):
+            raise ValueError(f"count_potential holds NaN in {rows_text(self.count_potential.isnan().any(-1))}")
+        if self.count_potential is not None and bool((self.count_potential == math.inf).any()):
+            raise ValueError("count_potential holds +inf; give -inf to all other counts to force one")
+        empty = unsatisfiable_rows(self.circuit, self.logits, self.count_potential)
+        if bool(empty.any()):
+            raise ValueError(
+                f"no subset that satisfies {self.circuit.constraint!r} is left by the infinite logits (or the "
+                f"count potential) in {rows_text(empty)}"
+            )
+
+    # ------------------------------------------------------------------ rows and engines
+
+    @property
+    def _logits_TN(self) -> Tensor:
+        return self.logits.reshape(-1, self.circuit.n)
+
+    def _potential(self) -> Tensor | None:
+        """[J] or [T, J] log potentials with -inf where the constraint forbids a count."""
+        if self.circuit.counts is None:
+            return None
+        allowed = _allowed.__wrapped__ if is_compiling() else _allowed  # nothing of a trace may outlive it
+        base: Tensor = allowed(self.circuit.counts, self.logits.dtype, self.logits.device)
+        if self.count_potential is None:
+            return base
+        given = self.count_potential
+        if given.dim() > 1 or given.requires_grad:
+            given = given.expand(*self._batch_shape, -1).reshape(-1, given.shape[-1])
+        return torch.where(base == 0.0, given, base)
+
+    def _engine_inputs(self) -> tuple[Tensor, Tensor | None]:
+        """Rows for the engine, with NaN rows replaced: they stay a matter of their own."""
+        logits, potential = self._logits_TN, self._potential()
+        bad = self._nan_rows()
+        if bad is None:
+            return logits, potential
+        logits = torch.where(bad[:, None], 0.0, logits)
+        if potential is not None and potential.dim() > 1:
+            potential = torch.where(bad[:, None], 0.0, potential)
+        elif potential is not None:
+            potential = torch.where(potential.isnan(), 0.0, potential)
+        return logits, potential
+
+    def _nan_rows(self) -> Tensor | None:
+        """[T] bool, rows with NaN anywhere; None if there is known to be none, or validation has seen to it."""
+        blind = cannot_look(self.logits)
+        if self._validate_args or (not blind and self.count_potential is None and certainly_finite(self.logits)):
+            return None
+        bad = self.logits.isnan().any(-1)
+        if self.count_potential is not None:
+            bad = bad | self.count_potential.isnan().any(-1)
+        return bad.reshape(-1) if blind or bool(bad.any()) else None
+
+    def _infer(self, key_T: Tensor | None = None) -> Inference:
+        """The sweep, computed once; with a key it also draws one sample per row, in the same sweep."""
+        if is_compiling():
+            return self._infer_traced(key_T)
+        logits, potential = self._engine_inputs()
+        engine = engine_of(self.circuit, self.logits.device)
+        with torch.autocast(self.logits.device.type, enabled=False):
+            if self._cached is None or key_T is not None:
+                self._cached = engine.infer(logits.detach(), None if potential is None else potential.detach(), key_T)
+            result = self._cached
+            if torch.is_grad_enabled() and _needs_grad(logits, potential):
+                result = engine.attach(result, logits, potential)
+        bad = self._nan_rows()
+        return result if bad is None else _with_nan(result, bad)
+
+    def _infer_traced(self, key_T: Tensor | None) -> Inference:
+        """The same as an operator, which carries its gradient; kept unless that was switched off meanwhile."""
+        logits, potential = self._engine_inputs()
+        result = self._cached
+        if result is None or key_T is not None:
+            result = ops.infer(self.circuit, logits, potential, key_T)
+            if torch.is_grad_enabled() or not _needs_grad(self.logits, self.count_potential):
+                self._cached = result
+        bad = self._nan_rows()
+        return result if bad is None else _with_nan(result, bad)
+
+    def _as_batch(self, rows: Tensor) -> Tensor:
+        return rows.reshape(self._batch_shape + rows.shape[1:])
+
+    # ------------------------------------------------------------------ moments
+
+    @property
+    def log_partition(self) -> Tensor:
+        """[...] log Z. Twice differentiable: gradient ``marginals``, Hessian ``covariance_matrix``."""
+        return self._as_batch(self._infer().log_partition)
+
+    @property
+    def marginals(self) -> Tensor:
+        """[..., N] P(i in S). Differentiable: the gradient along u is Cov(z) u."""
+        return self._as_batch(self._infer().marginals)
+
+    @property
+    def mean(self) -> Tensor:
+        """[..., N] the marginals."""
+        return self.marginals
+
+    @property
+    def variance(self) -> Tensor:
+        """[..., N] m (1 - m)."""
+        return self.marginals * (1 - self.marginals)
+
+    @property
+    def count_probs(self) -> Tensor:
+        """[..., K + 1] P(|S| = j). Differentiable; equal to d log Z / d count_potential."""
+        probs = self._infer().count_probs
+        if probs is None:
+            logits, _ = self._engine_inputs()
+            probs = layered_engine(self.circuit, self.logits.device).count_probs(logits, self.circuit.max_count)
+            bad = self._nan_rows()
+            probs = probs if bad is None else nan_rows(bad, probs)
+        return self._as_batch(probs)
+
+    @property
+    def covariance_matrix(self) -> Tensor:
+        """[..., N, N] Cov(z), one sweep per variable; not differentiable."""
+        n = self.circuit.n
+        engine = engine_of(self.circuit, self.logits.device)
+        # Out of inference mode, since autograd is how the columns Cov(z) e_i are computed.
+        with torch.inference_mode(False), torch.enable_grad():
+            logits, potential = self._engine_inputs()
+            logits = logits.detach().clone()
+            potential = None if potential is None else potential.detach().clone()
+            rows = logits.repeat_interleave(n, 0).requires_grad_()
+            if potential is not None and potential.dim() > 1:
+                potential = potential.repeat_interleave(n, 0)
+            marginals = engine.attach(engine.infer(rows.detach(), potential), rows, potential).marginals
+            directions = torch.eye(n, dtype=rows.dtype, device=rows.device).repeat(len(logits), 1)
+            (columns,) = torch.autograd.grad(marginals, rows, directions)
+        empty = self._infer().log_partition.detach().isnan()
+        covariance = columns.reshape(-1, n, n).masked_fill(empty[:, None, None], math.nan)
+        return self._as_batch(covariance)
+
+    def entropy(self) -> Tensor:
+        """[...] H = log Z - theta . m - phi . q, in nats. Differentiable."""
+        sweep = self._infer()
+        logits, potential = self._engine_inputs()
+        bounded = finite(logits)
+        surrogate = sweep.log_partition - (bounded * sweep.marginals).sum(-1)
+        if potential is not None and self.count_potential is not None and sweep.count_probs is not None:
+            weighted = finite(potential) * sweep.count_probs
+            surrogate = surrogate - weighted.sum(-1)
+        with torch.no_grad():
+            value = self._entropy_value(sweep, logits, potential)
+        return self._as_batch(_with_gradient_of(value.to(surrogate.dtype), surrogate))
+
+    def _entropy_value(self, sweep: Inference, logits: Tensor, potential: Tensor | None) -> Tensor:
+        """Entropy from terms that are each as small as the entropy itself, whatever the scale of the logits."""
+        centred = logits.double() - sweep.shift[:, None]
+        m = sweep.marginals.double()
+        coins = F.softplus(centred) - centred * m
+        # softplus(x) - x m, written for positive x as (1 - m) x + softplus(-x)
+        coins = torch.where(centred > 0, (1 - m) * centred + F.softplus(-centred), coins)
+        coins = torch.where(torch.isinf(logits), 0.0, coins).sum(-1)
+        if sweep.count_probs is None:
+            return coins + sweep.log_root
+        count = torch.arange(sweep.count_probs.shape[-1], device=logits.device, dtype=torch.float64)
+        free = count - (logits == math.inf).sum(-1, keepdim=True)
+        tilt = sweep.shift[:, None] * free - sweep.log_root[:, None]
+        tilt = tilt if potential is None else potential.double() + tilt
+        return coins - torch.where(torch.isinf(tilt), 0.0, tilt * sweep.count_probs.double()).sum(-1)
+
+    # ------------------------------------------------------------------ samples
+
+    def sample(self, sample_shape: Iterable[int] = (), key: Tensor | int | None = None) -> Tensor:
+        """[*sample_shape, ..., N] masks of exactly 0 and 1 in the dtype of ``logits`` (NaN in invalid rows).
+
+        Args:
+            sample_shape: leading dimensions of independent samples.
+            key: int64, broadcastable to sample_shape + batch. A sample is a pure function of (logits row, key
+                row), so rows that share a key share their randomness; see :func:`circuitroute.random_key`. A key
+                without the sample dimensions is mixed with the sample's index. None draws keys from torch's
+                global generator.
+        """
+        with torch.no_grad():
+            shape = Size(sample_shape)
+            keys = self._keys(shape, key)
+            logits, potential = self._engine_inputs()
+            copies = shape.numel()
+            if copies != 1:
+                logits = logits.repeat(copies, 1)
+                potential = potential if potential is None or potential.dim() == 1 else potential.repeat(copies, 1)
+            if is_compiling():
+                mask = ops.sample(self.circuit, logits, potential, keys)
+            else:
+                mask = engine_of(self.circuit, logits.device).sample(logits, potential, keys)
+            return self._float_mask(mask, shape)
+
+    def _keys(self, shape: Size, key: Tensor | int | None) -> Tensor:
+        """[samples * T] int64."""
+        full = shape + self._batch_shape
+        device = self.logits.device
+        if key is None:
+            return torch.randint(-(1 << 63), (1 << 63) - 1, full, dtype=torch.int64, device=device).reshape(-1)
+        given = as_key("key", key).to(device)
+        try:
+            if given.dim() <= len(self._batch_shape):
+                index = torch.arange(shape.numel(), device=device).reshape(shape + (1,) * len(self._batch_shape))
+                rows = given.expand(self._batch_shape)
+                given = rows if len(shape) == 0 else fold_in(rows, index)
+            return given.expand(full).reshape(-1)
+        except RuntimeError:
+            raise ValueError(
+                f"key has shape {tuple(given.shape)}: it must broadcast to the batch {tuple(self._batch_shape)} or to "
+                f"sample_shape + batch {tuple(full)}"
+            ) from None
+
+    def _float_mask(self, mask_TN: Tensor, shape: Size) -> Tensor:
+        mask = mask_TN.to(self.logits.dtype)
+        if not self._validate_args:
+            empty = self._infer().log_partition.isnan().repeat(shape.numel())
+            mask = mask.masked_fill(empty[:, None], math.nan)
+        return mask.reshape(shape + self._batch_shape + self._event_shape)
+
+    def rsample(self, sample_shape: Iterable[int] = (), key: Tensor | int | None = None) -> Tensor:
+        """:meth:`sample` with the SIMPLE gradient: forward the mask z, backward that of the marginals m.
+
+        z + m - stopgrad(m), the straight-through estimator of Ahmed et al. 2023 (arXiv:2210.01941).
+        """
+        marginals = self.marginals
+        return self.sample(sample_shape, key) + (marginals - marginals.detach())
+
+    def sample_in_sweep(self, key: Tensor | int | None) -> Tensor:
+        """[..., N] bool, one sample per row, drawn in the same sweep that computes the moments.
+
+        What routers use: the tree is multiplied up once for the marginals and the sample.
+        """
+        mask = self._infer(self._keys(Size(), key)).mask
+        if mask is None:
+            raise RuntimeError("an engine that is given keys returns a mask")  # cannot happen
+        return self._as_batch(mask)
+
+    @property
+    def mode(self) -> Tensor:
+        """[..., N] a most probable mask. Ties go to lower counts, then lower indices, the same everywhere."""
+        with torch.no_grad():
+            return self._float_mask(self.mode_mask().reshape(-1, self.circuit.n), Size())
+
+    def mode_mask(self, count: Tensor | None = None) -> Tensor:
+        """[..., N] bool, the mode (all False in invalid rows); of count constraints, also among subsets of a ``count``.
+
+        Args:
+            count: [...] int64, for count constraints: the size of each row's subset.
+        """
+        with torch.no_grad():
+            logits, potential = self._engine_inputs()
+            if count is not None and potential is not None:
+                other = torch.arange(potential.shape[-1], device=logits.device) != count.reshape(-1, 1)
+                potential = potential.masked_fill(other, -math.inf)
+            if is_compiling():
+                return self._as_batch(ops.mode(self.circuit, logits, potential))
+            if potential is None:
+                return self._as_batch(layered_engine(self.circuit, self.logits.device).mode(logits))
+            return self._as_batch(subset_mode(logits, potential))
+
+    # ------------------------------------------------------------------ densities
+
+    @property
+    def support(self) -> AllowedSubsets:
+        """The 0/1 masks of allowed subsets."""
+        return AllowedSubsets(self.circuit)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """[...] log p(S) of masks [..., N] (bool or 0/1); -inf for one the evidence excludes. Differentiable.
+
+        Raises:
+            ValueError: a wrong last dimension or values that are not 0 or 1; when validating, masks outside the
+                support, named by row.
+        """
+        selected = value == 1 if is_compiling() else as_mask("value", value, self.circuit.n)
+        allowed = ops.satisfies(self.circuit, selected) if is_compiling() else boolean.satisfies(self.circuit, selected)
+        if self._validate_args and not bool(allowed.all()):
+            raise ValueError(f"value does not satisfy {self.circuit.constraint!r} in {rows_text(~allowed)}")
+        sweep = self._infer()
+        logits = self._as_batch(self._engine_inputs()[0])
+        phi = self._potential_of(selected)
+        excluded = (selected & (logits == -math.inf)) | (~selected & (logits == math.inf))
+        possible = allowed & ~excluded.any(-1) & (phi > -math.inf)
+        bounded = finite(logits)
+        phi = torch.where(possible, phi, 0.0)
+        surrogate = torch.where(selected, bounded, 0.0).sum(-1) + phi - self._as_batch(sweep.log_partition)
+        with torch.no_grad():
+            log_prob = self._log_prob_value(sweep, logits, selected, phi).to(surrogate.dtype)
+        result = _with_gradient_of(log_prob, surrogate)
+        return torch.where(possible | result.isnan(), result, -math.inf)
+
+    def _potential_of(self, selected: Tensor) -> Tensor:
+        """[...] phi(|S|) of every mask, zero for circuits without potentials."""
+        potential = self._potential()
+        count = selected.sum(-1)
+        if potential is None:
+            return self.logits.new_zeros(count.shape)
+        count = count.clamp(max=potential.shape[-1] - 1)
+        if potential.dim() == 1:
+            return potential[count]
+        shape = torch.broadcast_shapes(count.shape, self._batch_shape)
+        table = self._as_batch(potential).expand(*shape, -1)
+        return table.gather(-1, count.expand(shape).unsqueeze(-1)).squeeze(-1)
+
+    def _log_prob_value(self, sweep: Inference, logits: Tensor, selected: Tensor, phi: Tensor) -> Tensor:
+        """Log-probability as a sum of the coins' log-probabilities, which stay small at any scale."""
+        shift, log_root = self._as_batch(sweep.shift), self._as_batch(sweep.log_root)
+        centred = logits.double() - shift.unsqueeze(-1)
+        coins = -F.softplus(torch.where(selected, -centred, centred))
+        coins = torch.where(torch.isinf(logits), 0.0, coins).sum(-1)
+        free = (selected & ~torch.isinf(logits)).sum(-1)
+        return coins + phi + shift * free - log_root
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """[M, ..., N] the masks of all M allowed subsets, in lexicographic order; evidence is not applied.
+
+        Raises:
+            ValueError: there are more than four million of them.
+        """
+        count = model_count(self.circuit.graph)
+        if count > MAX_ENUMERATED:
+            raise ValueError(f"{self.circuit.constraint!r} allows {count} subsets: too many to enumerate")
+        models = torch.from_numpy(enumerate_models(self.circuit.graph)).to(self.logits)
+        models = models.reshape((-1,) + (1,) * len(self._batch_shape) + (self.circuit.n,))
+        return models.expand(-1, *self._batch_shape, -1) if expand else models
+
+    # ------------------------------------------------------------------ new distributions
+
+    def expand(self, batch_shape: Iterable[int], _instance: Any = None) -> SubsetDistribution:
+        """The same distribution with a larger batch shape, sharing memory."""
+        shape = Size(batch_shape)
+        potential = self.count_potential
+        if potential is not None and potential.dim() > 1:
+            potential = potential.expand(*shape, potential.shape[-1])
+        logits = self.logits.expand(*shape, self.circuit.n)
+        new = type(self)(self.circuit, logits, potential, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    def condition(
+        self,
+        include: Tensor | Iterable[int] | None = None,
+        exclude: Tensor | Iterable[int] | None = None,
+    ) -> SubsetDistribution:
+        """The distribution given that S contains ``include`` and avoids ``exclude``.
+
+        Args:
+            include, exclude: a mask [..., N] (bool, or float 0/1) that broadcasts with the batch, or the indices
+                of variables, for all rows (integers).
+
+        Raises:
+            ValueError: an index out of range, a variable both included and excluded, or (when validating) rows
+                that are left without any subset.
+        """
+        logits, lost = condition_logits(self.circuit, self.logits, include, exclude)
+        if self._validate_args and bool(lost.any()):
+            raise ValueError(
+                f"include or exclude contradicts the infinite logits in {rows_text(lost)}: no subset is left"
+            )
+        return SubsetDistribution(self.circuit, logits, self.count_potential, validate_args=self._validate_args)
+
+    def __repr__(self) -> str:
+        return f"SubsetDistribution({self.circuit.constraint!r}, n={self.circuit.n}, batch={tuple(self._batch_shape)})"
+
+
+def cannot_look(values: Tensor) -> bool:
+    """Whether branching on ``values`` is out of the question: in a traced program, or on a GPU (it would wait)."""
+    return is_compiling() or values.is_cuda
+
+
+@functools.lru_cache(maxsize=256)
+def _allowed(counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[J] a count constraint's potential: 0 where allowed, else -inf. Kept, since sending it to a GPU waits for it."""
+    with torch.inference_mode(False):
+        potential = torch.full((max(counts) + 1,), -math.inf, dtype=dtype)
+        potential[list(counts)] = 0.0
+        return potential.to(device)
+
+
+def _validating(validate_args: bool | None) -> bool:
+    """A traced program cannot branch on values: its rows go unchecked, and bad ones are NaN alone."""
+    if is_compiling():
+        return False
+    return bool(Distribution._validate_args) if validate_args is None else validate_args
+
+
+def _needs_grad(logits: Tensor, potential: Tensor | None) -> bool:
+    return logits.requires_grad or (potential is not None and potential.requires_grad)
+
+
+def _with_nan(inference: Inference, bad_T: Tensor) -> Inference:
+    counts = inference.count_probs
+    return replace(
+        inference,
+        log_partition=nan_rows(bad_T, inference.log_partition),
+        marginals=nan_rows(bad_T, inference.marginals),
+        count_probs=None if counts is None else nan_rows(bad_T, counts),
+        log_root=nan_rows(bad_T, inference.log_root),
+    )
+
+
+def _with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
+    """``value``, with the gradient (of any order) of ``surrogate``."""
+    if not surrogate.requires_grad:
+        return value
+    return value.detach() + (surrogate - surrogate.detach())
+
+
+def finite(values: Tensor) -> Tensor:
+    """``values`` with zero in place of infinities."""
+    return torch.where(torch.isinf(values), 0.0, values)

@@ -1,0 +1,93 @@
+"""Infinite logits as evidence: which rows they leave without a subset, and how conditioning writes them.
+
+Legend: N variables; leading dimensions are a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from circuitroute._validate import as_int
+from circuitroute.circuit import Compiled, boolean
+from circuitroute.engines import certainly_finite
+
+
+def rows_text(bad: Tensor, limit: int = 8) -> str:
+    """The indices of the true entries of a bool tensor, for an error message."""
+    if bad.dim() == 0:
+        return "the only row"
+    rows = bad.nonzero().tolist()
+    shown = ", ".join(str(r[0] if len(r) == 1 else tuple(r)) for r in rows[:limit])
+    more = f" and {len(rows) - limit} more" if len(rows) > limit else ""
+    return f"row{'s' if len(rows) > 1 else ''} {shown}{more}"
+
+
+def unsatisfiable_rows(circuit: Compiled, logits: Tensor, count_potential: Tensor | None) -> Tensor:
+    """[...] bool: rows whose infinite logits (and count potential) leave no allowed subset."""
+    batch, undecided = logits.shape[:-1], certainly_finite(logits)  # no evidence
+    if undecided and (count_potential is None or circuit.counts is None):
+        return torch.zeros(batch, dtype=torch.bool, device=logits.device)
+    if circuit.counts is None:
+        return ~_satisfiable(circuit, logits == math.inf, logits == -math.inf)
+    counts = torch.tensor(circuit.counts, device=logits.device)
+    possible = torch.ones(len(counts), dtype=torch.bool, device=logits.device)
+    if not undecided:
+        low = (logits == math.inf).sum(-1, keepdim=True)
+        high = circuit.n - (logits == -math.inf).sum(-1, keepdim=True)
+        possible = (counts >= low) & (counts <= high)
+    if count_potential is not None:
+        possible = possible & (count_potential[..., counts] > -math.inf)
+    return (~possible.any(-1)).expand(batch)
+
+
+def _satisfiable(circuit: Compiled, forced: Tensor, forbidden: Tensor) -> Tensor:
+    """Whether some allowed subset agrees with the evidence: the circuit on literals that are still possible."""
+    n = circuit.n
+    possible = boolean.holds(circuit.graph, ~forced.reshape(-1, n), ~forbidden.reshape(-1, n))
+    return possible.reshape(forced.shape[:-1])
+
+
+def condition_logits(
+    circuit: Compiled,
+    logits: Tensor,
+    include: Tensor | Iterable[int] | None,
+    exclude: Tensor | Iterable[int] | None,
+) -> tuple[Tensor, Tensor]:
+    """Logits with +inf at ``include`` and -inf at ``exclude``, and which rows [...] contradict their own logits.
+
+    Such rows include what the logits forbid, or exclude what they force; their logits become NaN.
+    """
+    chosen = _as_selection("include", include, circuit.n, logits.device)
+    banned = _as_selection("exclude", exclude, circuit.n, logits.device)
+    if bool((chosen & banned).any()):
+        both = (chosen & banned).nonzero()[:, -1].unique().tolist()
+        raise ValueError(f"include and exclude share the variables {both}")
+    result = torch.where(chosen, math.inf, torch.where(banned, -math.inf, logits))
+    lost = ((chosen & (logits == -math.inf)) | (banned & (logits == math.inf))).any(-1)
+    return torch.where(lost.unsqueeze(-1), math.nan, result), lost
+
+
+def _as_selection(name: str, value: Tensor | Iterable[int] | None, n: int, device: torch.device) -> Tensor:
+    """[..., N] bool from a mask, from indices, or from nothing."""
+    if value is None:
+        return torch.zeros(n, dtype=torch.bool, device=device)
+    if isinstance(value, Tensor) and (value.dtype == torch.bool or value.dtype.is_floating_point):
+        if value.dim() == 0 or value.shape[-1] != n:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}: the last dimension of a mask must be n={n}")
+        if not bool(((value == 0) | (value == 1)).all()):
+            raise ValueError(f"{name} holds values other than 0 and 1; pass integers to give indices")
+        return value.to(device) == 1
+    entries = value.reshape(-1).tolist() if isinstance(value, Tensor) else list(value)
+    if len(entries) == n and all(isinstance(v, bool) for v in entries):
+        return torch.tensor(entries, device=device)
+    selection = torch.zeros(n, dtype=torch.bool, device=device)
+    for entry in entries:
+        index = as_int(name, entry)
+        if not 0 <= index < n:
+            raise ValueError(f"{name} holds index {index}: indices must lie in 0..{n - 1}")
+        selection[index] = True
+    return selection

@@ -1,0 +1,475 @@
+"""A budget of experts over the layers of a network, which every token keeps.
+
+Legend: T tokens, L layers, E experts per layer, J counts 0..K of a layer, C totals 0..(largest allowed total).
+
+With theta_l the router logits of layer l and phi_l preferences over its count, the subsets of all layers together are
+distributed as
+
+    p(S_1, ..., S_L) ~ prod_l exp(phi_l(|S_l|) + sum_{i in S_l} theta_l,i),
+
+restricted to counts that each layer allows and whose total the budget allows. Summed over the subsets, a layer is its
+count polynomial, log E_l(j) = log sum_{|S| = j} exp(sum_{i in S} theta_l,i), and the weight of all ways to go on from
+layer l with c experts spent is a backward recursion over the layers,
+
+    V_{L+1}(c) = 0 if the budget allows the total c, else -inf,
+    V_l(c)     = log sum_j exp(phi_l(j) + log E_l(j) + V_{l+1}(c + j)).
+
+So p(S_l | S_1, ..., S_{l-1}) is the distribution of one layer under the count potential phi_l(j) + V_{l+1}(c + j): one
+sweep of the count family. In a running network the logits of later layers are not known yet, since they depend on what
+this layer does. There a learned vector stands for log E_l. Whatever it holds, the -inf of V are exact: a token never
+enters a state that the budget cannot be met from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from circuitroute._validate import int_at_least
+from circuitroute.compilation import compile as compile_constraint
+from circuitroute.constraints import Constraint
+from circuitroute.engines.subset.naive import log_count_weights
+from circuitroute.errors import InfeasibleError
+from circuitroute.inference.circuit import Circuit
+from circuitroute.layers.routers import Router
+from circuitroute.routing.estimators import Estimator
+from circuitroute.routing.route import Combine, Routing, route_with
+
+# In place of -inf inside sums of exponentials, so that gradients stay finite; beyond any sum of logits.
+DEAD = -1e30
+
+
+class BudgetState(NamedTuple):
+    """Where a forward pass stands: handed from layer to layer, never kept by a module.
+
+    Attributes:
+        layer: the next layer, 0 at first.
+        spent: [T] int64, experts each token has used so far.
+        messages: [L + 1, C] or [T, L + 1, C] float64, V of the layers; a function of the router's parameters.
+    """
+
+    layer: int
+    spent: Tensor
+    messages: Tensor
+
+
+class Budget(nn.Module):
+    """A budget over the layers of a model whose routers are their own: preferences, estimates and count potentials.
+
+    ::
+
+        budget = cr.Budget(16, layers=4, per_layer=cr.Between(1, 8), total=cr.AtMost(16))
+        state = budget.begin(hidden)  # once per forward pass
+        # and once per layer, in order
+        routing = cr.route(logits, circuit, count_potential=budget.potential(state), key=key)
+        state = budget.spend(state, routing)
+
+    :func:`circuitroute.integrations.transformers.patch` takes one; :class:`BudgetRouter` is one that has the layers'
+    linear maps too, and says how the parameters are learned.
+
+    Args:
+        num_experts: E, of every layer.
+        layers: L, the number of layers that route; other layers of the model do not count.
+        per_layer: what one layer allows: a constraint on the count, such as ``Between(1, 8)``, or one per layer.
+        total: the budget, on the sum over all layers, such as ``AtMost(16)`` or ``Between(12, 16)``.
+
+    Raises:
+        InfeasibleError: the layers' counts cannot add up to any allowed total.
+        TypeError, ValueError: arguments of the wrong kind; ``per_layer`` of another length than ``layers``.
+    """
+
+    feasible: Tensor
+    counts: Tensor
+
+    def __init__(
+        self,
+        num_experts: int,
+        layers: int,
+        per_layer: Constraint | Sequence[Constraint],
+        total: Constraint,
+        *,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.layers = int_at_least("layers", layers, 1)
+        self.num_experts = int_at_least("num_experts", num_experts, 1)
+        self.per_layer = _per_layer(per_layer, self.layers)
+        self.total = total
+        circuits = [compile_constraint(constraint, num_experts) for constraint in self.per_layer]
+        allowed = [_allowed_counts(f"per_layer[{i}]", circuit) for i, circuit in enumerate(circuits)]
+        totals = _allowed_totals(total, self.per_layer, allowed, self.layers * num_experts)
+        self._widths = tuple(circuit.max_count + 1 for circuit in circuits)
+        J = max(self._widths)
+        self.preferences = nn.Parameter(torch.empty(self.layers, J, device=device))
+        self.estimates = nn.Parameter(torch.empty(self.layers, J, device=device))
+        feasible, counts = _reachable(allowed, totals, J, self.per_layer, total)
+        self.register_buffer("feasible", feasible.to(device), persistent=False)
+        self.register_buffer("counts", counts.to(device), persistent=False)
+        self._reset_budget()
+
+    def reset_parameters(self) -> None:
+        """No preference among counts, and the count polynomials of logits that are all zero."""
+        self._reset_budget()
+
+    def _reset_budget(self) -> None:
+        with torch.no_grad():
+            self.preferences.zero_()
+            count = torch.arange(self.estimates.shape[1], device=self.estimates.device, dtype=torch.float64)
+            E = self.num_experts
+            self.estimates.copy_(math.lgamma(E + 1) - torch.lgamma(count + 1) - torch.lgamma(E - count + 1))
+
+    def begin(self, hidden: Tensor, estimates: Tensor | None = None) -> BudgetState:
+        """The state of a forward pass before its first layer.
+
+        Args:
+            hidden: [..., H], whose leading dimensions are the tokens T.
+            estimates: log count polynomials to use in place of the learned ones, [L, J], or [T, L, J] per token; exact
+                ones, see :func:`log_count_polynomial`, make the layers' decisions an exact sample of the joint
+                distribution.
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+        tokens = hidden.shape[:-1].numel()
+        spent = torch.zeros(tokens, dtype=torch.int64, device=hidden.device)
+        return BudgetState(0, spent, self.messages(estimates))
+
+    def spend(self, state: BudgetState, routing: Routing) -> BudgetState:
+        """The state for the layer after the one that decided ``routing``."""
+        return BudgetState(state.layer + 1, state.spent + routing.counts.to(state.spent.device), state.messages)
+
+    def messages(self, estimates: Tensor | None = None) -> Tensor:
+        """V [..., L + 1, C] float64: log weight of all ways to go on, ``DEAD`` where there is none."""
+        if estimates is None:
+            estimates = self.estimates
+        elif estimates.shape[-2:] != self.estimates.shape:
+            L, J = self.estimates.shape
+            raise ValueError(
+                f"estimates have shape {tuple(estimates.shape)}: expected [{L}, {J}] or [tokens, {L}, {J}]"
+            )
+        weights = self.preferences.double() + estimates.double().clamp(min=DEAD)
+        weights = weights.masked_fill(~self.counts, DEAD)
+        J = weights.shape[-1]
+        later = torch.where(self.feasible[-1], 0.0, DEAD).double().expand(*weights.shape[:-2], -1)
+        found = [later]
+        for layer in reversed(range(self.layers)):
+            windows = F.pad(later, (0, J - 1), value=DEAD).unfold(-1, J, 1)
+            log_sum = (windows + weights[..., layer, None, :]).logsumexp(-1)
+            later = torch.where(self.feasible[layer], log_sum, DEAD)
+            found.append(later)
+        return torch.stack(found[::-1], dim=-2)
+
+    def potential(self, state: BudgetState, hidden: Tensor | None = None) -> Tensor:
+        """[T, K + 1] the count potential of the next layer: its preferences, and what they leave to the others.
+
+        Args:
+            state: from :meth:`begin`, or from the layer before.
+            hidden: [T, H], needed where a head on it adds to the preferences (``per_token`` of :class:`BudgetRouter`).
+
+        Raises:
+            ValueError: all layers have run, or ``hidden`` is missing.
+        """
+        layer = state.layer
+        self._check_layer(layer)
+        J = self._widths[layer]
+        at = state.spent[:, None] + torch.arange(J, device=state.spent.device)
+        later = F.pad(state.messages[..., layer + 1, :], (0, J), value=DEAD)
+        # index_select adds its gradient up without sorting, as plain indexing would.
+        ahead = later.index_select(0, at.flatten()).view(at.shape) if later.dim() == 1 else later.gather(1, at)
+        potential = ahead + self.preferences[layer, :J]
+        more = self._more_preferences(layer, hidden)
+        if more is not None:
+            potential = potential + more[:, :J]
+        feasible = F.pad(self.feasible[layer + 1], (0, J))[at]
+        possible = self.counts[layer, :J] & feasible
+        # Probabilities do not change under a constant; taken off in float64, so that float32 can hold the rest.
+        largest = torch.where(possible, potential, -math.inf).amax(-1, keepdim=True).detach()
+        relative = potential - largest
+        return torch.where(possible & (relative > 0.5 * DEAD), relative, -math.inf)
+
+    def _more_preferences(self, layer: int, hidden: Tensor | None) -> Tensor | None:
+        """[T, J] what a token adds to the preferences of a layer."""
+        return None
+
+    def log_prob(self, routings: Sequence[Routing]) -> Tensor:
+        """[T] exact log-probability of every token's path through the layers; differentiable."""
+        self._check_complete(routings)
+        return torch.stack([routing.log_prob for routing in routings]).sum(0)
+
+    def estimation_loss(self, routings: Sequence[Routing]) -> Tensor:
+        """How far the estimates are from the layers' true count polynomials: a scalar, 0 when they foretell all counts.
+
+        The mean over tokens and layers of KL(q || q'), q the exact posterior of the layer's count and q' the one that
+        the estimate gives under the same potential. Its gradient reaches ``estimates`` alone.
+        """
+        self._check_complete(routings)
+        terms = []
+        for estimate, routing in zip(self.estimates, routings, strict=True):
+            distribution = routing.distribution
+            exact, potential = distribution.count_probs.detach(), distribution.count_potential
+            if potential is None:
+                raise ValueError("routings hold a decision of another router: it has no count potential")
+            possible = potential > -math.inf
+            scores = torch.where(possible, potential.detach() + estimate[: exact.shape[-1]], DEAD)
+            log_ratio = torch.where(exact > 0, exact, 1.0).log() - scores.log_softmax(-1)
+            terms.append(torch.where(exact > 0, exact * log_ratio, 0.0).sum(-1).mean())
+        return torch.stack(terms).mean()
+
+    def _check_layer(self, layer: int) -> None:
+        if not 0 <= layer < self.layers:
+            raise ValueError(
+                f"state.layer={layer}: all {self.layers} layers of this budget have run; plan for more with "
+                f"layers=..., and call begin() once per forward pass"
+            )
+
+    def _check_complete(self, routings: Sequence[Routing]) -> None:
+        if len(routings) != self.layers:
+            raise ValueError(f"routings has {len(routings)} entries: expected one per layer, {self.layers}")
+
+    def extra_repr(self) -> str:
+        """What repr() shows."""
+        shown = self.per_layer[0] if len(set(self.per_layer)) == 1 else list(self.per_layer)
+        return f"layers={self.layers}, per_layer={shown!r}, total={self.total!r}"
+
+
+class BudgetRouter(Budget):
+    """One router for all mixture-of-experts layers of a model: the experts of every token add up to ``total``.
+
+    ::
+
+        budget = cr.BudgetRouter(hidden_size, 16, layers=4, per_layer=cr.Between(1, 8), total=cr.AtMost(16))
+        state = budget.begin(hidden)  # once per forward pass
+        routing, state = budget(hidden, state, key=key)  # once per layer, in order
+
+    Training samples a subset, layer by layer, from the distribution described in this module; evaluation takes the most
+    probable number of experts under what is left, and the most probable subset of that size.
+    (The plain mode would take as few experts as it may in early layers: it compares single subsets of this layer with
+    sums over all subsets of the later ones.)
+
+    Learned, next to the layers' linear maps: ``preferences`` [L, J], phi, and ``estimates`` [L, J], which stand for the
+    log count polynomials of layers that have not run yet. Both get gradients through every decision that looks ahead;
+    :meth:`estimation_loss` also draws the estimates to the true polynomials.
+
+    Args:
+        hidden_size: H.
+        num_experts: E, of every layer.
+        layers: L, the number of layers that route; other layers of the model do not count.
+        per_layer: what one layer allows: a constraint on the count, such as ``Between(1, 8)``, or one per layer.
+        total: the budget, on the sum over all layers, such as ``AtMost(16)`` or ``Between(12, 16)``.
+        combine, estimator, bias: as for :class:`Router`.
+        per_token: whether a small linear head on the hidden state adds to the count preferences of its own layer.
+
+    Raises:
+        InfeasibleError: the layers' counts cannot add up to any allowed total.
+        TypeError, ValueError: arguments of the wrong kind; ``per_layer`` of another length than ``layers``.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        layers: int,
+        per_layer: Constraint | Sequence[Constraint],
+        total: Constraint,
+        *,
+        combine: Combine = "softmax",
+        estimator: str | Estimator = "simple",
+        per_token: bool = False,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_experts, layers, per_layer, total, device=device)
+        self.hidden_size = int_at_least("hidden_size", hidden_size, 1)
+        self.routers = nn.ModuleList(
+            Router(
+                hidden_size,
+                num_experts,
+                constraint,
+                combine=combine,
+                estimator=estimator,
+                bias=bias,
+                device=device,
+                dtype=dtype,
+            )
+            for constraint in self.per_layer
+        )
+        J = self.preferences.shape[1]
+        self.heads = nn.ModuleList(
+            nn.Linear(hidden_size, J, device=device, dtype=dtype) for _ in range(self.layers if per_token else 0)
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """No preference among counts, and the count polynomials of logits that are all zero."""
+        for layer in range(self.layers):
+            self.router(layer).reset_parameters()
+        super().reset_parameters()
+        with torch.no_grad():
+            for parameter in self.heads.parameters():
+                parameter.zero_()
+
+    def router(self, layer: int) -> Router:
+        """The linear map and the circuit of one layer."""
+        return cast(Router, self.routers[layer])
+
+    def without_routers(self) -> Budget:
+        """The budget alone, for layers with routers of their own: preferences and estimates are the same parameters.
+
+        Raises:
+            ValueError: with ``per_token``, whose heads look at hidden states.
+        """
+        if len(self.heads):
+            raise ValueError("per_token=True: a budget without routers has no heads on hidden states")
+        part = Budget(self.num_experts, self.layers, self.per_layer, self.total, device=self.preferences.device)
+        part.preferences, part.estimates = self.preferences, self.estimates
+        return part
+
+    def begin(self, hidden: Tensor, estimates: Tensor | None = None) -> BudgetState:
+        """See :meth:`Budget.begin`; ``hidden`` is checked to be [..., hidden_size]."""
+        self._check_hidden(hidden)
+        return super().begin(hidden, estimates)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        state: BudgetState,
+        key: Tensor | int | None = None,
+        replay: Tensor | None = None,
+        layer: int | None = None,
+    ) -> tuple[Routing, BudgetState]:
+        """Route the next layer.
+
+        Args:
+            hidden: [..., H].
+            state: from :meth:`begin`, or from the layer before.
+            key, replay: as in :func:`circuitroute.route`; give every layer keys of its own.
+            layer: which layer this is meant to be; only checked.
+
+        Returns:
+            (routing, state for the next layer).
+
+        Raises:
+            ValueError: all layers have run, ``layer`` is not the next one, or ``hidden`` has other tokens.
+        """
+        self._check_turn(hidden, state, layer)
+        router = self.router(state.layer)
+        rows = hidden.reshape(-1, self.hidden_size)
+        routing = route_with(
+            router.logits(rows),
+            router.circuit,
+            combine=router.combine,
+            estimator=router.estimator,
+            decide="sample" if self.training else "count",
+            key=key if not isinstance(key, Tensor) or key.dim() == 0 else key.reshape(-1),
+            replay=replay,
+            count_potential=self.potential(state, rows),
+        )
+        return routing, self.spend(state, routing)
+
+    def _more_preferences(self, layer: int, hidden: Tensor | None) -> Tensor | None:
+        if not len(self.heads):
+            return None
+        if hidden is None:
+            raise ValueError("hidden=None: with per_token=True the preferences depend on hidden states")
+        head = cast(nn.Linear, self.heads[layer])
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.double(), head.weight.double(), head.bias.double())
+
+    def _check_hidden(self, hidden: Tensor) -> None:
+        if hidden.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"hidden has shape {tuple(hidden.shape)}: the last dimension must be hidden_size={self.hidden_size}"
+            )
+
+    def _check_turn(self, hidden: Tensor, state: BudgetState, layer: int | None) -> None:
+        self._check_hidden(hidden)
+        self._check_layer(state.layer)
+        if layer is not None and layer != state.layer:
+            raise ValueError(
+                f"layer={layer}: the next one is layer {state.layer}; hand on the state that the layer before returned"
+            )
+        if state.messages.dtype != torch.float64:
+            raise ValueError(
+                f"state.messages is {state.messages.dtype}: begin() made it float64, and budgets need that; mixed "
+                f"precision that casts what modules are given, such as FSDP2's, must leave it alone "
+                f"(cast_forward_inputs=False)"
+            )
+        tokens = hidden.shape[:-1].numel()
+        per_token = state.messages.shape[0] if state.messages.dim() == 3 else tokens
+        if not tokens == len(state.spent) == per_token:
+            raise ValueError(
+                f"hidden has {tokens} tokens and state {len(state.spent)} (messages of {per_token}): begin() with these"
+            )
+
+
+def log_count_polynomial(logits: Tensor, max_count: int) -> Tensor:
+    """[..., max_count + 1] float64, log E(j) = log sum_{|S| = j} exp(sum_{i in S} logits_i); -inf where j > E.
+
+    Logits [..., E] of any floating dtype. Differentiable: the gradient of entry j is the marginals of ``Exactly(j)``.
+    """
+    most = int_at_least("max_count", max_count, 0)
+    weights = log_count_weights(logits.reshape(-1, logits.shape[-1]), most)
+    return weights.reshape(*logits.shape[:-1], most + 1)
+
+
+def _per_layer(per_layer: Constraint | Sequence[Constraint], layers: int) -> tuple[Constraint, ...]:
+    if isinstance(per_layer, Constraint):
+        return (per_layer,) * layers
+    if not isinstance(per_layer, Sequence) or not all(isinstance(c, Constraint) for c in per_layer):
+        raise TypeError(f"per_layer={per_layer!r}: expected a count such as cr.Between(1, 8), or one per layer")
+    if len(per_layer) != layers:
+        raise ValueError(f"per_layer has {len(per_layer)} entries: expected one for each of layers={layers}")
+    return tuple(per_layer)
+
+
+def _allowed_counts(name: str, circuit: Circuit) -> tuple[int, ...]:
+    if circuit.counts is None:
+        raise TypeError(f"{name}={circuit.constraint!r}: expected a constraint on the count of all experts")
+    return circuit.counts
+
+
+def _allowed_totals(
+    total: Constraint, per_layer: Sequence[Constraint], allowed: Sequence[tuple[int, ...]], variables: int
+) -> tuple[int, ...]:
+    if not isinstance(total, Constraint):
+        raise TypeError(f"total={total!r}: expected a count such as cr.AtMost(16)")
+    try:
+        return _allowed_counts("total", compile_constraint(total, variables))
+    except InfeasibleError:
+        raise _unmeetable(total, per_layer, allowed) from None
+
+
+def _reachable(
+    allowed: Sequence[tuple[int, ...]],
+    totals: tuple[int, ...],
+    J: int,
+    per_layer: Sequence[Constraint],
+    total: Constraint,
+) -> tuple[Tensor, Tensor]:
+    """[L + 1, C] bool, from which spent counts the budget can be met; and [L, J] bool, the layers' own counts."""
+    most = min(max(totals), sum(map(max, allowed)))
+    can = [[c in set(totals) for c in range(most + 1)]]
+    for counts in reversed(allowed):
+        can.append([any(c + j <= most and can[-1][c + j] for j in counts) for c in range(most + 1)])
+    if not can[-1][0]:
+        raise _unmeetable(total, per_layer, allowed)
+    own = torch.tensor([[j in counts for j in range(J)] for counts in allowed])
+    return torch.tensor(can[::-1]), own
+
+
+def _unmeetable(
+    total: Constraint, per_layer: Sequence[Constraint], allowed: Sequence[tuple[int, ...]]
+) -> InfeasibleError:
+    low, high = sum(map(min, allowed)), sum(map(max, allowed))
+    kinds = dict.fromkeys(per_layer)
+    layers = "; ".join(f"{c!r} in {per_layer.count(c)} of {len(per_layer)} layers" for c in kinds)
+    return InfeasibleError(
+        f"total={total!r} cannot be met: the layers' counts add up to between {low} and {high} ({layers}); "
+        f"change total or per_layer"
+    )
