@@ -21,10 +21,11 @@ from circuitroute._validate import as_int, int_at_least
 from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Constraint
 from circuitroute.inference.circuit import Circuit
-from circuitroute.inference.distribution import SubsetDistribution
 from circuitroute.keys import fold_in, random_key
+from circuitroute.routing.decision import Routing
 from circuitroute.routing.estimators import Estimator, as_estimator
-from circuitroute.routing.route import Routing, route, weigh_by_logits
+from circuitroute.routing.route import decide
+from circuitroute.routing.weights import weigh
 
 Weights = Literal["softmax", "normalized", "sigmoid"]
 
@@ -115,32 +116,17 @@ class Decider:
         """
         for_choice = logits if shift is None else logits + shift.detach().to(logits.dtype)
         key = self.keys(token) if training else None
-        # Which weights this makes is of no matter: they would be those of the shifted logits.
-        drawn = route(for_choice, self.circuit, combine="sigmoid", estimator="none", training=training, key=key)
-        gates = self._weigh(logits, drawn.mask, drawn.distribution, weights, renormalize, scale)
-        routing = Routing(drawn.distribution, drawn.mask, gates)
+        decision = decide(for_choice, self.circuit, how="sample" if training else "mode", key=key)
+        gates = weigh(decision, combine=weights, estimator=self.estimator, logits=logits)
+        if renormalize:
+            gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
+        gates = gates * scale
+        vanished = decision.mask & (gates == 0)
+        gates = torch.where(vanished, torch.finfo(gates.dtype).tiny, gates)
+        routing = decision.routing(gates)
         if self.recorded is not None:
             self.recorded.append(routing)
         return routing
-
-    def _weigh(
-        self,
-        logits: Tensor,
-        mask: Tensor,
-        distribution: SubsetDistribution,
-        weights: Weights,
-        renormalize: bool,
-        scale: float,
-    ) -> Tensor:
-        dtype = distribution.logits.dtype
-        with torch.autocast(logits.device.type, enabled=False):
-            g = self.estimator(mask.to(dtype), distribution)
-            gates = weigh_by_logits(g, mask, logits.to(dtype), weights)
-            if renormalize:
-                gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
-            gates = gates * scale
-            lost = mask & (gates == 0)
-            return torch.where(lost, torch.finfo(dtype).tiny, gates)
 
 
 def begin_step(model: nn.Module | Sequence[nn.Module], step: int, *, offset: int = 0) -> None:

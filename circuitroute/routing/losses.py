@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from circuitroute.routing.route import Routing, expert_softmax
+from circuitroute.routing.decision import Routing
+from circuitroute.routing.weights import expert_softmax
 
 Probabilities = Literal["marginal", "softmax"]
 

@@ -29,9 +29,9 @@ from torch import Tensor
 from circuitroute._files import replace_file
 from circuitroute._validate import int_at_least
 from circuitroute.errors import CircuitFileError
-from circuitroute.inference.distribution import cannot_look
 from circuitroute.inference.evidence import rows_text
-from circuitroute.routing.route import Routing
+from circuitroute.inference.rows import cannot_look
+from circuitroute.routing.decision import Routing
 
 Form: TypeAlias = Literal["indices", "bits"]
 Decisions: TypeAlias = "Routing | Tensor | Sequence[Routing | Tensor] | RoutingRecord"

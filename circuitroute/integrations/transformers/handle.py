@@ -18,7 +18,7 @@ from circuitroute.integrations.transformers.routers import CircuitRouting, Sessi
 from circuitroute.integrations.transformers.walk import forget_turns
 from circuitroute.layers.budget import Budget
 from circuitroute.routing import losses
-from circuitroute.routing.route import Routing
+from circuitroute.routing.decision import Routing
 
 SETTINGS = "circuitroute"
 # The name by which a model has its budget, and the start of the names of its parameters.

@@ -28,9 +28,10 @@ from circuitroute.integrations.transformers.handle import BUDGET, SETTINGS, Hand
 from circuitroute.integrations.transformers.routers import Eval, Plan, Session, exchange_class
 from circuitroute.integrations.transformers.walk import Walk
 from circuitroute.interop.reprs import parse_constraint
-from circuitroute.layers.budget import Budget, BudgetRouter
+from circuitroute.layers.budget import Budget
+from circuitroute.layers.budget_router import BudgetRouter
 from circuitroute.routing.estimators import Estimator, as_estimator
-from circuitroute.routing.route import Combine, as_combine
+from circuitroute.routing.weights import Combine, as_combine
 
 FORMAT = 1
 # Arguments of from_pretrained that say where files are.
