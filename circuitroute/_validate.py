@@ -28,7 +28,7 @@ def int_at_least(name: str, value: object, lowest: int) -> int:
 
 
 def as_number(name: str, value: object) -> float:
-    """``value`` as a float; bool and what is no real number are refused."""
+    """``value`` as a float; bools and anything but real numbers are refused."""
     if isinstance(value, bool):
         raise TypeError(f"{name}={value!r}: expected a number, got a bool")
     try:

@@ -1,4 +1,4 @@
-"""The errors circuitroute raises for reasons of its own; all derive from :class:`CircuitRouteError`.
+"""Errors specific to circuitroute; all derive from :class:`CircuitRouteError`.
 
 Bad arguments raise plain ``ValueError`` / ``TypeError``, as anywhere in Python.
 """

@@ -68,7 +68,7 @@ class SubsetDistribution(Distribution):
             evidence that leaves nothing give NaN, in those rows alone.
 
     Raises:
-        TypeError: logits that are no floating-point tensor.
+        TypeError: logits that are not a floating-point tensor.
         ValueError: wrong shapes; a count potential for another kind of constraint; when validating, NaN, or rows
             whose evidence leaves no subset, named.
     """
@@ -132,7 +132,7 @@ class SubsetDistribution(Distribution):
         )
 
     def invalid_rows(self) -> Tensor | None:
-        """[...] bool, rows with NaN or without any subset; None where there are none, as validation sees to."""
+        """[...] bool, rows with NaN or without any subset; None where there are none; validation refuses them."""
         if self._validate_args:
             return None
         if cannot_look(self.logits):  # what the sweep finds
@@ -213,7 +213,7 @@ class SubsetDistribution(Distribution):
         return self._as_batch(_with_gradient_of(value.to(surrogate.dtype), surrogate))
 
     def _entropy_value(self, sweep: Inference, logits: Tensor, potential: Tensor | None) -> Tensor:
-        """Entropy from terms that are each as small as the entropy itself, whatever the scale of the logits."""
+        """Entropy as a sum of terms that are no larger than the entropy itself, at any scale of the logits."""
         centred = logits.double() - sweep.shift[:, None]
         m = sweep.marginals.double()
         coins = F.softplus(centred) - centred * m

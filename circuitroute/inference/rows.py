@@ -35,7 +35,7 @@ class Rows:
         logits: [..., N] float32 or float64.
         count_potential: [J] or [..., J], or None.
         batch_shape: the leading dimensions of both together.
-        finite: whether all logits are known to be finite: no evidence, no NaN. Where nobody may look, they are not.
+        finite: whether all logits are known to be finite: no evidence, no NaN. Never known where looking is ruled out.
         nan: [T] bool, rows with NaN in logits or potential; None where there are none.
     """
 
@@ -93,7 +93,7 @@ class Rows:
         """What engines are given, as functions of logits and potential: ([T, N], [J] or [T, J]).
 
         The potential is -inf where the constraint forbids a count, and None for circuits without counts. Rows with NaN
-        are replaced: they concern themselves alone.
+        are replaced, so that they cannot affect others.
         """
         logits, potential = self.logits.reshape(-1, self.circuit.n), self._potential()
         if self.nan is None:
@@ -109,7 +109,7 @@ class Rows:
         """[J] or [T, J] log potentials with -inf where the constraint forbids a count."""
         if self.circuit.counts is None:
             return None
-        allowed = _allowed.__wrapped__ if is_compiling() else _allowed  # nothing of a trace may outlive it
+        allowed = _allowed.__wrapped__ if is_compiling() else _allowed  # a tensor of a trace must not outlive it
         base: Tensor = allowed(self.circuit.counts, self.logits.dtype, self.logits.device)
         if self.count_potential is None:
             return base

@@ -142,7 +142,7 @@ class Budget(nn.Module):
         return BudgetState(state.layer + 1, state.spent + routing.counts.to(state.spent.device), state.messages)
 
     def messages(self, estimates: Tensor | None = None) -> Tensor:
-        """V [..., L + 1, C] float64: log weight of all ways to go on, ``DEAD`` where there is none."""
+        """V [..., L + 1, C] float64: log weight of all continuations, ``DEAD`` where there is none."""
         if estimates is None:
             estimates = self.estimates
         elif estimates.shape[-2:] != self.estimates.shape:
@@ -200,7 +200,7 @@ class Budget(nn.Module):
         return torch.stack([routing.log_prob for routing in routings]).sum(0)
 
     def estimation_loss(self, routings: Sequence[Routing]) -> Tensor:
-        """How far the estimates are from the layers' true count polynomials: a scalar, 0 when they foretell all counts.
+        """How far the estimates are from the layers' true count polynomials: a scalar, 0 when they predict every count.
 
         The mean over tokens and layers of KL(q || q'), q the exact posterior of the layer's count and q' the one that
         the estimate gives under the same potential. Its gradient reaches ``estimates`` alone.

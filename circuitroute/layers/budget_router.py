@@ -176,7 +176,7 @@ class BudgetRouter(Budget):
         self._check_layer(state.layer)
         if layer is not None and layer != state.layer:
             raise ValueError(
-                f"layer={layer}: the next one is layer {state.layer}; hand on the state that the layer before returned"
+                f"layer={layer}: the next one is layer {state.layer}; pass the state that the previous layer returned"
             )
         if state.messages.dtype != torch.float64:
             raise ValueError(

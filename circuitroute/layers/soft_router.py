@@ -44,7 +44,7 @@ class SoftTopKRouter(LinearRouter):
         bias: whether the linear map has one.
 
     Raises:
-        TypeError: k, alpha or threshold that are no numbers.
+        TypeError: k, alpha or threshold that are not numbers.
         ValueError: a size below 1, a number out of range, or an unknown ``combine``.
     """
 
@@ -105,7 +105,7 @@ class SoftTopKRouter(LinearRouter):
             hidden: [..., H].
             key: accepted and not used, since nothing is drawn.
             replay: a recorded mask [..., E] or [T, E]: these experts are executed.
-            k: the soft mass in the place of the router's own: a number, or a tensor, scalar, [...] or [T]. An entry
+            k: the soft mass, instead of the router's own: a number, or a tensor, scalar, [...] or [T]. An entry
                 of a :class:`LayerAllocation` gets its gradient.
 
         Raises:
@@ -187,7 +187,7 @@ class SoftTopKRouter(LinearRouter):
             raise ValueError(f"hidden has shape {tuple(hidden.shape)}: there are no tokens to calibrate on")
         some = _positive(soft_mass, logits)
         ranked = weights.gather(-1, self._ranked(logits))[some].double()
-        # The first are executed whatever the threshold: it decides about the others.
+        # The first are always executed: the threshold decides about the others.
         first, others = ranked[:, 0], ranked[:, 1:].flatten().sort(descending=True).values
         others = others[others > 0]
         if mass is None:

@@ -47,7 +47,7 @@ def load_balance(
 def balance(load: Tensor, mass: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """:func:`load_balance` of sums over tokens: E sum_e f_e P_e, with f and P the shares of ``load`` and ``mass``.
 
-    For sums of your own, such as those over the tokens that are no padding.
+    For sums of your own, such as those over the tokens that are not padding.
 
     Args:
         load: [..., E], how many tokens each expert has; no gradient.

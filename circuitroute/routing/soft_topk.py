@@ -47,7 +47,7 @@ from torch.compiler import is_compiling
 from circuitroute._validate import as_number
 from circuitroute.inference.evidence import rows_text
 
-# By dtype: how far from a reference logits are told apart, with N e^REACH far from overflow; and from where on F' is
+# By dtype: how far from a reference logits are distinguished, with N e^REACH far from overflow; and from where on F' is
 # taken for 0: e^-VANISH is still a normal number, since CPUs take ten times as long for others.
 REACH = {torch.float32: 60.0, torch.float64: 300.0}
 VANISH = {torch.float32: 86.0, torch.float64: 700.0}
@@ -61,7 +61,7 @@ def far(dtype: torch.dtype) -> float:
 def soft_topk(logits: Tensor, k: float | Tensor, alpha: float | Tensor) -> Tensor:
     """Soft top-k weights: numbers in [0, 1] that sum to ``k``, the larger the larger the logit.
 
-    Differentiable in all three arguments, any number of times. Values and gradients are finite whatever the scale.
+    Differentiable in all three arguments, any number of times. Values and gradients are finite at any scale.
 
     Args:
         logits: [..., N], any floating dtype; computed in float32 (float64 for float64). -inf forbids a variable
@@ -75,7 +75,7 @@ def soft_topk(logits: Tensor, k: float | Tensor, alpha: float | Tensor) -> Tenso
         [..., N] float32, or float64.
 
     Raises:
-        TypeError: logits that are no floating-point tensor; k or alpha that are neither numbers nor tensors of numbers.
+        TypeError: logits that are not a floating-point tensor; k or alpha that are neither numbers nor tensors of numbers.
         ValueError: shapes that do not fit; NaN, a k out of range or an alpha that is not positive, named by row.
             A traced program (torch.compile) checks shapes only.
     """
