@@ -118,8 +118,8 @@ class RoutingRecord:
 
         Args:
             decisions: those of all layers, or of the only one.
-            log_probs: whether to keep the log-probabilities of Routings (masks have none): exact, and already computed where the
-                decision was sampled. They are what :func:`importance_ratio` compares with.
+            log_probs: whether to keep the log-probabilities of Routings (masks have none): exact, and already computed
+                where the decision was sampled. :func:`importance_ratio` compares with them.
 
         Raises:
             TypeError, ValueError: anything else.

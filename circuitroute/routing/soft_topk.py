@@ -75,7 +75,7 @@ def soft_topk(logits: Tensor, k: float | Tensor, alpha: float | Tensor) -> Tenso
         [..., N] float32, or float64.
 
     Raises:
-        TypeError: logits that are not a floating-point tensor; k or alpha that are neither numbers nor tensors of numbers.
+        TypeError: logits that are not a floating-point tensor; k or alpha that are neither numbers nor tensors of them.
         ValueError: shapes that do not fit; NaN, a k out of range or an alpha that is not positive, named by row.
             A traced program (torch.compile) checks shapes only.
     """
