@@ -40,14 +40,16 @@ class Decision(NamedTuple):
 
 
 def chosen_first(mask: Tensor, scores: Tensor, slots: int) -> Tensor:
-    """[T, slots] int64, the chosen experts by decreasing score (lower indices among equals), then distinct others.
+    """[T, slots] int64, the chosen experts by decreasing score (lower indices among equals), then the others likewise.
 
     Args:
         mask: [T, E] bool.
-        scores: [T, E] without NaN where chosen.
+        scores: [T, E].
     """
-    ranked = torch.where(mask, scores, -torch.inf)
-    return ranked.argsort(dim=-1, descending=True, stable=True)[:, :slots]
+    by_score = scores.argsort(dim=-1, descending=True, stable=True)
+    # Stable: chosen and unchosen experts each keep the order of the first sort.
+    order = mask.gather(-1, by_score).to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+    return by_score.gather(-1, order[:, :slots])
 
 
 class Routing:
