@@ -53,6 +53,7 @@ from circuitroute.routing import estimators as estimators
 from circuitroute.routing import losses as losses
 from circuitroute.routing import metrics as metrics
 from circuitroute.routing import replay as replay
+from circuitroute.routing import schedules as schedules
 from circuitroute.routing.decision import Routing as Routing
 from circuitroute.routing.decision import SoftRouting as SoftRouting
 from circuitroute.routing.estimators import Estimator as Estimator
@@ -61,7 +62,7 @@ from circuitroute.routing.route import route as route
 from circuitroute.routing.soft_topk import soft_topk as soft_topk
 
 # Public modules answer to their public names, wherever they live: `from circuitroute.replay import mismatch`.
-for _module in (divergence, estimators, losses, metrics, replay):
+for _module in (divergence, estimators, losses, metrics, replay, schedules):
     _sys.modules[f"{__name__}.{_module.__name__.rpartition('.')[2]}"] = _module
 
 __version__ = "0.1.0"

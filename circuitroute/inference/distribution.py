@@ -254,6 +254,10 @@ class SubsetDistribution(Distribution):
                 mask = engine_of(self.circuit, logits.device).sample(logits, potential, keys)
             return self._float_mask(mask, shape)
 
+    def keys(self, key: Tensor | int | None) -> Tensor:
+        """[T] int64, the key of every row; drawn from torch's global generator where none is given."""
+        return self._keys(Size(), key)
+
     def _keys(self, shape: Size, key: Tensor | int | None) -> Tensor:
         """[samples * T] int64."""
         full = shape + self._batch_shape
@@ -293,7 +297,7 @@ class SubsetDistribution(Distribution):
 
         What routers use: the tree is multiplied up once for the marginals and the sample.
         """
-        mask = self._infer(self._keys(Size(), key)).mask
+        mask = self._infer(self.keys(key)).mask
         if mask is None:
             raise RuntimeError("an engine that is given keys returns a mask")  # cannot happen
         return self._as_batch(mask)
@@ -397,6 +401,26 @@ class SubsetDistribution(Distribution):
             potential = potential.expand(*shape, potential.shape[-1])
         logits = self.logits.expand(*shape, self.circuit.n)
         new = type(self)(self.circuit, logits, potential, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    def tempered(self, temperature: float | Tensor) -> SubsetDistribution:
+        """The distribution over logits / temperature: flatter above 1, nearer the mode below; itself at 1.0.
+
+        Infinite logits stay evidence. Differentiable in the temperature.
+
+        Args:
+            temperature: positive; a number, or a tensor that broadcasts to the batch.
+        """
+        if isinstance(temperature, float) and temperature == 1.0:
+            return self
+        t = temperature.to(self.logits)[..., None] if isinstance(temperature, Tensor) else temperature
+        divided = (
+            self.logits / t
+            if self.rows.finite
+            else torch.where(torch.isinf(self.logits), self.logits, finite(self.logits) / t)
+        )
+        new = SubsetDistribution(self.circuit, divided, self.count_potential, validate_args=False)
         new._validate_args = self._validate_args
         return new
 

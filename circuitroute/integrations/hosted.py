@@ -22,9 +22,9 @@ from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Constraint
 from circuitroute.inference.circuit import Circuit
 from circuitroute.keys import fold_in, random_key
+from circuitroute.routing.choice import decide
 from circuitroute.routing.decision import Routing
 from circuitroute.routing.estimators import Estimator, as_estimator
-from circuitroute.routing.route import decide
 from circuitroute.routing.weights import weigh
 
 Weights = Literal["softmax", "normalized", "sigmoid"]
@@ -116,7 +116,7 @@ class Decider:
         """
         for_choice = logits if shift is None else logits + shift.detach().to(logits.dtype)
         key = self.keys(token) if training else None
-        decision = decide(for_choice, self.circuit, how="sample" if training else "mode", key=key)
+        decision = decide(for_choice, self.circuit, share=1.0 if training else 0.0, key=key)
         gates = weigh(decision, combine=weights, estimator=self.estimator, logits=logits)
         if renormalize:
             gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)

@@ -16,9 +16,10 @@ from circuitroute._validate import int_at_least
 from circuitroute.constraints import Constraint
 from circuitroute.layers.budget import Budget, BudgetState
 from circuitroute.layers.routers import Router
+from circuitroute.routing import choice
+from circuitroute.routing.choice import Decide
 from circuitroute.routing.decision import Routing
 from circuitroute.routing.estimators import Estimator
-from circuitroute.routing.route import decide
 from circuitroute.routing.weights import Combine, weigh
 
 
@@ -47,6 +48,7 @@ class BudgetRouter(Budget):
         per_layer: what one layer allows: a constraint on the count, such as ``Between(1, 8)``, or one per layer.
         total: the budget, on the sum over all layers, such as ``AtMost(16)`` or ``Between(12, 16)``.
         combine, estimator, bias: as for :class:`Router`.
+        decide, temperature: as for :class:`Router`, attributes of this module; ``"mode"`` is the rule of evaluation.
         per_token: whether a small linear head on the hidden state adds to the count preferences of its own layer.
 
     Raises:
@@ -64,6 +66,8 @@ class BudgetRouter(Budget):
         *,
         combine: Combine = "softmax",
         estimator: str | Estimator = "simple",
+        decide: Decide | float | None = None,
+        temperature: float | Tensor = 1.0,
         per_token: bool = False,
         bias: bool = False,
         device: torch.device | str | None = None,
@@ -78,12 +82,15 @@ class BudgetRouter(Budget):
                 constraint,
                 combine=combine,
                 estimator=estimator,
+                decide=decide,
+                temperature=temperature,
                 bias=bias,
                 device=device,
                 dtype=dtype,
             )
             for constraint in self.per_layer
         )
+        self.decide, self.temperature = decide, temperature
         J = self.preferences.shape[1]
         self.heads = nn.ModuleList(
             nn.Linear(hidden_size, J, device=device, dtype=dtype) for _ in range(self.layers if per_token else 0)
@@ -127,6 +134,8 @@ class BudgetRouter(Budget):
         key: Tensor | int | None = None,
         replay: Tensor | None = None,
         layer: int | None = None,
+        decide: Decide | float | None = None,
+        temperature: float | Tensor | None = None,
     ) -> tuple[Routing, BudgetState]:
         """Route the next layer.
 
@@ -135,6 +144,7 @@ class BudgetRouter(Budget):
             state: from :meth:`begin`, or from the layer before.
             key, replay: as in :func:`circuitroute.route`; give every layer keys of its own.
             layer: which layer this is meant to be; only checked.
+            decide, temperature: in place of the router's own.
 
         Returns:
             (routing, state for the next layer).
@@ -145,10 +155,13 @@ class BudgetRouter(Budget):
         self._check_turn(hidden, state, layer)
         router = self.router(state.layer)
         rows = hidden.reshape(-1, self.hidden_size)
-        decision = decide(
+        share = choice.as_share(self.decide if decide is None else decide, router.estimator)
+        decision = choice.decide(
             router.logits(rows),
             router.circuit,
-            how="sample" if self.training else "count",
+            share=share if self.training else 0.0,
+            rule="count",
+            temperature=self.temperature if temperature is None else temperature,
             key=key if not isinstance(key, Tensor) or key.dim() == 0 else key.reshape(-1),
             replay=replay,
             count_potential=self.potential(state, rows),

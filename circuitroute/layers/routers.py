@@ -17,8 +17,11 @@ from torch.nn import functional as F
 from circuitroute._validate import int_at_least
 from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Between, Constraint, Exactly
+from circuitroute.inference.circuit import Circuit
+from circuitroute.routing.choice import Decide, as_share, as_temperature
 from circuitroute.routing.decision import Routing
-from circuitroute.routing.estimators import Estimator, as_estimator
+from circuitroute.routing.estimators import Estimator
+from circuitroute.routing.metrics import temperature_for
 from circuitroute.routing.route import route
 from circuitroute.routing.weights import Combine, as_combine
 
@@ -69,14 +72,16 @@ class LinearRouter(nn.Module):
 class Router(LinearRouter):
     """Routes every token to a subset of experts that satisfies ``constraint``.
 
-    In training mode the subset is sampled and gradients reach all logits through the estimator; in evaluation mode
-    it is the mode of the distribution.
+    In training mode the subset is decided as ``decide`` says, sampled by default, and gradients reach all logits
+    through the estimator; in evaluation mode it is the mode of the distribution. ``decide`` and ``temperature`` are
+    plain attributes, which a training loop may set by a schedule (:mod:`circuitroute.schedules`); :meth:`forward`
+    takes others for one call.
 
     Args:
         hidden_size: H.
         num_experts: E.
-        constraint: what is allowed, over E variables.
-        combine, estimator: see :func:`circuitroute.route`.
+        constraint: what is allowed, over E variables; or a circuit, compiled already or read from a file.
+        combine, estimator, decide, temperature: see :func:`circuitroute.route`.
         bias: whether the linear map has one.
 
     Raises:
@@ -88,22 +93,37 @@ class Router(LinearRouter):
         self,
         hidden_size: int,
         num_experts: int,
-        constraint: Constraint,
+        constraint: Constraint | Circuit,
         *,
         combine: Combine = "softmax",
         estimator: str | Estimator = "simple",
+        decide: Decide | float | None = None,
+        temperature: float | Tensor = 1.0,
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(hidden_size, num_experts, combine=combine, bias=bias, device=device, dtype=dtype)
-        self.circuit = compile_constraint(constraint, self.num_experts)
+        self.circuit = as_circuit(constraint, self.num_experts)
         self.estimator = estimator
-        as_estimator(estimator)  # refuse an unknown one here, not in the first forward
+        self.decide, self.temperature = decide, temperature
+        # What is wrong is refused here, not in the first forward.
+        as_share(decide, estimator)
+        as_temperature(temperature, torch.Size())
         self.reset_parameters()
 
-    def forward(self, hidden: Tensor, key: Tensor | int | None = None, replay: Tensor | None = None) -> Routing:
-        """Route hidden states [..., H]; ``key`` and ``replay`` [...] or [T], as in :func:`circuitroute.route`."""
+    def forward(
+        self,
+        hidden: Tensor,
+        key: Tensor | int | None = None,
+        replay: Tensor | None = None,
+        decide: Decide | float | None = None,
+        temperature: float | Tensor | None = None,
+    ) -> Routing:
+        """Route hidden states [..., H]; the other arguments as in :func:`circuitroute.route`, [...] or [T].
+
+        ``decide`` and ``temperature`` take the place of the router's own.
+        """
         return route(
             self.logits(hidden).reshape(*hidden.shape[:-1], self.num_experts),
             self.circuit,
@@ -112,14 +132,43 @@ class Router(LinearRouter):
             training=self.training,
             key=key,
             replay=replay,
+            decide=self.decide if decide is None else decide,
+            temperature=self.temperature if temperature is None else temperature,
         )
+
+    @torch.no_grad()
+    def calibrate_temperature(self, hidden: Tensor, agreement: float = 0.75) -> float:
+        """Find the temperature at which samples agree with the mode so far, set it, and return it.
+
+        By bisection on the exact expected agreement, :func:`circuitroute.metrics.mode_agreement`, which falls as the
+        temperature rises; sampling far from the mode trains experts on tokens they will not see again.
+
+        Args:
+            hidden: [..., H], such as those of a batch of training text.
+            agreement: the mean over tokens of (sum of the marginals over the mode) / its size, to get.
+
+        Raises:
+            ValueError: no tokens, or an agreement that no temperature gives on these hidden states.
+        """
+        self.temperature = temperature_for(self.logits(hidden), self.circuit, agreement)
+        return self.temperature
 
     def extra_repr(self) -> str:
         """What repr() shows."""
         return (
             f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, constraint={self.circuit.constraint!r}, "
-            f"combine={self.combine!r}, estimator={self.estimator!r}"
+            f"combine={self.combine!r}, estimator={self.estimator!r}, decide={self.decide!r}, "
+            f"temperature={self.temperature!r}"
         )
+
+
+def as_circuit(constraint: Constraint | Circuit, n: int) -> Circuit:
+    """A constraint compiled over ``n`` variables, or the circuit that was given, which must be over as many."""
+    if not isinstance(constraint, Circuit):
+        return compile_constraint(constraint, n)
+    if constraint.n != n:
+        raise ValueError(f"constraint={constraint!r}: it is over {constraint.n} variables, and there are {n} experts")
+    return constraint
 
 
 class ExactKRouter(Router):
@@ -133,9 +182,20 @@ class ExactKRouter(Router):
         *,
         combine: Combine = "softmax",
         estimator: str | Estimator = "simple",
+        decide: Decide | float | None = None,
+        temperature: float | Tensor = 1.0,
         bias: bool = False,
     ) -> None:
-        super().__init__(hidden_size, num_experts, Exactly(k), combine=combine, estimator=estimator, bias=bias)
+        super().__init__(
+            hidden_size,
+            num_experts,
+            Exactly(k),
+            combine=combine,
+            estimator=estimator,
+            decide=decide,
+            temperature=temperature,
+            bias=bias,
+        )
 
 
 class DynamicKRouter(Router):
@@ -150,10 +210,20 @@ class DynamicKRouter(Router):
         *,
         combine: Combine = "softmax",
         estimator: str | Estimator = "simple",
+        decide: Decide | float | None = None,
+        temperature: float | Tensor = 1.0,
         bias: bool = False,
     ) -> None:
-        constraint = Between(kmin, kmax)
-        super().__init__(hidden_size, num_experts, constraint, combine=combine, estimator=estimator, bias=bias)
+        super().__init__(
+            hidden_size,
+            num_experts,
+            Between(kmin, kmax),
+            combine=combine,
+            estimator=estimator,
+            decide=decide,
+            temperature=temperature,
+            bias=bias,
+        )
 
 
 class TopKRouter(Router):
@@ -162,15 +232,23 @@ class TopKRouter(Router):
     def __init__(
         self, hidden_size: int, num_experts: int, k: int, *, combine: Combine = "softmax", bias: bool = False
     ) -> None:
-        super().__init__(hidden_size, num_experts, Exactly(k), combine=combine, estimator="none", bias=bias)
-
-    def forward(self, hidden: Tensor, key: Tensor | int | None = None, replay: Tensor | None = None) -> Routing:
-        """Route hidden states [..., H]; ``key`` is accepted and not used, since nothing is drawn."""
-        return route(
-            self.logits(hidden),
-            self.circuit,
-            combine=self.combine,
-            estimator=self.estimator,
-            training=False,
-            replay=replay,
+        super().__init__(
+            hidden_size, num_experts, Exactly(k), combine=combine, estimator="none", decide="mode", bias=bias
         )
+
+    def forward(
+        self,
+        hidden: Tensor,
+        key: Tensor | int | None = None,
+        replay: Tensor | None = None,
+        decide: Decide | float | None = None,
+        temperature: float | Tensor | None = None,
+    ) -> Routing:
+        """Route hidden states [..., H]; ``key`` is accepted and not used, since nothing is drawn.
+
+        Raises:
+            ValueError: ``decide`` is anything but ``"mode"``.
+        """
+        if decide not in (None, "mode"):
+            raise ValueError(f"decide={decide!r}: a TopKRouter takes the mode only; ExactKRouter samples")
+        return super().forward(hidden, key, replay, "mode", temperature)

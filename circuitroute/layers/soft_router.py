@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from circuitroute._validate import as_number, int_at_least
 from circuitroute.inference.evidence import rows_text
 from circuitroute.layers.routers import LinearRouter
+from circuitroute.routing.choice import per_token, recorded_mask
 from circuitroute.routing.decision import SoftRouting
-from circuitroute.routing.route import per_token, recorded_mask
 from circuitroute.routing.soft_topk import soft_topk
 from circuitroute.routing.weights import Combine, weigh_by_logits
 

@@ -20,23 +20,32 @@ class Decision(NamedTuple):
     """Which experts, before any weights; see :func:`circuitroute.routing.route.decide`.
 
     Attributes:
-        distribution: what was decided on, with batch [T].
+        distribution: what was decided on, with batch [T]: that of the logits divided by the temperature.
         mask: [T, E] bool, the chosen experts; none in invalid rows.
         invalid: [T] bool, rows with NaN or without any subset; None where there are none.
+        untempered: the distribution of the logits themselves, which has the mode and the weights.
+        temperature: a number, or a tensor [] or [T].
     """
 
     distribution: SubsetDistribution
     mask: Tensor
     invalid: Tensor | None
+    untempered: SubsetDistribution
+    temperature: float | Tensor
+
+    @property
+    def logits(self) -> Tensor:
+        """[T, E] the logits as given, in float32 or float64."""
+        return self.untempered.logits
 
     @property
     def finite(self) -> bool:
         """Whether all logits are known to be finite."""
-        return self.distribution.rows.finite
+        return self.untempered.rows.finite
 
     def routing(self, gates: Tensor) -> Routing:
         """The decision with its weights, [T, E]."""
-        return Routing(self.distribution, self.mask, gates)
+        return Routing(self.distribution, self.mask, gates, self.untempered, self.temperature)
 
 
 def chosen_first(mask: Tensor, scores: Tensor, slots: int) -> Tensor:
@@ -58,22 +67,37 @@ class Routing:
     Attributes:
         mask: [T, E] bool, the chosen experts.
         gates: [T, E] float32, combination weights; 0 off the chosen set in value, with the estimator's gradient.
+        temperature: what the logits were divided by for the decision: a number, or a tensor [] or [T].
     """
 
-    def __init__(self, distribution: SubsetDistribution, mask: Tensor, gates: Tensor) -> None:
+    def __init__(
+        self,
+        distribution: SubsetDistribution,
+        mask: Tensor,
+        gates: Tensor,
+        untempered: SubsetDistribution | None = None,
+        temperature: float | Tensor = 1.0,
+    ) -> None:
         self._distribution = distribution
+        self._untempered = distribution if untempered is None else untempered
         self.mask = mask
         self.gates = gates
+        self.temperature = temperature
 
     @property
     def distribution(self) -> SubsetDistribution:
-        """What the decision was drawn from, with batch [T]."""
+        """What the decision was drawn from, with batch [T]: that of the logits divided by the temperature."""
         return self._distribution
 
     @property
+    def untempered(self) -> SubsetDistribution:
+        """The distribution of the logits themselves, at temperature 1."""
+        return self._untempered
+
+    @property
     def logits(self) -> Tensor:
-        """[T, E] float32 router logits."""
-        return self.distribution.logits
+        """[T, E] float32 router logits, as given."""
+        return self.untempered.logits
 
     @property
     def marginals(self) -> Tensor:
@@ -166,6 +190,7 @@ class SoftRouting(Routing):
         self._max_count = max_count
         self.mask = mask
         self.gates = gates
+        self.temperature = 1.0
 
     @property
     def logits(self) -> Tensor:
@@ -193,6 +218,11 @@ class SoftRouting(Routing):
             "a soft routing has no distribution: nothing was drawn. Its soft weights are in .marginals, the executed "
             "experts in .mask; routers with a distribution over subsets are ExactKRouter, DynamicKRouter and Router"
         )
+
+    @property
+    def untempered(self) -> SubsetDistribution:
+        """There is none; see :attr:`distribution`."""
+        return self.distribution
 
     @property
     def log_prob(self) -> Tensor:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from circuitroute._validate import int_at_least
+from circuitroute._validate import as_number, int_at_least
 from circuitroute.inference.circuit import Circuit
+from circuitroute.inference.distribution import SubsetDistribution
 from circuitroute.keys import random_key, uniform
 from circuitroute.routing.decision import Routing
 from circuitroute.routing.estimators import Estimator
@@ -50,6 +51,64 @@ def max_violation(decisions: Routing | Tensor) -> float:
     load = _mask(decisions).sum(0).double()
     mean = float(load.mean())
     return float(load.max()) / mean - 1.0 if mean > 0 else 0.0
+
+
+def mode_agreement(routing: Routing) -> Tensor:
+    """[T] the share of the most probable subset that a sample is expected to choose: (sum of m_e over it) / its size.
+
+    Exact. 1 where samples always are the mode; near k / E where they are nearly uniform, and experts are trained on
+    tokens that the mode will not send them. Below 0.5, lower the temperature
+    (:meth:`circuitroute.Router.calibrate_temperature`). An empty mode counts the probability of choosing nothing.
+    """
+    with torch.no_grad():
+        return _agreement(routing.distribution, routing.untempered.mode_mask())
+
+
+def _agreement(distribution: SubsetDistribution, mode: Tensor) -> Tensor:
+    size = mode.sum(-1)
+    shared = torch.where(mode, distribution.marginals, 0.0).sum(-1) / size.clamp(min=1)
+    if bool((size > 0).all()):
+        return shared
+    return torch.where(size > 0, shared, distribution.log_prob(mode).exp())
+
+
+# Temperatures beyond these times the spread of the logits are as good as 0 and infinity.
+_COLDEST, _HOTTEST = 1e-6, 1e6
+
+
+def temperature_for(logits: Tensor, circuit: Circuit, agreement: float) -> float:
+    """The temperature at which the mean of :func:`mode_agreement` is ``agreement``, by bisection on its logarithm.
+
+    Args:
+        logits: [T, E], at least one token.
+        circuit: over E experts.
+        agreement: between what the highest and the lowest temperature give.
+
+    Raises:
+        ValueError: no tokens, or an agreement that no temperature gives.
+    """
+    target = as_number("agreement", agreement)
+    if not len(logits):
+        raise ValueError(f"logits have shape {tuple(logits.shape)}: there are no tokens to calibrate on")
+    base = circuit(logits.detach())
+    mode = base.mode_mask()
+
+    def mean(temperature: float) -> float:
+        return float(_agreement(base.tempered(temperature), mode).double().mean())
+
+    finite = base.logits[base.logits.isfinite()]
+    spread = max(float(finite.max() - finite.min()) if finite.numel() else 0.0, 1e-30)
+    cold, hot = _COLDEST * spread, _HOTTEST * spread
+    most, least = mean(cold), mean(hot)
+    if not least < target < most:
+        raise ValueError(
+            f"agreement={target}: on these logits temperatures give from {least:.4g} (infinitely hot) to {most:.4g} "
+            "(infinitely cold), both excluded"
+        )
+    while hot / cold > 1 + 1e-4:
+        middle = math.sqrt(hot * cold)
+        cold, hot = (middle, hot) if mean(middle) > target else (cold, middle)
+    return math.sqrt(hot * cold)
 
 
 def active_experts(decisions: Routing | Tensor) -> float:

@@ -37,7 +37,7 @@ def weigh(
         if combine == "marginal":
             gates = g * decision.distribution.marginals
         elif logits is None:
-            gates = weigh_by_logits(g, decision.mask, decision.distribution.logits, combine, decision.finite)
+            gates = weigh_by_logits(g, decision.mask, decision.logits, combine, decision.finite)
         else:
             gates = weigh_by_logits(g, decision.mask, logits.to(g.dtype), combine)
     return gates if decision.invalid is None else torch.where(decision.invalid[:, None], torch.nan, gates)

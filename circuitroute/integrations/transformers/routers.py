@@ -28,9 +28,9 @@ from circuitroute.integrations.transformers.experts import Padding, choose_paddi
 from circuitroute.integrations.transformers.families import Family
 from circuitroute.integrations.transformers.walk import Walk, in_backward
 from circuitroute.keys import random_key
+from circuitroute.routing.choice import Rule, decide
 from circuitroute.routing.decision import Decision, Routing, chosen_first
 from circuitroute.routing.estimators import Estimator
-from circuitroute.routing.route import How, decide
 from circuitroute.routing.weights import Combine, estimated_mask, weigh
 
 Eval: TypeAlias = Literal["auto", "mode"]
@@ -121,18 +121,19 @@ class Plan:
         """
         walk = self.session.walk
         if walk is None:
-            return self._decide(router, logits, replay, "sample" if router.training else "mode", None)
-        choose = partial(self._decide, router, logits, replay, "sample" if router.training else "count")
+            return self._decide(router, logits, replay, "mode", None)
+        choose = partial(self._decide, router, logits, replay, "count")
         return walk.decide(self.position, logits, router.training, choose)
 
     def _decide(
-        self, router: nn.Module, logits: Tensor, replay: Tensor | None, how: How, count_potential: Tensor | None
+        self, router: nn.Module, logits: Tensor, replay: Tensor | None, rule: Rule, count_potential: Tensor | None
     ) -> Routing:
         choice = self.family.choice(router, logits)
         decision = decide(
             choice,
             self.circuit,
-            how=how,
+            share=1.0 if router.training else 0.0,
+            rule=rule,
             key=self.session.keys(self.layer, len(logits), logits.device) if router.training else None,
             replay=replay,
             count_potential=count_potential,

@@ -1,0 +1,176 @@
+"""Which subset: logits to a decision, before any weights.
+
+Legend: T tokens, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from circuitroute._validate import as_mask, as_number
+from circuitroute.circuit import Compiled, boolean
+from circuitroute.inference.distribution import SubsetDistribution
+from circuitroute.inference.evidence import rows_text
+from circuitroute.inference.rows import cannot_look
+from circuitroute.keys import fold_in, uniform
+from circuitroute.routing.decision import Decision
+from circuitroute.routing.estimators import Estimator, Score, as_estimator
+
+Decide: TypeAlias = Literal["sample", "mode"]
+Rule: TypeAlias = Literal["mode", "count"]
+
+# What each word means as a share of sampled tokens; nothing said is "sample".
+SHARES = {None: 1.0, "sample": 1.0, "mode": 0.0}
+# Mixed into the key that says whether a token is sampled, so that what is drawn then does not depend on it.
+SHARE = 0x5A4E
+
+
+def decide(
+    logits: Tensor,
+    circuit: Compiled,
+    *,
+    share: float,
+    rule: Rule = "mode",
+    key: Tensor | int | None = None,
+    replay: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    count_potential: Tensor | None = None,
+    validate_args: bool | None = None,
+) -> Decision:
+    """Which subset: the first half of :func:`circuitroute.route`, with its arguments;
+    :func:`~circuitroute.routing.weights.weigh` is the other.
+
+    Args:
+        share: how many of the tokens are sampled, from 0 to 1, which ones being a function of their keys.
+        rule: what the others take: the ``"mode"``, or, for count constraints, ``"count"``: the most probable number of
+            experts (the lower among equals), then the most probable subset of that size.
+    """
+    batch = logits.shape[:-1] if isinstance(logits, Tensor) else torch.Size()
+    if isinstance(logits, Tensor) and logits.dim() > 0:
+        logits, count_potential, key = _flatten(logits, count_potential, key)
+    untempered = SubsetDistribution(circuit, logits, count_potential, validate_args=validate_args)
+    temperature = as_temperature(temperature, batch)
+    distribution = untempered.tempered(temperature)
+    if replay is None:
+        mask = _chosen(distribution, untempered, share, rule, key)
+        invalid = distribution.invalid_rows()
+    else:
+        invalid = distribution.invalid_rows()
+        mask = _replayed(distribution, replay, invalid)
+    mask = mask if invalid is None else mask & ~invalid[:, None]
+    return Decision(distribution, mask, invalid, untempered, temperature)
+
+
+def as_share(decide: Decide | float | None, estimator: str | Estimator) -> float:
+    """The share of tokens to sample in training, or an error that says what is wrong with ``decide``."""
+    scores = type(as_estimator(estimator)) is Score
+    if isinstance(decide, str) and decide not in get_args(Decide):
+        raise ValueError(f"decide={decide!r}: choose 'sample', 'mode', or a share of sampled tokens from 0 to 1")
+    share = SHARES[decide] if decide is None or isinstance(decide, str) else as_number("decide", decide)
+    if not 0 <= share <= 1:
+        raise ValueError(f"decide={decide!r}: a share of sampled tokens must lie in 0..1")
+    if scores and share < 1:
+        raise ValueError(
+            f"decide={decide!r} with estimator='score': a token that takes the mode has nothing to score; sample all "
+            "tokens, or use the estimator 'simple'"
+        )
+    return share
+
+
+def as_temperature(temperature: float | Tensor, batch: torch.Size) -> float | Tensor:
+    """A positive number, or a tensor [] or [T]. Values on a GPU, or in a traced program, are not looked at.
+
+    Raises:
+        TypeError, ValueError: anything else.
+    """
+    if not isinstance(temperature, Tensor):
+        number = as_number("temperature", temperature)
+        if not 0 < number < math.inf:
+            raise ValueError(f"temperature={number}: must be positive and finite")
+        return number
+    if not temperature.dtype.is_floating_point:
+        raise TypeError(f"temperature has dtype {temperature.dtype}: expected a floating-point dtype")
+    given = per_token("temperature", temperature, batch)
+    if not cannot_look(given):
+        wrong = ~((given > 0) & (given < math.inf)).detach()
+        if bool(wrong.any()):
+            raise ValueError(f"temperature={float(given[wrong][0])} in {rows_text(wrong)}: must be positive and finite")
+    return given
+
+
+def _flatten(
+    logits: Tensor, count_potential: Tensor | None, key: Tensor | int | None
+) -> tuple[Tensor, Tensor | None, Tensor | int | None]:
+    """All leading dimensions become one of tokens; a key may come with them or flattened already."""
+    batch = logits.shape[:-1]
+    if isinstance(count_potential, Tensor) and count_potential.dim() > 1:
+        last = count_potential.shape[-1]
+        count_potential = _expand("count_potential", count_potential, torch.Size([*batch, last])).reshape(-1, last)
+    if isinstance(key, Tensor):
+        key = per_token("key", key, batch)
+    return logits.reshape(-1, logits.shape[-1]), count_potential, key
+
+
+def per_token(name: str, value: Tensor, batch: torch.Size) -> Tensor:
+    """[T], or a scalar as it is: ``value`` broadcast to the leading dimensions, unless it is flattened already."""
+    if value.dim() == 0 or value.shape == (batch.numel(),):
+        return value
+    return _expand(name, value, batch).reshape(-1)
+
+
+def _expand(name: str, value: Tensor, shape: torch.Size) -> Tensor:
+    try:
+        return value.expand(shape)
+    except RuntimeError:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: it must broadcast to {tuple(shape)}") from None
+
+
+def _chosen(
+    distribution: SubsetDistribution,
+    untempered: SubsetDistribution,
+    share: float,
+    rule: Rule,
+    key: Tensor | int | None,
+) -> Tensor:
+    """[T, E] bool. Only samples feel the temperature: the rule looks at the logits themselves."""
+    if share == 1:
+        return distribution.sample_in_sweep(key)
+    ruled = untempered.mode_mask(untempered.count_probs.detach().argmax(-1) if rule == "count" else None)
+    if share == 0:
+        return ruled
+    keys = distribution.keys(key)
+    sampled = uniform(fold_in(keys, keys.new_tensor(SHARE)), 0, 1, torch.float64)[0] < share
+    return torch.where(sampled[:, None], distribution.sample_in_sweep(keys), ruled)
+
+
+def _replayed(distribution: SubsetDistribution, replay: Tensor, invalid: Tensor | None) -> Tensor:
+    """[T, E] bool, the recorded decision; invalid rows had none to check."""
+    mask = recorded_mask(replay, distribution.logits)
+    allowed = boolean.satisfies(distribution.circuit, mask)
+    infinite = torch.isinf(distribution.logits)
+    allowed &= ((distribution.logits > 0) == mask).logical_or_(~infinite).all(-1)
+    if distribution.count_potential is not None:
+        potential = distribution.count_potential.expand(len(mask), -1)
+        count = mask.sum(-1, keepdim=True).clamp(max=potential.shape[-1] - 1)
+        allowed &= potential.gather(-1, count).squeeze(-1) > -torch.inf
+    if invalid is not None:
+        allowed |= invalid
+    if not bool(allowed.all()):
+        raise ValueError(
+            f"replay holds a subset that {distribution.circuit.constraint!r}, the infinite logits or the count "
+            f"potential exclude, in {rows_text(~allowed)}"
+        )
+    return mask
+
+
+def recorded_mask(replay: Tensor, logits: Tensor) -> Tensor:
+    """[T, E] bool on the device of the logits [T, E], from a mask with any leading dimensions of T tokens in all."""
+    mask = as_mask("replay", replay, logits.shape[-1]).to(logits.device)
+    mask = mask.reshape(-1, mask.shape[-1])
+    if mask.shape != logits.shape:
+        raise ValueError(f"replay has shape {tuple(mask.shape)}: it must be that of the logits, {tuple(logits.shape)}")
+    return mask

@@ -1,0 +1,56 @@
+"""Temperatures and prices as plain functions of the step: no state, nothing to save.
+
+::
+
+    temperature = cr.schedules.geometric(1.0, 0.125, steps=1000)
+    for step in range(1000):
+        router.temperature = temperature(step)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TypeAlias
+
+from circuitroute._validate import as_number, int_at_least
+
+Schedule: TypeAlias = Callable[[float], float]
+
+
+def constant(value: float) -> Schedule:
+    """The same at every step."""
+    number = _finite("value", value)
+    return lambda step: number
+
+
+def geometric(start: float, end: float, steps: int) -> Schedule:
+    """From ``start`` to ``end`` by equal factors over ``steps`` steps, and ``end`` from then on.
+
+    Raises:
+        ValueError: an end that is not positive, or no steps.
+    """
+    low, high = (_finite(name, value) for name, value in (("start", start), ("end", end)))
+    for name, value in (("start", low), ("end", high)):
+        if value <= 0:
+            raise ValueError(f"{name}={value}: a geometric schedule has positive ends")
+    count = int_at_least("steps", steps, 1)
+    return lambda step: low * (high / low) ** _progress(step, count)
+
+
+def cosine(start: float, end: float, steps: int) -> Schedule:
+    """From ``start`` to ``end`` along half a cosine over ``steps`` steps, and ``end`` from then on."""
+    low, high = (_finite(name, value) for name, value in (("start", start), ("end", end)))
+    count = int_at_least("steps", steps, 1)
+    return lambda step: high + (low - high) * (1 + math.cos(math.pi * _progress(step, count))) / 2
+
+
+def _progress(step: float, steps: int) -> float:
+    return min(max(step / steps, 0.0), 1.0)
+
+
+def _finite(name: str, value: float) -> float:
+    number = as_number(name, value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name}={number}: must be finite")
+    return number
