@@ -43,6 +43,7 @@ from circuitroute.layers.budget import Budget as Budget
 from circuitroute.layers.budget import BudgetState as BudgetState
 from circuitroute.layers.budget import log_count_polynomial as log_count_polynomial
 from circuitroute.layers.budget_router import BudgetRouter as BudgetRouter
+from circuitroute.layers.experts import StackedExperts as StackedExperts
 from circuitroute.layers.moe import MoE as MoE
 from circuitroute.layers.routers import DynamicKRouter as DynamicKRouter
 from circuitroute.layers.routers import ExactKRouter as ExactKRouter

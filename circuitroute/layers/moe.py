@@ -6,13 +6,17 @@ Legend: T tokens, H hidden size, E experts, S chosen (token, expert) pairs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from circuitroute._validate import int_at_least
+from circuitroute.layers.experts import StackedExperts
 from circuitroute.layers.routers import LinearRouter
 from circuitroute.routing.decision import Routing
+from circuitroute.routing.probes import ProbeWeights, as_probe_weights, draw_probes, every_unchosen
 
 
 class MoE(nn.Module):
@@ -24,7 +28,13 @@ class MoE(nn.Module):
     Args:
         router: gives a :class:`Routing` for hidden states; None where every call hands over its ``routing``, as with a
             :class:`BudgetRouter` that the layers of a model share.
-        experts: E modules, each [S_e, H] -> [S_e, H].
+        experts: E modules, each [S_e, H] -> [S_e, H], or a :class:`StackedExperts`.
+        probes: in training, how many unchosen experts every token runs besides, without replacement in proportion to
+            their exact (tempered) marginals and keyed like the decision, or ``"all"`` of them. Their weight is 0 in
+            value, and they take no gradient themselves; the gates' gradient learns what they would have been worth. See
+            :mod:`circuitroute.routing.probes`.
+        probe_weights: how much a probe counts in that gradient: ``"importance"``, such that it is what running all
+            experts would give, in expectation; ``"none"``, 1 each; or a number that caps the former.
         call_idle: whether experts that no token chose are called too, with an empty batch, so that their parameters
             get a gradient of zero instead of none. Processes that share the work need it: DDP and FSDP wait for the
             same parameters in all of them. None, the default, does so where torch.distributed runs more than one.
@@ -36,18 +46,22 @@ class MoE(nn.Module):
     def __init__(
         self,
         router: LinearRouter | None,
-        experts: Sequence[nn.Module] | nn.ModuleList,
+        experts: Sequence[nn.Module] | nn.ModuleList | StackedExperts,
+        probes: int | Literal["all"] = 0,
+        probe_weights: ProbeWeights = "importance",
         *,
         call_idle: bool | None = None,
     ) -> None:
         super().__init__()
         self.router = router
-        self.experts = experts if isinstance(experts, nn.ModuleList) else nn.ModuleList(experts)
+        self.experts = experts if isinstance(experts, (nn.ModuleList, StackedExperts)) else nn.ModuleList(experts)
+        self.num_experts = self.experts.num_experts if isinstance(self.experts, StackedExperts) else len(self.experts)
+        self.probes = probes if probes == "all" else int_at_least("probes", probes, 0)
+        self.probe_weights = probe_weights
+        as_probe_weights(probe_weights)
         self.call_idle = call_idle
-        if router is not None and len(self.experts) != router.num_experts:
-            raise ValueError(
-                f"experts has {len(self.experts)} modules, but the router chooses among {router.num_experts}"
-            )
+        if router is not None and self.num_experts != router.num_experts:
+            raise ValueError(f"there are {self.num_experts} experts, but the router chooses among {router.num_experts}")
 
     def forward(
         self,
@@ -55,13 +69,15 @@ class MoE(nn.Module):
         key: Tensor | int | None = None,
         replay: Tensor | None = None,
         routing: Routing | None = None,
+        **options: Any,
     ) -> tuple[Tensor, Routing]:
         """Apply the layer.
 
         Args:
             hidden: [..., H].
-            key, replay: handed to the router.
-            routing: a decision made elsewhere, over the same T tokens; the router is not called then.
+            key, replay, options: handed to the router; options such as ``decide`` and ``temperature``.
+            routing: a decision made elsewhere, over the same T tokens; the router is not called then. The probes of one
+                are keyed by ``key``.
 
         Returns:
             (output [..., H] in the dtype of ``hidden``, the routing decision).
@@ -70,28 +86,50 @@ class MoE(nn.Module):
             ValueError: ``routing`` is not over these tokens and experts, comes with ``key`` or ``replay``, or is
                 missing where there is no router.
         """
-        if routing is not None and (key is not None or replay is not None):
+        if routing is not None and (replay is not None or options or (key is not None and not self.probes)):
             raise ValueError("routing was given together with key or replay: a decision that is made needs neither")
         if routing is None:
             if self.router is None:
                 raise ValueError("routing=None: this layer was made without a router, so every call needs a routing")
-            routing = self.router(hidden, key=key, replay=replay)
+            routing = self.router(hidden, key=key, replay=replay, **options)
         rows = hidden.reshape(-1, hidden.shape[-1])
-        if routing.mask.shape != (len(rows), len(self.experts)):
+        if routing.mask.shape != (len(rows), self.num_experts):
             tokens, choices = routing.mask.shape
             raise ValueError(
                 f"routing is for {tokens} tokens and {choices} experts, but there are {len(rows)} and "
-                f"{len(self.experts)}"
+                f"{self.num_experts}"
             )
         token, expert, weight = routing.ragged(by="expert")
-        loads = torch.bincount(expert, minlength=len(self.experts)).tolist()
-        batches = rows[token].split(loads)
-        idle_too = _several_processes() if self.call_idle is None else self.call_idle
-        outputs = [module(batch) for module, batch in zip(self.experts, batches, strict=True) if idle_too or len(batch)]
-        results = torch.cat(outputs) if outputs else rows[token]  # empty, and still a function of its inputs
-        weighted = results * weight.unsqueeze(-1).to(results.dtype)
+        weighted = self._run(rows[token], expert) * weight.unsqueeze(-1).to(rows.dtype)
         combined = torch.zeros_like(rows, dtype=weighted.dtype).index_add(0, token, weighted)
+        if self.training and self.probes and torch.is_grad_enabled():
+            combined = self._with_probes(combined, rows, routing, key)
         return combined.to(hidden.dtype).reshape(hidden.shape), routing
+
+    def _run(self, rows: Tensor, expert: Tensor) -> Tensor:
+        """[S, H] the outputs of rows [S, H] that are sorted by expert [S]."""
+        loads = torch.bincount(expert, minlength=self.num_experts).tolist()
+        if isinstance(self.experts, StackedExperts):
+            outputs: Tensor = self.experts(rows, loads)
+            return outputs
+        idle_too = _several_processes() if self.call_idle is None else self.call_idle
+        parts = zip(self.experts, rows.split(loads), strict=True)
+        found = [module(part) for module, part in parts if idle_too or len(part)]
+        return torch.cat(found) if found else rows  # empty, and still a function of its inputs
+
+    def _with_probes(self, combined: Tensor, rows: Tensor, routing: Routing, key: Tensor | int | None) -> Tensor:
+        """The output, with probes that add 0 to it and their worth to the gradient of the gates."""
+        if self.probes == "all":
+            probes = every_unchosen(routing)
+        else:
+            probes = draw_probes(routing, self.probes, key, self.probe_weights)
+        order = probes.expert.argsort(stable=True)
+        token, expert, weight = (part[order] for part in probes)
+        with torch.no_grad():
+            outputs = self._run(rows[token], expert)
+        # In value the gates of unchosen experts are 0.
+        gates = routing.gates[token, expert] * weight
+        return combined.index_add(0, token, outputs * gates.unsqueeze(-1).to(outputs.dtype))
 
 
 def _several_processes() -> bool:

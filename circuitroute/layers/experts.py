@@ -1,0 +1,127 @@
+"""Experts of one shape, stacked: two matrices each, applied to tokens that are sorted by expert.
+
+Legend: S (token, expert) pairs, E experts, H hidden size, I inner size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from circuitroute._validate import int_at_least
+
+Activation = Callable[[Tensor], Tensor]
+ACTIVATIONS: dict[str, Activation] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+
+
+class StackedExperts(nn.Module):
+    """E two-layer perceptrons x -> down_e activation(up_e x), as two stacked parameters and one autograd node.
+
+    Attributes:
+        up: [E, I, H].
+        down: [E, H, I].
+
+    Args:
+        num_experts: E.
+        hidden_size: H.
+        inner_size: I.
+        activation: ``"gelu"``, ``"relu"``, ``"silu"``, or an elementwise function of a tensor.
+
+    Raises:
+        ValueError: a size below 1, or an unknown activation.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        inner_size: int,
+        activation: str | Activation = "gelu",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts = int_at_least("num_experts", num_experts, 1)
+        self.hidden_size = int_at_least("hidden_size", hidden_size, 1)
+        self.inner_size = int_at_least("inner_size", inner_size, 1)
+        if isinstance(activation, str) and activation not in ACTIVATIONS:
+            raise ValueError(f"activation={activation!r}: choose one of {', '.join(ACTIVATIONS)}, or give a function")
+        self.activation = activation
+        E, H, inner = self.num_experts, self.hidden_size, self.inner_size
+        self.up = nn.Parameter(torch.empty(E, inner, H, device=device, dtype=dtype))
+        self.down = nn.Parameter(torch.empty(E, H, inner, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw every matrix as torch.nn.Linear does."""
+        for matrix in (self.up, self.down):
+            bound = 1 / math.sqrt(matrix.shape[-1])
+            nn.init.uniform_(matrix, -bound, bound)
+
+    def forward(self, rows: Tensor, loads: Sequence[int]) -> Tensor:
+        """[S, H] the outputs of rows [S, H] that are sorted by expert, ``loads[e]`` of them for expert e."""
+        activation = ACTIVATIONS[self.activation] if isinstance(self.activation, str) else self.activation
+        outputs: Tensor = _Grouped.apply(rows, self.up, self.down, list(loads), activation)  # type: ignore[no-untyped-call]
+        return outputs
+
+    def extra_repr(self) -> str:
+        """What repr() shows."""
+        return (
+            f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, inner_size={self.inner_size}, "
+            f"activation={self.activation!r}"
+        )
+
+
+class _Grouped(torch.autograd.Function):
+    """Both layers of all experts: a matrix product per expert and layer, the activation once over all rows.
+
+    With h = x up^T, a = act(h), y = a down^T and an upstream dy: da = dy down, ddown = dy^T a, dh = act'(h) da,
+    dx = dh up, dup = dh^T x, each for the rows of its expert.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, up: Tensor, down: Tensor, loads: list[int], activation: Activation) -> Tensor:
+        if torch.is_autocast_enabled(rows.device.type):
+            dtype = torch.get_autocast_dtype(rows.device.type)
+            rows, up, down = rows.to(dtype), up.to(dtype), down.to(dtype)
+        inner = _grouped_mm(rows, up.transpose(1, 2), loads)
+        active = activation(inner)
+        ctx.save_for_backward(rows, up, down, inner, active)
+        ctx.loads, ctx.activation = loads, activation
+        return _grouped_mm(active, down.transpose(1, 2), loads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        rows, up, down, inner, active = ctx.saved_tensors
+        to_active = _grouped_mm(upstream, down, ctx.loads)
+        with torch.enable_grad():
+            leaf = inner.detach().requires_grad_()
+            (to_inner,) = torch.autograd.grad(ctx.activation(leaf), leaf, to_active)
+        to_rows = _grouped_mm(to_inner, up, ctx.loads) if ctx.needs_input_grad[0] else None
+        to_up = _grouped_outer(to_inner, rows, ctx.loads) if ctx.needs_input_grad[1] else None
+        to_down = _grouped_outer(upstream, active, ctx.loads) if ctx.needs_input_grad[2] else None
+        return to_rows, to_up, to_down, None, None
+
+
+def _grouped_mm(rows: Tensor, matrices: Tensor, loads: list[int]) -> Tensor:
+    """[S, B] the rows [S, A] of each expert times its matrix [E, A, B]."""
+    out = rows.new_empty(len(rows), matrices.shape[-1])
+    for part, matrix, result in zip(rows.split(loads), matrices, out.split(loads), strict=True):
+        torch.mm(part, matrix, out=result)
+    return out
+
+
+def _grouped_outer(left: Tensor, right: Tensor, loads: list[int]) -> Tensor:
+    """[E, A, B] the product left^T right of the rows [S, A] and [S, B] of each expert."""
+    out = left.new_empty(len(loads), left.shape[-1], right.shape[-1])
+    for a, b, result in zip(left.split(loads), right.split(loads), out, strict=True):
+        torch.mm(a.t(), b, out=result)
+    return out

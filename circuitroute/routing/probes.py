@@ -1,0 +1,117 @@
+r"""Probes: unchosen experts that are run so that the gates' gradient learns what they would have been worth.
+
+Legend: T tokens, E experts, P probes per token; S the chosen set, z its mask, m the exact marginals, w the weights.
+
+**What is missing.** A layer's output is y = sum_i g_i w_i f_i(x), g being the estimator's mask: z in value, m in
+gradient. With u_i = w_i <dL/dy, f_i>, the gradient that reaches the logits through g is Cov(z) u, the marginals'
+Jacobian times u. A sparse dispatch runs f_i on S only, so u is known there and taken as 0 elsewhere: the estimate is
+Cov(z) u_S, and an expert that is not chosen cannot learn that it should be.
+
+**One probe.** Draw j outside S with probability q_j, run f_j, and use u_j / q_j in place of u_j, 0 for the others.
+Since E[e_j u_j / q_j] = u outside S and Cov(z) is linear, the gradient is Cov(z) u in expectation: unbiased, for one
+expert more per token instead of E - k. Its variance is smallest where q_j is proportional to |u_j|; m_j, renormalised
+over what is not chosen, is what is known of that beforehand. Uniform q is worse than no probe: it mostly runs experts
+that no gradient should reach, and gives them the weight E.
+
+**Several probes** are drawn one after the other, without replacement, each in proportion to q among what is left. Des
+Raj's estimator (Some estimators in sampling with varying probabilities without replacement, JASA 1956) averages t_i =
+sum_{l < i} u_l + u_i (1 - sum_{l < i} q_l) / q_i over the draws, each unbiased given those before it; so draw i of P
+has the weight ((1 - sum_{l < i} q_l) / q_i + later draws) / P.
+
+Without the weights the estimate leans to likely experts and varies less; with a cap it does a little of both.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from circuitroute._validate import as_number
+from circuitroute.keys import fold_in, uniform
+from circuitroute.routing.choice import per_token
+from circuitroute.routing.decision import Routing
+
+ProbeWeights: TypeAlias = Literal["importance", "none"] | float
+
+# Mixed into the key, so that probes are independent of what the decision draws with it.
+PROBE = 0x9B0BE
+
+
+class Probes(NamedTuple):
+    """Unchosen (token, expert) pairs to run, and how much each counts in the gradient: [S] each."""
+
+    token: Tensor
+    expert: Tensor
+    weight: Tensor
+
+
+def as_probe_weights(weights: ProbeWeights) -> float:
+    """The largest weight a probe may have: infinity for ``"importance"``, 0 where all weigh 1, else the cap.
+
+    Raises:
+        ValueError: another word, or a cap that is not positive.
+    """
+    if isinstance(weights, str):
+        caps = {"importance": math.inf, "none": 0.0}
+        if weights not in caps:
+            raise ValueError(f"probe_weights={weights!r}: choose 'importance', 'none', or a cap on the weights")
+        return caps[weights]
+    cap = as_number("probe_weights", weights)
+    if not cap > 0:
+        raise ValueError(f"probe_weights={cap}: a cap must be positive")
+    return cap
+
+
+@torch.no_grad()
+def draw_probes(
+    routing: Routing, probes: int, key: Tensor | int | None, weights: ProbeWeights = "importance"
+) -> Probes:
+    """Draw ``probes`` unchosen experts per token in proportion to their marginals, without replacement.
+
+    A pure function of the decision and its keys. Tokens with fewer feasible experts left get as many as there are.
+
+    Args:
+        routing: T decisions with a distribution.
+        probes: P, at least 1.
+        key: as for the decision, int64 broadcastable to [T]; None draws from torch's global generator.
+        weights: see :class:`circuitroute.MoE`.
+    """
+    cap = as_probe_weights(weights)
+    key = per_token("key", key, torch.Size([len(routing.mask)])) if isinstance(key, Tensor) else key
+    keys = routing.distribution.keys(key)
+    share = torch.where(routing.mask, 0.0, routing.marginals.double()).nan_to_num(0.0)
+    share = share / share.sum(-1, keepdim=True).clamp(min=torch.finfo(share.dtype).tiny)
+    u = uniform(fold_in(keys, keys.new_tensor(PROBE)), 0, probes, torch.float64)
+    drawn, ratios, found = [], [], []
+    rest, before = share, torch.zeros_like(share[:, 0])
+    for i in range(probes):
+        expert, some = _inverted(rest, u[i])
+        q = rest.gather(-1, expert[:, None])[:, 0]
+        drawn.append(expert)
+        found.append(some)
+        ratios.append((1 - before) / torch.where(some, q, 1.0))
+        rest, before = rest.scatter(-1, expert[:, None], 0.0), before + q
+    valid = torch.stack(found)
+    later = valid.flip(0).cumsum(0).flip(0) - 1
+    importance = (torch.stack(ratios) + later) / valid.sum(0).clamp(min=1)
+    weight = torch.ones_like(importance) if cap == 0 else importance.clamp(max=cap)
+    token = torch.arange(len(share), device=share.device).expand_as(valid)
+    return Probes(token[valid], torch.stack(drawn)[valid], weight[valid].to(routing.gates.dtype))
+
+
+def every_unchosen(routing: Routing) -> Probes:
+    """All experts that a token did not choose, at weight 1: what DenseMixer runs."""
+    token, expert = (~routing.mask).nonzero(as_tuple=True)
+    return Probes(token, expert, routing.gates.new_ones(len(token)))
+
+
+def _inverted(share: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """([T] int64, [T] bool): an expert of each row in proportion to ``share`` [T, E], and whether there is any."""
+    cumulative = share.cumsum(-1)
+    total = cumulative[:, -1]
+    # The first whose sum exceeds u times the total: never one of share 0.
+    expert = (cumulative <= (u * total)[:, None]).sum(-1).clamp(max=share.shape[-1] - 1)
+    return expert, (total > 0) & (share.gather(-1, expert[:, None])[:, 0] > 0)
