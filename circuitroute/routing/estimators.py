@@ -78,7 +78,18 @@ class NoEstimator(Score):
         return "NoEstimator()"
 
 
-_BY_NAME: dict[str, Estimator] = {"simple": Simple(), "score": Score(), "none": NoEstimator()}
+class Dense(NoEstimator):
+    """DenseMixer's (Yao et al. 2025): forward the decision, backward as if every expert were used with its weight.
+
+    It replaces the weights' gradient rather than the mask's, see :func:`circuitroute.routing.weights.weigh`, and wants
+    every expert to be run: ``cr.MoE(..., probes="all")``.
+    """
+
+    def __repr__(self) -> str:
+        return "Dense()"
+
+
+_BY_NAME: dict[str, Estimator] = {"simple": Simple(), "score": Score(), "none": NoEstimator(), "dense": Dense()}
 
 
 def as_estimator(estimator: str | Estimator) -> Estimator:

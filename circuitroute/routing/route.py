@@ -39,7 +39,7 @@ def route(
         combine: how chosen experts are weighted, g being the estimator's mask: ``"softmax"``, g times the softmax
             over all experts (ProbMoE); ``"normalized"``, the softmax over the chosen ones; ``"sigmoid"``, g times
             sigmoid(logits); ``"marginal"``, g times the exact marginals.
-        estimator: how gradients cross the sample: ``"simple"``, ``"score"``, ``"none"`` or an
+        estimator: how gradients cross the sample: ``"simple"``, ``"score"``, ``"none"``, ``"dense"`` or an
             :class:`~circuitroute.routing.estimators.Estimator`.
         training: sample when True; take the mode, deterministically, when False.
         key: sampling keys, int64 broadcastable to [T]; a decision is a pure function of (logits row, key row).

@@ -13,7 +13,7 @@ from torch import Tensor
 from circuitroute.engines import certainly_finite
 from circuitroute.inference.rows import cannot_look
 from circuitroute.routing.decision import Decision
-from circuitroute.routing.estimators import Estimator, as_estimator
+from circuitroute.routing.estimators import Dense, Estimator, as_estimator
 
 Combine: TypeAlias = Literal["softmax", "normalized", "sigmoid", "marginal"]
 
@@ -34,12 +34,14 @@ def weigh(
     """
     with torch.autocast(decision.mask.device.type, enabled=False):
         g = estimated_mask(decision, estimator)
-        if combine == "marginal":
+        finite = decision.finite and logits is None
+        logits = decision.logits if logits is None else logits.to(g.dtype)
+        if isinstance(as_estimator(estimator), Dense):
+            gates = _dense(decision, logits, combine)
+        elif combine == "marginal":
             gates = g * decision.distribution.marginals
-        elif logits is None:
-            gates = weigh_by_logits(g, decision.mask, decision.logits, combine, decision.finite)
         else:
-            gates = weigh_by_logits(g, decision.mask, logits.to(g.dtype), combine)
+            gates = weigh_by_logits(g, decision.mask, logits, combine, finite)
     return gates if decision.invalid is None else torch.where(decision.invalid[:, None], torch.nan, gates)
 
 
@@ -77,6 +79,24 @@ def expert_softmax(logits: Tensor) -> Tensor:
     some, none = forced.any(-1, keepdim=True), (logits == -torch.inf).all(-1, keepdim=True)
     logits = torch.where(some, torch.where(forced, 0.0, -torch.inf), logits)
     return torch.softmax(torch.where(none, 0.0, logits), -1)
+
+
+def _dense(decision: Decision, logits: Tensor, combine: Combine) -> Tensor:
+    """The gates with DenseMixer's gradient: every expert's own weight, which in value only the chosen ones have.
+
+    Normalised over the chosen, the others' weights are over the same sum, taken as constant (its "partscale" rule).
+    """
+    if combine == "marginal":
+        weights = decision.distribution.marginals
+    elif combine == "sigmoid":
+        weights = torch.sigmoid(logits)
+    else:
+        weights = expert_softmax(logits)
+    if combine == "normalized":
+        total = torch.where(decision.mask, weights, 0.0).sum(-1, keepdim=True)
+        total = torch.where(total > 0, total, 1.0)
+        weights = torch.where(decision.mask, weights / total, weights / total.detach())
+    return torch.where(decision.mask, weights, weights - weights.detach())
 
 
 def _normalized(g: Tensor, mask: Tensor, logits: Tensor) -> Tensor:
