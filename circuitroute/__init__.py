@@ -55,6 +55,7 @@ from circuitroute.routing import losses as losses
 from circuitroute.routing import metrics as metrics
 from circuitroute.routing import replay as replay
 from circuitroute.routing import schedules as schedules
+from circuitroute.routing.controllers import CountController as CountController
 from circuitroute.routing.decision import Routing as Routing
 from circuitroute.routing.decision import SoftRouting as SoftRouting
 from circuitroute.routing.estimators import Estimator as Estimator

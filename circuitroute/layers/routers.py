@@ -119,6 +119,8 @@ class Router(LinearRouter):
         replay: Tensor | None = None,
         decide: Decide | float | None = None,
         temperature: float | Tensor | None = None,
+        price: float | Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Routing:
         """Route hidden states [..., H]; the other arguments as in :func:`circuitroute.route`, [...] or [T].
 
@@ -134,6 +136,8 @@ class Router(LinearRouter):
             replay=replay,
             decide=self.decide if decide is None else decide,
             temperature=self.temperature if temperature is None else temperature,
+            price=price,
+            bias=bias,
         )
 
     @torch.no_grad()
@@ -243,6 +247,8 @@ class TopKRouter(Router):
         replay: Tensor | None = None,
         decide: Decide | float | None = None,
         temperature: float | Tensor | None = None,
+        price: float | Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Routing:
         """Route hidden states [..., H]; ``key`` is accepted and not used, since nothing is drawn.
 
@@ -251,4 +257,4 @@ class TopKRouter(Router):
         """
         if decide not in (None, "mode"):
             raise ValueError(f"decide={decide!r}: a TopKRouter takes the mode only; ExactKRouter samples")
-        return super().forward(hidden, key, replay, "mode", temperature)
+        return super().forward(hidden, key, replay, "mode", temperature, price, bias)

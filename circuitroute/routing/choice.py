@@ -38,6 +38,7 @@ def decide(
     key: Tensor | int | None = None,
     replay: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    shift: Tensor | None = None,
     count_potential: Tensor | None = None,
     validate_args: bool | None = None,
 ) -> Decision:
@@ -46,13 +47,15 @@ def decide(
 
     Args:
         share: how many of the tokens are sampled, from 0 to 1, which ones being a function of their keys.
+        shift: [E], or [T, E]: added to the logits for the choice alone.
         rule: what the others take: the ``"mode"``, or, for count constraints, ``"count"``: the most probable number of
             experts (the lower among equals), then the most probable subset of that size.
     """
     batch = logits.shape[:-1] if isinstance(logits, Tensor) else torch.Size()
     if isinstance(logits, Tensor) and logits.dim() > 0:
         logits, count_potential, key = _flatten(logits, count_potential, key)
-    untempered = SubsetDistribution(circuit, logits, count_potential, validate_args=validate_args)
+    moved = logits if shift is None else logits + shift.to(logits)
+    untempered = SubsetDistribution(circuit, moved, count_potential, validate_args=validate_args)
     temperature = as_temperature(temperature, batch)
     distribution = untempered.tempered(temperature)
     if replay is None:
@@ -62,7 +65,8 @@ def decide(
         invalid = distribution.invalid_rows()
         mask = _replayed(distribution, replay, invalid)
     mask = mask if invalid is None else mask & ~invalid[:, None]
-    return Decision(distribution, mask, invalid, untempered, temperature)
+    given = untempered.logits if shift is None else logits.to(untempered.logits.dtype)
+    return Decision(distribution, mask, invalid, untempered, given, temperature)
 
 
 def as_share(decide: Decide | float | None, estimator: str | Estimator) -> float:
@@ -79,6 +83,20 @@ def as_share(decide: Decide | float | None, estimator: str | Estimator) -> float
             "tokens, or use the estimator 'simple'"
         )
     return share
+
+
+def shift_of(price: float | Tensor | None, bias: Tensor | None, experts: int) -> Tensor | None:
+    """What price and bias together add to the logits of a choice: [E], [1] or [T, E]; None where neither is given.
+
+    Raises:
+        ValueError: a bias of another length, or a price that is not a number or [T].
+    """
+    if bias is not None and (bias.dim() == 0 or bias.shape[-1] != experts):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}: its last dimension must be the {experts} experts")
+    if price is None:
+        return bias
+    lower = price[..., None] if isinstance(price, Tensor) else torch.tensor([as_number("price", price)])
+    return -lower if bias is None else bias - lower.to(bias)
 
 
 def as_temperature(temperature: float | Tensor, batch: torch.Size) -> float | Tensor:

@@ -20,10 +20,12 @@ class Decision(NamedTuple):
     """Which experts, before any weights; see :func:`circuitroute.routing.route.decide`.
 
     Attributes:
-        distribution: what was decided on, with batch [T]: that of the logits divided by the temperature.
+        distribution: what was decided on, with batch [T]: that of the logits, moved by price and bias, divided by the
+            temperature.
         mask: [T, E] bool, the chosen experts; none in invalid rows.
         invalid: [T] bool, rows with NaN or without any subset; None where there are none.
-        untempered: the distribution of the logits themselves, which has the mode and the weights.
+        untempered: the distribution at temperature 1, which has the mode.
+        logits: [T, E] as given, in float32 or float64: what the weights are made of.
         temperature: a number, or a tensor [] or [T].
     """
 
@@ -31,12 +33,8 @@ class Decision(NamedTuple):
     mask: Tensor
     invalid: Tensor | None
     untempered: SubsetDistribution
+    logits: Tensor
     temperature: float | Tensor
-
-    @property
-    def logits(self) -> Tensor:
-        """[T, E] the logits as given, in float32 or float64."""
-        return self.untempered.logits
 
     @property
     def finite(self) -> bool:
@@ -45,7 +43,7 @@ class Decision(NamedTuple):
 
     def routing(self, gates: Tensor) -> Routing:
         """The decision with its weights, [T, E]."""
-        return Routing(self.distribution, self.mask, gates, self.untempered, self.temperature)
+        return Routing(self.distribution, self.mask, gates, self.untempered, self.logits, self.temperature)
 
 
 def chosen_first(mask: Tensor, scores: Tensor, slots: int) -> Tensor:
@@ -76,10 +74,12 @@ class Routing:
         mask: Tensor,
         gates: Tensor,
         untempered: SubsetDistribution | None = None,
+        logits: Tensor | None = None,
         temperature: float | Tensor = 1.0,
     ) -> None:
         self._distribution = distribution
         self._untempered = distribution if untempered is None else untempered
+        self._logits = self._untempered.logits if logits is None else logits
         self.mask = mask
         self.gates = gates
         self.temperature = temperature
@@ -91,13 +91,13 @@ class Routing:
 
     @property
     def untempered(self) -> SubsetDistribution:
-        """The distribution of the logits themselves, at temperature 1."""
+        """The distribution at temperature 1, which has the mode."""
         return self._untempered
 
     @property
     def logits(self) -> Tensor:
         """[T, E] float32 router logits, as given."""
-        return self.untempered.logits
+        return self._logits
 
     @property
     def marginals(self) -> Tensor:

@@ -27,6 +27,8 @@ def route(
     replay: Tensor | None = None,
     decide: Decide | float | None = None,
     temperature: float | Tensor = 1.0,
+    price: float | Tensor | None = None,
+    bias: Tensor | None = None,
     count_potential: Tensor | None = None,
     validate_args: bool | None = None,
 ) -> Routing:
@@ -52,6 +54,9 @@ def route(
         temperature: positive; a number, or a tensor [] or [T], differentiable. Decisions are drawn from the
             distribution over logits / temperature, which ``distribution``, ``log_prob`` and ``marginals`` describe; the
             weights, and the mode, are those of the logits themselves.
+        price: what an expert costs, taken off every logit for the choice alone: a number, or a tensor [] or [T].
+            A range router chooses fewer experts at a higher price; see :class:`circuitroute.CountController`.
+        bias: [E], added to the logits for the choice alone, as auxiliary-loss-free balancing does.
         count_potential: [K + 1] or [T, K + 1], see :class:`SubsetDistribution`.
         validate_args: whether to check values; None follows torch.distributions. Without it, rows with NaN or
             with evidence that leaves nothing choose no expert and have NaN gates, in those rows alone.
@@ -70,6 +75,7 @@ def route(
         key=key,
         replay=replay,
         temperature=temperature,
+        shift=choice.shift_of(price, bias, circuit.n),
         count_potential=count_potential,
         validate_args=validate_args,
     )
