@@ -30,6 +30,13 @@ def test_pages_are_in_the_navigation(page):
     assert re.search(rf": {page.relative_to(ROOT / 'docs').as_posix()}$", navigation, re.MULTILINE)
 
 
+def test_the_version_is_said_once_and_cited():
+    """The build reads it from the package; the citation repeats it."""
+    assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.findall(r"^version: (.+)$", citation, re.MULTILINE) == [cr.__version__]
+
+
 def test_nothing_is_fetched_while_reading():
     """Fonts are the reader's own."""
     assert "font: false" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
