@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from circuitroute.estimators import score_function_loss
 from language_model.config import DemoConfig, DemoError
 from language_model.corpus import load_corpus
 from language_model.model import LanguageModel, token_losses
 from language_model.process import threads
-from language_model.progress import progress_on
+from language_model.progress import make_console, progress_on
 from language_model.trainee import Setting, start
 from language_model.training import train
 from rich.box import SIMPLE_HEAD
@@ -117,7 +116,7 @@ def score_loss(task: Task, distribution: cr.SubsetDistribution, batch: int, key:
     kept_BN = distribution.sample((len(tokens_BS),), key=key)
     with torch.no_grad():
         cost_B = task.losses(tokens_BS, kept_BN) - task.unpruned[batch]
-    return score_function_loss(distribution.log_prob(kept_BN), cost_B)
+    return cr.estimators.score_function_loss(distribution.log_prob(kept_BN), cost_B)
 
 
 def simple_loss(task: Task, distribution: cr.SubsetDistribution, batch: int, key: Tensor) -> Tensor:
@@ -260,8 +259,8 @@ def prepare(config: DemoConfig, directory: Path, batches: int, console: Console)
     """The model of an earlier run in `directory`, or one trained now and saved there."""
     setting = Setting(config, load_corpus(config), torch.device("cpu"), directory)
     trainee = start(setting, ROUTER, resume=True)
-    with progress_on(console) as progress:
-        train(trainee, progress, stop=lambda: False)
+    with progress_on(console, config.steps) as tell:
+        tell(train(trainee, tell, stop=lambda: False))
     model = trainee.model.eval().requires_grad_(False)
     # Windows of the training text that no step has taken.
     calibration = [setting.corpus.batch(config, config.steps + i) for i in range(batches)]
@@ -308,9 +307,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    options, console = parse(), Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, 100)  # nothing is gained by folding a table in a file
+    options, console = parse(), make_console()
     # One thread, as the demo: the model is too small to gain from more, and the numbers are then those of any machine.
     with threads(1), tempfile.TemporaryDirectory() as scratch:
         try:

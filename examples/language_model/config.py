@@ -1,14 +1,35 @@
-"""What a demo run is made of: one frozen dataclass, validated when it is built."""
+"""What a run and a study are made of: frozen dataclasses, validated when they are built."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 ROUTERS = ("top-k", "exact-k", "range-k")  # what the demo compares unless told otherwise
 ALL_ROUTERS = (*ROUTERS, "soft-uniform", "soft-learned", "budget")
 HEAD_SIZE = 32
+
+STUDIES = ("budgets",)
+# A small model for 2 CPU cores, and one for a GPU; both train for longer than the demo and measure on more text.
+MEASURED = {"validations": 2, "oracle_rounds": 0}
+CPU = {"steps": 250, "validation_batches": 40, **MEASURED}
+CPU_BUDGETS = (2, 4)
+CUDA = {
+    "steps": 2000,
+    "layers": 8,
+    "experts": 64,
+    "hidden": 256,
+    "batch_size": 64,
+    "seq_len": 256,
+    "learning_rate": 2e-3,
+    "validation_batches": 40,
+    **MEASURED,
+}
+CUDA_BUDGETS = (4, 8)
 
 
 class DemoError(ValueError):
@@ -107,3 +128,76 @@ class DemoConfig:
 def _require_at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise DemoError(f"must be at least {least}, got {value}", name)
+
+
+class Run(NamedTuple):
+    """One training run: a router, the experts it may execute per token and layer, and a seed."""
+
+    router: str
+    k: int
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.router}, k = {self.k}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Everything that decides a study's numbers, except device, threads and processes.
+
+    Attributes:
+        base: what all runs share, with the first budget and the first seed.
+        budgets: k, experts executed per token and layer; a token's budget is k times the layers.
+        seeds: how many, from the first on.
+
+    Raises DemoError naming the option, its value and the remedy.
+    """
+
+    base: DemoConfig
+    budgets: tuple[int, ...]
+    seeds: int = 3
+
+    def __post_init__(self) -> None:
+        if not self.budgets or len(set(self.budgets)) < len(self.budgets):
+            given = " ".join(map(str, self.budgets)) or "none"
+            raise DemoError(f"must name different numbers of experts, got {given}", "budgets")
+        for k in self.budgets:
+            if not 1 <= k <= self.base.experts:
+                raise DemoError(
+                    f"must lie between 1 and the number of experts, {self.base.experts}, got {k}: other --budgets, or "
+                    "more --experts",
+                    "budgets",
+                )
+        if self.seeds < 1:
+            raise DemoError(f"must be at least 1, got {self.seeds}", "seeds")
+        self.config(self.budgets[0], self.base.seed + self.seeds - 1)  # the last seed may be too large
+
+    def runs(self) -> list[Run]:
+        """Seed by seed, so that a study that is stopped has compared all routers on the seeds it got to."""
+        seeds = range(self.base.seed, self.base.seed + self.seeds)
+        return [Run(router, k, seed) for seed in seeds for k in self.budgets for router in self.base.routers]
+
+    def config(self, k: int, seed: int) -> DemoConfig:
+        """The configuration of the runs with this budget and seed."""
+        return dataclasses.replace(self.base, k=k, seed=seed)
+
+    def to_json(self) -> dict[str, Any]:
+        """What from_json takes."""
+        return {"base": self.base.to_json(), "budgets": list(self.budgets), "seeds": self.seeds}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> StudyConfig:
+        """The inverse of to_json. Raises TypeError or KeyError on values that it did not write."""
+        return cls(DemoConfig.from_json(values["base"]), tuple(values["budgets"]), values["seeds"])
+
+
+def preset(
+    device: torch.device, given: dict[str, Any], budgets: Sequence[int] | None = None, seeds: int | None = None
+) -> StudyConfig:
+    """The study for a device, with what the command line sets instead."""
+    sizes, usual = (CUDA, CUDA_BUDGETS) if device.type == "cuda" else (CPU, CPU_BUDGETS)
+    chosen = tuple(usual if budgets is None else budgets)
+    fields: dict[str, Any] = {"routers": ALL_ROUTERS, **sizes, **given}
+    # The budgets are checked by StudyConfig, in their own name.
+    k = chosen[0] if chosen and 1 <= chosen[0] <= fields.get("experts", DemoConfig.experts) else 1
+    return StudyConfig(DemoConfig(**fields, k=k), chosen, 3 if seeds is None else seeds)

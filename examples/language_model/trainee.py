@@ -1,8 +1,8 @@
-"""A model in training and the checkpoint it can be taken up from, exactly."""
+"""A model in training, and the checkpoint from which it resumes exactly."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from .config import DemoConfig, DemoError
+from .config import DemoConfig, DemoError, Run
 from .corpus import Corpus
 from .evaluation import Evaluation
 from .model import LanguageModel, build_model, is_matrix
@@ -20,7 +20,7 @@ BETAS = (0.9, 0.95)
 
 @dataclass
 class Record:
-    """All that is known about one router's run but its tensors: what a checkpoint's JSON holds."""
+    """All that is known about one router's run but its tensors: what a checkpoint holds as JSON."""
 
     router: str
     step: int = 0
@@ -32,13 +32,22 @@ class Record:
     seconds: float = 0.0  # with validation and the swap oracle
 
     def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "evaluations": [evaluation.to_json() for evaluation in self.evaluations]}
+        return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Record:
         """The inverse of to_json. Raises TypeError or KeyError on values that it did not write."""
         evaluations = [Evaluation(**evaluation) for evaluation in values["evaluations"]]
         return cls(**{**values, "evaluations": evaluations})
+
+    @property
+    def last(self) -> Evaluation | None:
+        """The latest evaluation."""
+        return self.evaluations[-1] if self.evaluations else None
+
+    def tokens_per_second(self, config: DemoConfig) -> float | None:
+        """The speed of training."""
+        return self.step * config.tokens_per_step / self.training_seconds if self.training_seconds else None
 
 
 @dataclass(frozen=True)
@@ -52,37 +61,43 @@ class Setting:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree with to be taken up."""
+        """What a checkpoint must agree with for a run to resume from it."""
         return {"config": self.config.to_json(), "text": self.corpus.digest}
+
+    def checkpoint(self, router: str) -> Path:
+        return self.checkpoints / f"{router}.safetensors"
 
 
 @dataclass
 class Trainee:
-    """A model, its optimizer and its record, which change together: a checkpoint is only written between
-    steps."""
+    """A model, its optimizer and its record, which change together: a checkpoint is written between steps only."""
 
     setting: Setting
     model: LanguageModel
     optimizer: torch.optim.Optimizer
     record: Record
 
+    @property
+    def run(self) -> Run:
+        return Run(self.record.router, self.setting.config.k, self.setting.config.seed)
+
     def save(self) -> None:
-        """Raises DemoError where the disk refuses."""
+        """Raises OSError where the disk refuses."""
         tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         for name, weight in self.model.named_parameters():
             state = self.optimizer.state.get(weight, {})  # empty for an expert that no token has used yet
             tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
         state = {**self.setting.identity, "record": self.record.to_json()}
-        checkpoint.save(self.setting.checkpoints, self.record.router, tensors, state)
+        checkpoint.save(self.setting.checkpoint(self.record.router), tensors, state)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes up a checkpoint. Raises DemoError when it is damaged or holds another model's tensors."""
-        tensors = checkpoint.load_tensors(self.setting.checkpoints, state)
+        """Resumes from a checkpoint. Raises DemoError when it is damaged or holds another model's tensors."""
+        tensors = checkpoint.load_tensors(self.setting.checkpoint(self.record.router))
         weights, values = dict(self.model.named_parameters()), self.model.state_dict()
         if {f"model.{name}" for name in values} != {name for name in tensors if name.startswith("model.")}:
             raise DemoError("the checkpoint holds another model's tensors: start again without --resume", "resume")
         with torch.no_grad():
-            for name, value in values.items():  # with the thresholds of soft routers, which are no parameters
+            for name, value in values.items():  # the thresholds of soft routers too, which are not parameters
                 value.copy_(tensors[f"model.{name}"])
         self.optimizer.load_state_dict(_optimizer_state(self.optimizer, weights, tensors))
         self.record = record_of(state)
@@ -114,12 +129,18 @@ def start(setting: Setting, router: str, resume: bool) -> Trainee:
 
 
 def saved_state(setting: Setting, router: str) -> dict[str, Any] | None:
-    """A router's checkpoint without its tensors, None where there is none yet. Raises DemoError when it is
-    damaged or belongs to a run with another configuration or text."""
-    path = setting.checkpoints / f"{router}.json"
+    """A router's checkpoint without its tensors, None where there is none yet. Raises DemoError when it is damaged, of
+    another format, or from a run with another configuration or text."""
+    path = setting.checkpoint(router)
+    if path.with_suffix(".json").exists():
+        raise DemoError(
+            f"{path.with_suffix('.json')} has format 1, this version reads format {checkpoint.CHECKPOINT_FORMAT}: "
+            "start again without --resume",
+            "resume",
+        )
     if not path.exists():
         return None
-    state = checkpoint.read_json(path)
+    state = checkpoint.load_state(path)
     for part, wanted in setting.identity.items():
         if state.get(part) != wanted:
             raise DemoError(f"{path} was written with another {part}: start again without --resume", "resume")
@@ -127,7 +148,7 @@ def saved_state(setting: Setting, router: str) -> dict[str, Any] | None:
 
 
 def record_of(state: dict[str, Any]) -> Record:
-    """Raises DemoError when a checkpoint's record is not one."""
+    """The record in a checkpoint's state. Raises DemoError when it is damaged."""
     try:
         return Record.from_json(state["record"])
     except (KeyError, TypeError) as error:
@@ -139,8 +160,7 @@ def record_of(state: dict[str, Any]) -> Record:
 def _optimizer_state(
     optimizer: torch.optim.Optimizer, weights: dict[str, torch.nn.Parameter], tensors: dict[str, Tensor]
 ) -> dict[str, Any]:
-    """The optimizer's state_dict with the checkpoint's tensors in it, keyed by parameter number as torch
-    does."""
+    """The optimizer's state_dict with the checkpoint's tensors in it, keyed by parameter number as in torch."""
     names = {weight: name for name, weight in weights.items()}
     ordered = [names[weight] for group in optimizer.param_groups for weight in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
