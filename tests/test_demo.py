@@ -332,7 +332,8 @@ def test_a_checkpoint_that_vanishes_is_missed(trained: trainee.Setting) -> None:
 
 
 def test_another_models_tensors_are_refused(trained: trainee.Setting) -> None:
-    checkpoint.save(trained.checkpoint("top-k"), {"model.other": torch.zeros(1)}, trained.identity)
+    state = {**trained.identity, "record": trainee.Record("top-k").to_json()}
+    checkpoint.save(trained.checkpoint("top-k"), {"model.other": torch.zeros(1)}, state)
     with pytest.raises(DemoError, match="another model's tensors"):
         trainee.start(trained, "top-k", resume=True)
 

@@ -55,6 +55,12 @@ def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     write_bytes(path, safetensors.torch.save(tensors, metadata))
 
 
+def refuse_format_1(path: Path) -> None:
+    """Raises DemoError where the checkpoint of this name was written in format 1."""
+    if (state := path.with_suffix(".json")).exists():
+        raise _other_format(state, 1, CHECKPOINT_FORMAT)
+
+
 def load_state(path: Path) -> dict[str, Any]:
     """What was saved beside the tensors. Raises DemoError when the file is damaged or of another format."""
     return _parsed(path, _metadata(path).get("state", ""), CHECKPOINT_FORMAT)
@@ -89,12 +95,13 @@ def _parsed(path: Path, text: str | bytes, expected: int) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _damaged(path, "not a JSON object")
     if value.get("format") != expected:
-        raise DemoError(
-            f"{path} has format {value.get('format')!r}, this version reads format {expected}: "
-            "start again without --resume",
-            "resume",
-        )
+        raise _other_format(path, value.get("format"), expected)
     return value
+
+
+def _other_format(path: Path, found: object, expected: int) -> DemoError:
+    remedy = "start again without --resume"
+    return DemoError(f"{path} has format {found!r}, this version reads format {expected}: {remedy}", "resume")
 
 
 def _damaged(path: Path, reason: str) -> DemoError:

@@ -40,12 +40,21 @@ class DemoError(ValueError):
         self.argument = argument
 
 
+def require(condition: bool, message: str, argument: str) -> None:
+    if not condition:
+        raise DemoError(message, argument)
+
+
+def require_at_least(least: int, value: int, argument: str) -> None:
+    require(value >= least, f"must be at least {least}, got {value}", argument)
+
+
 @dataclass(frozen=True)
 class DemoConfig:
     """Everything that decides a run's numbers, except the device and the number of threads.
 
-    A checkpoint stores it, and a run resumes only from a checkpoint with an equal one. The second block has
-    no options on the command line. Raises DemoError naming the option, its value and the remedy.
+    A checkpoint stores it, and a run resumes only from a checkpoint with an equal one. The second block has no options
+    on the command line. Raises DemoError naming the option, its value and the remedy.
     """
 
     steps: int = 200
@@ -76,32 +85,24 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "layers", "experts", "k", "batch_size"):
-            _require_at_least(name, getattr(self, name), 1)
-        _require_at_least("seed", self.seed, 0)
-        _require_at_least("seq_len", self.seq_len, 8)
-        if self.seed >= 2**31:
-            raise DemoError(f"must be below 2**31, got {self.seed}", "seed")
-        if self.experts < 2:
-            raise DemoError("must be at least 2 for there to be something to route, got 1", "experts")
-        if self.k > self.experts:
-            raise DemoError(
-                f"must be at most the number of experts, {self.experts}, got {self.k}: a smaller --k or more --experts",
-                "k",
-            )
-        if self.hidden < HEAD_SIZE or self.hidden % HEAD_SIZE:
-            raise DemoError(
-                f"must be a positive multiple of {HEAD_SIZE} (one attention head), got {self.hidden}",
-                "hidden",
-            )
+            require_at_least(1, getattr(self, name), name)
+        require_at_least(0, self.seed, "seed")
+        require_at_least(8, self.seq_len, "seq_len")
+        require(self.seed < 2**31, f"must be below 2**31, got {self.seed}", "seed")
+        require(self.experts > 1, "must be at least 2 for there to be something to route, got 1", "experts")
+        most = f"must be at most the number of experts, {self.experts}"
+        require(self.k <= self.experts, f"{most}, got {self.k}: a smaller --k or more --experts", "k")
+        multiple = f"must be a positive multiple of {HEAD_SIZE} (one attention head)"
+        require(self.hidden >= HEAD_SIZE and self.hidden % HEAD_SIZE == 0, f"{multiple}, got {self.hidden}", "hidden")
         self._check_routers()
 
     def _check_routers(self) -> None:
         unknown = [name for name in self.routers if name not in ALL_ROUTERS]
-        if unknown or not self.routers:
-            given = ", ".join(map(repr, unknown)) or "none"
-            raise DemoError(f"must name some of {', '.join(ALL_ROUTERS)}, got {given}", "routers")
-        if len(set(self.routers)) < len(self.routers):
-            raise DemoError(f"names a router twice: {' '.join(self.routers)}", "routers")
+        given = ", ".join(map(repr, unknown)) or "none"
+        known = bool(self.routers) and not unknown
+        require(known, f"must name some of {', '.join(ALL_ROUTERS)}, got {given}", "routers")
+        twice = len(set(self.routers)) < len(self.routers)
+        require(not twice, f"names a router twice: {' '.join(self.routers)}", "routers")
 
     @property
     def k_range(self) -> tuple[int, int]:
@@ -123,11 +124,6 @@ class DemoConfig:
     def from_json(cls, values: dict[str, Any]) -> DemoConfig:
         """The inverse of to_json. Raises TypeError or KeyError on values that it did not write."""
         return cls(**{**values, "routers": tuple(values["routers"])})
-
-
-def _require_at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise DemoError(f"must be at least {least}, got {value}", name)
 
 
 class Run(NamedTuple):
@@ -158,18 +154,14 @@ class StudyConfig:
     seeds: int = 3
 
     def __post_init__(self) -> None:
-        if not self.budgets or len(set(self.budgets)) < len(self.budgets):
-            given = " ".join(map(str, self.budgets)) or "none"
-            raise DemoError(f"must name different numbers of experts, got {given}", "budgets")
+        given = " ".join(map(str, self.budgets)) or "none"
+        distinct = 0 < len(self.budgets) == len(set(self.budgets))
+        require(distinct, f"must name different numbers of experts, got {given}", "budgets")
+        bounds = f"must lie between 1 and the number of experts, {self.base.experts}"
         for k in self.budgets:
-            if not 1 <= k <= self.base.experts:
-                raise DemoError(
-                    f"must lie between 1 and the number of experts, {self.base.experts}, got {k}: other --budgets, or "
-                    "more --experts",
-                    "budgets",
-                )
-        if self.seeds < 1:
-            raise DemoError(f"must be at least 1, got {self.seeds}", "seeds")
+            allowed = 1 <= k <= self.base.experts
+            require(allowed, f"{bounds}, got {k}: other --budgets, or more --experts", "budgets")
+        require_at_least(1, self.seeds, "seeds")
         self.config(self.budgets[0], self.base.seed + self.seeds - 1)  # the last seed may be too large
 
     def runs(self) -> list[Run]:
@@ -182,7 +174,6 @@ class StudyConfig:
         return dataclasses.replace(self.base, k=k, seed=seed)
 
     def to_json(self) -> dict[str, Any]:
-        """What from_json takes."""
         return {"base": self.base.to_json(), "budgets": list(self.budgets), "seeds": self.seeds}
 
     @classmethod

@@ -10,7 +10,7 @@ from types import FrameType
 
 import torch
 
-from .config import DemoError
+from .config import require_at_least
 
 Stop = Callable[[], bool]
 
@@ -27,8 +27,7 @@ def stop_if(stop: Stop) -> None:
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """Sets the number of threads for torch's kernels. Raises DemoError below 1."""
-    if count < 1:
-        raise DemoError(f"must be at least 1, got {count}", "threads")
+    require_at_least(1, count, "threads")
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -19,7 +19,7 @@ from circuitroute import plots
 from .checkpoint import FORMAT, write_json
 from .command import EXTRAS
 from .corpus import Corpus
-from .trainee import Record, Setting, record_of, saved_state
+from .trainee import Record, Setting, saved_record
 
 RESULTS = "results.json"
 FIGURES = ("validation_curves.png", "utilization.png", "executed_experts.png")
@@ -38,11 +38,11 @@ COLUMNS = (
 def write_report(setting: Setting, out: Path, command: str, console: Console) -> None:
     """Prints the table and writes figures and results.json below `out`, for all that has been measured so far. A router
     without a checkpoint is left out."""
-    states = [saved_state(setting, router) for router in setting.config.routers]
-    records = [record_of(state) for state in states if state is not None]
+    found = [saved_record(setting, router) for router in setting.config.routers]
+    records = [record for record in found if record is not None]
     rows = [row_of(record, setting) for record in records]
     results = {
-        "complete": len(records) == len(states) and all(record.finished for record in records),
+        "complete": len(records) == len(found) and all(record.finished for record in records),
         "config": setting.config.to_json(),
         "rows": rows,
         "runs": [record.to_json() for record in records],

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from . import checkpoint
-from .config import ALL_ROUTERS, STUDIES, DemoConfig, DemoError, StudyConfig, preset
+from .config import ALL_ROUTERS, STUDIES, DemoConfig, DemoError, StudyConfig, preset, require, require_at_least
 from .corpus import Corpus, load_corpus
 from .process import Interrupted, Stop, interruptible, threads
 from .progress import make_console, progress_on, study_progress_on
@@ -134,8 +134,8 @@ def _work(config: DemoConfig) -> float:
 def _setting(options: argparse.Namespace, out: Path) -> Setting:
     """Checks all that can be checked before training, and prepares the output directory for this run."""
     for name in ("budgets", "seeds", "processes"):
-        if getattr(options, name) is not None:
-            raise DemoError(f"belongs to studies: add --study {STUDIES[0]}, or leave it out", name)
+        unset = getattr(options, name) is None
+        require(unset, f"belongs to studies: add --study {STUDIES[0]}, or leave it out", name)
     device = _device(options.device)
     if options.resume:
         config = _recorded(options, out, DemoConfig)
@@ -149,12 +149,10 @@ def _setting(options: argparse.Namespace, out: Path) -> Setting:
 
 def _study_of(options: argparse.Namespace, out: Path) -> Study:
     """Likewise for a study."""
-    if options.study not in STUDIES:
-        raise DemoError(f"must be one of {', '.join(STUDIES)}, got {options.study!r}", "study")
-    if options.k is not None:
-        raise DemoError(f"a study takes several: --budgets {options.k}", "k")
-    if options.processes is not None and options.processes < 1:
-        raise DemoError(f"must be at least 1, got {options.processes}", "processes")
+    require(options.study in STUDIES, f"must be one of {', '.join(STUDIES)}, got {options.study!r}", "study")
+    require(options.k is None, f"a study takes several: --budgets {options.k}", "k")
+    if options.processes is not None:
+        require_at_least(1, options.processes, "processes")
     device = _device(options.device)
     if options.resume:
         config = _recorded(options, out, StudyConfig)
@@ -209,14 +207,11 @@ def _clear(out: Path) -> None:
 def _run_file(out: Path, study: str | None) -> dict[str, Any]:
     """What is recorded of the run, or study, in `out`. Raises DemoError where there is none, or one of another kind."""
     path = out / RUN_FILE
-    if not path.exists():
-        raise DemoError(f"there is no run in {out} to go on with: leave --resume out", "resume")
+    require(path.exists(), f"there is no run in {out} to go on with: leave --resume out", "resume")
     found = checkpoint.read_json(path)
     held = found.get("study")
-    if held != study:
-        remedy = "leave --study out" if held is None else f"add --study {held}"
-        kind = "a run of the demo" if held is None else f"the study {held!r}"
-        raise DemoError(f"{out} holds {kind}: {remedy}", "resume")
+    kind = "a run of the demo: leave --study out" if held is None else f"the study {held!r}: add --study {held}"
+    require(held == study, f"{out} holds {kind}", "resume")
     return found
 
 
@@ -230,10 +225,7 @@ def _recorded(options: argparse.Namespace, out: Path, kind: type[Config]) -> Con
 
 def _refuse_changes(out: Path, recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raises DemoError when the command line would continue a run as another."""
+    remedy = "leave the option out, or start again without --resume"
     for name, value in wanted.items():
-        if recorded[name] != value:
-            raise DemoError(
-                f"the run in {out} has {recorded[name]!r}, not {value!r}: "
-                "leave the option out, or start again without --resume",
-                name,
-            )
+        found = recorded[name]
+        require(found == value, f"the run in {out} has {found!r}, not {value!r}: {remedy}", name)

@@ -23,7 +23,7 @@ import torch
 from .config import DemoError, Run, StudyConfig
 from .corpus import Corpus
 from .process import Stop, interrupts_held, stop_if
-from .trainee import Record, Setting, record_of, saved_state, start
+from .trainee import Record, Setting, saved_record, start
 from .training import Event, Tell, ended, train
 
 POLL = 0.2  # seconds between looks at workers and at Ctrl-C
@@ -45,8 +45,7 @@ class Study:
 
     def record(self, run: Run) -> Record | None:
         """What the checkpoint of a run holds; None where there is none yet. Raises DemoError when it is damaged."""
-        state = saved_state(self.setting(run), run.router)
-        return None if state is None else record_of(state)
+        return saved_record(self.setting(run), run.router)
 
 
 def execute(study: Study, processes: int, tell: Tell, stop: Stop) -> None:

@@ -168,40 +168,34 @@ def _with_spread(row: dict[str, Any], key: str, form: str) -> str:
 
 
 def draw_study(summary: Sequence[dict[str, Any]], out: Path, suffix: str = ".png") -> list[Path]:
-    """The three figures; none for an empty summary."""
+    """The three figures, as far as the summary goes; also as ".svg", as the documentation shows them."""
     if not summary:
         return []
-    paths = [(out / name).with_suffix(suffix) for name in STUDY_FIGURES]
+    pareto, per_layer, use = ((out / name).with_suffix(suffix) for name in STUDY_FIGURES)
+    budgets = {row["k"]: row["budget"] for row in summary}
     routers = list(dict.fromkeys(row["router"] for row in summary))
-    budgets = list(dict.fromkeys(row["k"] for row in summary))
     of = {(row["k"], row["router"]): row for row in summary}
     keys = ("executed", "bits_per_byte", "executed_spread", "bits_per_byte_spread")
-    rows_of = {router: [row for row in summary if row["router"] == router] for router in routers}
-    fronts = {router: [[_number(row[key]) for row in rows] for key in keys] for router, rows in rows_of.items()}
+    rows = {router: [of[k, router] for k in budgets if (k, router) in of] for router in routers}
+    fronts = {router: [[_number(row[key]) for row in found] for key in keys] for router, found in rows.items()}
+    layer_keys = ("executed_per_layer", "executed_per_layer_spread")
     layers = {
-        f"k = {k}": {
-            router: [list(map(_number, of[k, router][f"executed_per_layer{which}"])) for which in ("", "_spread")]
-            for router in routers
-            if (k, router) in of
-        }
+        f"k = {k}": {r["router"]: [list(map(_number, r[key])) for key in layer_keys] for r in summary if r["k"] == k}
         for k in budgets
     }
     # A study that was stopped early may lack some routers for a budget: panels must agree.
-    everywhere = [router for router in routers if all((k, router) in of for k in budgets)]
+    everywhere = [router for router in routers if len(rows[router]) == len(budgets)]
     uses = {
-        f"k = {k}: {of[k, everywhere[0]]['budget']} experts per token": (
-            of[k, everywhere[0]]["budget"],
-            {router: of[k, router]["totals"] for router in everywhere},
-        )
-        for k in budgets
-        if everywhere
+        f"k = {k}: {budget} experts per token": (budget, {router: of[k, router]["totals"] for router in everywhere})
+        for k, budget in budgets.items()
     }
-    plots.pareto(fronts, paths[0], ylabel="held-out bits per byte")
-    plots.experts_per_layer(layers, paths[1], title="Experts per layer")
-    if not uses:
-        return paths[:2]
-    plots.budget_use(uses, paths[2], title="Use of the budget, fraction of tokens")
-    return paths
+    drawn = [
+        plots.pareto(fronts, pareto, ylabel="held-out bits per byte"),
+        plots.experts_per_layer(layers, per_layer, title="Experts per layer"),
+    ]
+    if everywhere:
+        drawn.append(plots.budget_use(uses, use, title="Use of the budget, fraction of tokens"))
+    return drawn
 
 
 def _number(value: float | None) -> float:

@@ -27,7 +27,6 @@ WARMUP = 0.05  # of all steps
 FINAL_RATE = 0.1  # of the learning rate
 CLIP = 1.0
 
-
 Kind: TypeAlias = Literal["begin", "step", "validated", "swaps", "finished"]
 
 
@@ -112,8 +111,8 @@ def _clock(trainee: Trainee) -> Iterator[None]:
 
 
 def training_step(trainee: Trainee) -> float:
-    """One update; returns the language-model loss before it, in nats per byte. Batch, learning rate and the
-    routers' randomness depend on the seed and the step's number alone."""
+    """One update; returns the language-model loss before it, in nats per byte. Batch, learning rate and the routers'
+    randomness depend on the seed and the step's number alone."""
     config, step = trainee.setting.config, trainee.record.step
     tokens = trainee.setting.corpus.batch(config, step).to(trainee.setting.device)
     if step % config.calibrate_every == 0:
@@ -145,8 +144,8 @@ def calibrate(trainee: Trainee) -> None:
 
 
 def auxiliary_loss(routings: Sequence[cr.Routing], config: DemoConfig, router: str) -> Tensor:
-    """Balanced load, small logits and, where the router chooses how many experts, k of them on average: a
-    scalar, the mean over layers."""
+    """For balanced load, small logits and, where the router chooses how many experts, k of them on average: a scalar,
+    the mean over layers."""
     kind = KINDS[router]
     terms = []
     for routing in routings:
