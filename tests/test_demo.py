@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -105,6 +106,12 @@ def assert_same_run(a: trainee.Trainee, b: trainee.Trainee) -> None:
         states = a.optimizer.state.get(left, {}), b.optimizer.state.get(right, {})
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(states[0][key], states[1][key]) for key in states[0]), name
+
+
+def test_the_library_is_used_by_its_public_names() -> None:
+    for path in [*(ROOT / "examples" / "language_model").glob("*.py"), ROOT / "examples" / "prune_experts.py"]:
+        imported = re.findall(r"^\s*(?:from|import) (circuitroute\S*)", path.read_text(), re.MULTILINE)
+        assert set(imported) <= {"circuitroute"}, path
 
 
 # Corpus

@@ -52,7 +52,7 @@ def execute(study: Study, processes: int, tell: Tell, stop: Stop) -> None:
     """Brings every run of the study to its end, from where its checkpoint left it.
 
     Raises Interrupted soon after `stop()` turns true, with checkpoints written; DemoError when a checkpoint is damaged
-    or a worker dies, after the other workers have written theirs.
+    or a worker dies: every run then has the last checkpoint it wrote.
     """
     pending = []
     for run in study.config.runs():

@@ -161,7 +161,7 @@ def inference_count(routing: cr.Routing) -> Tensor:
     """Mean experts per token that inference would execute, with the gradient of the expected count: a scalar.
 
     More experts always fit the text better, so without a price a range router drifts to its upper bound. The price
-    is on the mode because that is what runs in the end; while a router is unsure, the mode is smaller than the
+    is on the mode because that is what runs at inference; while a router is unsure, the mode is smaller than the
     expected count.
     """
     expected = cr.losses.expected_count(routing)
