@@ -106,9 +106,9 @@ def new_table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table
     """An empty table: columns of text, then columns of numbers."""
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in texts:
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=True)
     for heading in numbers:
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right")
     return table
 
 
