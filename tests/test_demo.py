@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import signal
@@ -305,9 +306,18 @@ def drop_metadata(path: Path) -> None:
 
 
 def leave_format_1(path: Path) -> None:
-    """As version 0.1 wrote it: the state in a file of its own, which names that of the tensors."""
-    path.rename(path.with_name("top-k-0123456789ab.safetensors"))
-    path.with_suffix(".json").write_text('{"format": 1}')
+    """As version 0.1 wrote it: the state in a file of its own, which names that of the tensors and its checksum."""
+    data = safetensors.torch.save(checkpoint.load_tensors(path))
+    place = path.with_name("top-k-0123456789ab.safetensors")
+    state = {**checkpoint.load_state(path), "format": 1, "tensors": place.name}
+    place.write_bytes(data)
+    path.with_suffix(".json").write_text(json.dumps({**state, "sha256": hashlib.sha256(data).hexdigest()}))
+    path.unlink()
+
+
+def damage_format_1(path: Path) -> None:
+    leave_format_1(path)
+    damage_tensors(path.with_name("top-k-0123456789ab.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -322,7 +332,7 @@ def leave_format_1(path: Path) -> None:
         (edit_state(record={}), "record is damaged"),
         (edit_state(text="0" * 64), "another text"),
         (edit_state(config={**TINY.to_json(), "experts": 8}), "another config"),
-        (leave_format_1, "has format 1, this version reads format 2"),
+        (damage_format_1, "checksum"),
     ],
 )
 def test_a_bad_checkpoint_is_refused(harm: Callable[[Path], Any], says: str, trained: trainee.Setting) -> None:
@@ -330,6 +340,16 @@ def test_a_bad_checkpoint_is_refused(harm: Callable[[Path], Any], says: str, tra
     with pytest.raises(DemoError, match=says) as refusal:
         trainee.start(trained, "top-k", resume=True)
     assert "without --resume" in str(refusal.value)
+
+
+def test_checkpoints_of_version_0_1_are_read(trained: trainee.Setting) -> None:
+    expected = trainee.start(trained, "top-k", resume=True)
+    leave_format_1(trained.checkpoint("top-k"))
+    found = trainee.start(trained, "top-k", resume=True)
+    assert found.record == expected.record
+    pairs = zip(found.model.state_dict().values(), expected.model.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert len(found.optimizer.state) == len(expected.optimizer.state) > 0
 
 
 def test_a_checkpoint_that_vanishes_is_missed(trained: trainee.Setting) -> None:

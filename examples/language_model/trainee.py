@@ -133,8 +133,7 @@ def saved_record(setting: Setting, router: str) -> Record | None:
     """The record in a router's checkpoint, None where there is none yet. Raises DemoError when it is damaged, of
     another format, or from a run with another configuration or text."""
     path = setting.checkpoint(router)
-    checkpoint.refuse_format_1(path)
-    if not path.exists():
+    if not checkpoint.exists(path):
         return None
     state = checkpoint.load_state(path)
     for part, wanted in setting.identity.items():
