@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from circuitroute._validate import as_int, int_at_least
 from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Constraint
-from circuitroute.inference.distribution import SubsetDistribution
 from circuitroute.keys import fold_in, random_key
 from circuitroute.routing.estimators import Estimator, as_estimator
 from circuitroute.routing.route import Routing, route, weigh_by_logits
@@ -124,30 +123,16 @@ class Decider:
         key = self.keys(token) if training else None
         # Its weights do not matter: they are those of the shifted logits.
         drawn = route(for_choice, self.circuit, combine="sigmoid", estimator="none", training=training, key=key)
-        gates = self._weigh(logits, drawn.mask, drawn.distribution, weights, renormalize, scale)
-        routing = Routing(drawn.distribution, drawn.mask, gates)
+        mask, dtype = drawn.mask, drawn.logits.dtype
+        with torch.autocast(logits.device.type, enabled=False):
+            g = self.estimator(mask.to(dtype), drawn.distribution)
+            gates = weigh_by_logits(g, mask, logits.to(dtype), weights)
+            gates = (divided_by_sum(gates) if renormalize else gates) * scale
+            gates = torch.where(mask & (gates == 0), torch.finfo(dtype).tiny, gates)
+        routing = Routing(drawn.distribution, mask, gates)
         if self.recorded is not None:
             self.recorded.append(routing)
         return routing
-
-    def _weigh(
-        self,
-        logits: Tensor,
-        mask: Tensor,
-        distribution: SubsetDistribution,
-        weights: Weights,
-        renormalize: bool,
-        scale: float,
-    ) -> Tensor:
-        dtype = distribution.logits.dtype
-        with torch.autocast(logits.device.type, enabled=False):
-            g = self.estimator(mask.to(dtype), distribution)
-            gates = weigh_by_logits(g, mask, logits.to(dtype), weights)
-            if renormalize:
-                gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
-            gates = gates * scale
-            lost = mask & (gates == 0)
-            return torch.where(lost, torch.finfo(dtype).tiny, gates)
 
 
 def begin_step(model: nn.Module | Sequence[nn.Module], step: int, *, offset: int = 0) -> None:
@@ -198,6 +183,11 @@ def recorded_routings(model: nn.Module | Sequence[nn.Module]) -> Iterator[list[R
     finally:
         for decider in deciders:
             decider.recorded = None
+
+
+def divided_by_sum(weights: Tensor) -> Tensor:
+    """[T, K] weights divided by their sum as in DeepSeek's models, so that weights of 0 remain 0."""
+    return weights / (weights.sum(-1, keepdim=True) + 1e-20)
 
 
 def one_per_layer(constraint: Any, layers: int) -> list[Constraint]:

@@ -117,7 +117,8 @@ class CircuitRouter(TopKRouter):
         routing = self.decider(
             rows,
             weights=self._weights(),
-            token=_sequence_major(S, B, rows.device),
+            # Counted sequence by sequence, whichever way these are distributed over processes.
+            token=torch.arange(S * B, device=rows.device).view(B, S).t().reshape(-1),
             training=self.training,
             shift=self.expert_bias,
             renormalize=self.score_function == "sigmoid" and self.topk > 1,
@@ -184,14 +185,6 @@ class CircuitRouter(TopKRouter):
         self.ga_steps += 1
         averaged: Tensor = self.global_tokens_per_expert / self.ga_steps
         return averaged / group.size()
-
-
-def _sequence_major(S: int, B: int, device: torch.device) -> Tensor:
-    """[T] the numbers of tokens stored position by position, counted sequence by sequence.
-
-    So a token keeps its number, and its key, when the sequences are distributed over processes in another way.
-    """
-    return torch.arange(S * B, device=device).view(B, S).t().reshape(-1)
 
 
 def _check(config: Any, decider: Decider) -> None:

@@ -83,8 +83,6 @@ def choose_padding(experts: nn.Module, padding: Padding, family: Family) -> Padd
     Raises:
         ValueError: ``padding`` would be wrong, perhaps only since the model was patched.
     """
-    if padding == "distinct":
-        return padding
     ragged = implementation_of(experts) in RAGGED and not is_parallel(experts)
     skips = _skips(experts, family)
     if padding == "auto":
@@ -120,7 +118,8 @@ class _Ragged:
 
     def __call__(self, experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """[T, H] from hidden [T, H], index [T, K] in 0..E and weights [T, K]."""
-        run: Experts = self._function(experts)
+        loop = type(experts).forward.__wrapped__
+        run: Experts = loop if self.inner == EAGER else self.interface.get_interface(self.inner, loop)
         used = index < experts.num_experts
         if is_compiling():  # the number of pairs depends on values, so unused slots are computed, with weight 0
             last = index.clamp(max=experts.num_experts - 1)
@@ -135,7 +134,3 @@ class _Ragged:
         # The other implementations accumulate in float32 too.
         total = hidden.new_zeros(hidden.shape, dtype=torch.promote_types(torch.float32, output.dtype))
         return total.index_add(0, token, output.to(total.dtype)).to(hidden.dtype)
-
-    def _function(self, experts: Any) -> Any:
-        loop = type(experts).forward.__wrapped__
-        return loop if self.inner == EAGER else self.interface.get_interface(self.inner, loop)

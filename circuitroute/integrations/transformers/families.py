@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -119,7 +120,7 @@ def _grouped_constraint(router: Any) -> Constraint:
 
 
 def _sigmoid_combine(router: Any) -> Weigh:
-    return sigmoid_weigh(bool(router.norm_topk_prob), float(router.routed_scaling_factor))
+    return partial(sigmoid_weigh, normalized=bool(router.norm_topk_prob), scale=float(router.routed_scaling_factor))
 
 
 def _sigmoid_choice(router: Any, logits: Tensor) -> Tensor:
@@ -135,7 +136,7 @@ def _sigmoid(name: str, *routers: str) -> Family:
 
 
 def _ernie_combine(router: Any) -> Weigh:
-    return clamped_weigh(float(router.norm_min))
+    return partial(clamped_weigh, least=float(router.norm_min))
 
 
 def _ernie_choice(router: Any, logits: Tensor) -> Tensor:
@@ -143,7 +144,7 @@ def _ernie_choice(router: Any, logits: Tensor) -> Tensor:
 
 
 def _phimoe_combine(router: Any) -> Weigh:
-    return successive_weigh(float(router.router_jitter_noise))
+    return partial(successive_weigh, jitter=float(router.router_jitter_noise))
 
 
 FAMILIES: tuple[Family, ...] = (

@@ -26,12 +26,7 @@ BUDGET = "circuitroute_budget"
 
 
 class Handle:
-    """What :func:`patch` returns.
-
-    Attributes:
-        model: the patched model.
-        layers: the numbers of its routed layers, in order.
-    """
+    """What :func:`patch` returns; ``model`` is the patched model."""
 
     def __init__(self, model: nn.Module, session: Session) -> None:
         self.model = model
@@ -47,8 +42,6 @@ class Handle:
     def budget(self) -> Budget | None:
         """The budget over the layers, ``model.circuitroute_budget``, or None."""
         return None if self._session.walk is None else self._session.walk.budget
-
-    # ------------------------------------------------------------------ sampling
 
     def set_step(self, step: int | Tensor, token_offset: int | Tensor = 0) -> None:
         """Set the training step: with a seed, token i draws with ``cr.random_key(seed, step, layer, i)``.
@@ -71,8 +64,6 @@ class Handle:
     def trainer_callback(self) -> Any:
         """A ``TrainerCallback`` that sets the step, with an offset for every process and accumulated batch."""
         return _step_setter(self)
-
-    # ------------------------------------------------------------------ decisions
 
     @property
     def routings(self) -> tuple[Routing, ...]:
@@ -131,8 +122,6 @@ class Handle:
             "Reentrant checkpointing does that: call model.gradient_checkpointing_enable("
             "gradient_checkpointing_kwargs={'use_reentrant': False}); or run the forward pass with gradients enabled."
         )
-
-    # ------------------------------------------------------------------ unpatching
 
     def unpatch(self) -> None:
         """Restore the model: its routers, its experts implementation and its configuration; a budget is removed.

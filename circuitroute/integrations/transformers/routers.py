@@ -55,10 +55,6 @@ class Session:
     records: dict[int, Routing] = field(default_factory=dict)
     walk: Walk | None = None
 
-    def is_copied(self, memo: dict[int, Any]) -> bool:
-        """Whether ``copy.deepcopy`` with this memo copies the whole model."""
-        return id(self.model()) in memo
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         model = weakref.ref(memo[id(self.model())])
         walk = None if self.walk is None else Walk(copy.deepcopy(self.walk.budget, memo), model)
@@ -101,7 +97,7 @@ class Plan:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
         """A copied model gets its own session; a copied layer, as PEFT makes them, remains in that of its model."""
-        if not self.session.is_copied(memo):
+        if id(self.session.model()) not in memo:
             return self
         return replace(self, session=copy.deepcopy(self.session, memo), experts=copy.deepcopy(self.experts, memo))
 

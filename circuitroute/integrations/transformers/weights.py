@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from circuitroute.integrations.hosted import divided_by_sum
+
 # (g, mask, logits, most experts per token) -> gates, all [T, E]; the logits are those of the router, unshifted.
 Weigh: TypeAlias = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
@@ -21,49 +23,35 @@ TINY_SIGMOID = 1e-4
 TINY_SOFTMAX = 1e-6
 
 
-def sigmoid_weigh(normalized: bool, scale: float) -> Weigh:
+def sigmoid_weigh(g: Tensor, mask: Tensor, logits: Tensor, most: int, *, normalized: bool, scale: float) -> Tensor:
     """DeepSeek-V3's rule: sigmoid scores of the chosen experts, divided by their sum if ``normalized``, scaled."""
-
-    def weigh(g: Tensor, mask: Tensor, logits: Tensor, most: int) -> Tensor:
-        gates = g * torch.sigmoid(logits)
-        if normalized:
-            gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
-        return gates * scale
-
-    return weigh
+    gates = g * torch.sigmoid(logits)
+    return (divided_by_sum(gates) if normalized else gates) * scale
 
 
-def clamped_weigh(least: float) -> Weigh:
+def clamped_weigh(g: Tensor, mask: Tensor, logits: Tensor, most: int, *, least: float) -> Tensor:
     """ERNIE's rule: softmax probabilities of the chosen experts, divided by their sum, or by ``least`` if larger."""
-
-    def weigh(g: Tensor, mask: Tensor, logits: Tensor, most: int) -> Tensor:
-        gates = g * torch.softmax(logits, -1)
-        return gates / gates.sum(-1, keepdim=True).clamp(min=least)
-
-    return weigh
+    gates = g * torch.softmax(logits, -1)
+    return gates / gates.sum(-1, keepdim=True).clamp(min=least)
 
 
-def successive_weigh(jitter: float) -> Weigh:
+def successive_weigh(g: Tensor, mask: Tensor, logits: Tensor, most: int, *, jitter: float) -> Tensor:
     """Phi-MoE's rule (SparseMixer-v2, arXiv:2409.12136): the chosen experts in turn, the largest first.
 
     Each is weighted by a softmax over the experts not taken before it, without those that are smaller than the largest
     by more than ``2 * jitter`` in relative terms. A chosen expert itself always takes part.
     """
-
-    def weigh(g: Tensor, mask: Tensor, logits: Tensor, most: int) -> Tensor:
-        chosen = torch.where(mask, logits.detach(), -torch.inf)
-        taken = torch.zeros_like(mask)
-        weights = torch.zeros_like(logits)
-        for _ in range(most):
-            here = F.one_hot(chosen.argmax(-1), logits.shape[-1]).bool() & mask & ~taken
-            near = _near(logits.detach(), taken, jitter) | here
-            share = torch.softmax(torch.where(near & ~taken, logits, -torch.inf), -1)
-            weights = torch.where(here, share, weights)
-            taken = taken | here
-            chosen = torch.where(here, -torch.inf, chosen)
-        return g * weights
-
-    return weigh
+    chosen = torch.where(mask, logits.detach(), -torch.inf)
+    taken = torch.zeros_like(mask)
+    weights = torch.zeros_like(logits)
+    for _ in range(most):
+        here = F.one_hot(chosen.argmax(-1), logits.shape[-1]).bool() & mask & ~taken
+        near = _near(logits.detach(), taken, jitter) | here
+        share = torch.softmax(torch.where(near & ~taken, logits, -torch.inf), -1)
+        weights = torch.where(here, share, weights)
+        taken = taken | here
+        chosen = torch.where(here, -torch.inf, chosen)
+    return g * weights
 
 
 def _near(logits: Tensor, taken: Tensor, jitter: float) -> Tensor:
