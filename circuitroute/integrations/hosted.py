@@ -26,9 +26,10 @@ from circuitroute.routing.route import Routing, route, weigh_by_logits
 
 Weights = Literal["softmax", "normalized", "sigmoid"]
 
-# The remedy where a host limits groups of experts by settings of its own.
+# The remedy for settings of a host that limit groups of experts.
 GROUP_LIMIT = (
-    "make the group limit part of the constraint, such as cr.ActiveGroups(cr.Groups(8), at_most=4) & cr.Exactly(8)"
+    "make the group limit part of the constraint, such as cr.ActiveGroups(cr.Groups(8), at_most=4) & cr.Exactly(8), "
+    "and set this to None"
 )
 
 

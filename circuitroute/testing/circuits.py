@@ -17,7 +17,7 @@ from circuitroute.testing.suite import Suite, check, require, require_error
 
 
 class CircuitChecks(Suite):
-    """What :func:`circuitroute.compile` gives."""
+    """What :func:`circuitroute.compile` returns."""
 
     @check
     def test_feasibility(self, any_case: Case) -> None:

@@ -21,7 +21,7 @@ DOUBLE, SINGLE = 1e-7, 1e-4
 
 
 class DistributionChecks(Suite):
-    """What ``circuit(logits)`` gives."""
+    """What ``circuit(logits)`` returns."""
 
     def distribution(self, case: Case) -> tuple[SubsetDistribution, Tensor, Truth]:
         """The distribution at :func:`rows_of_logits` in float64, the logits (a leaf), and the truth."""

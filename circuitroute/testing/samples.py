@@ -19,7 +19,7 @@ ERROR_RATE = 1e-6
 
 
 class SampleChecks(Suite):
-    """What ``circuit(logits).sample(key=...)`` gives."""
+    """What ``circuit(logits).sample(key=...)`` returns."""
 
     def sampled(self, case: Case) -> tuple[SubsetDistribution, torch.Tensor]:
         """The distribution at the rows that every check uses, and a key for each."""

@@ -123,7 +123,7 @@ def _by_position(constraint: Any, layers: Sequence[Found]) -> dict[int, Constrai
 
 
 def _fitted(given: Budget, layers: Sequence[Found]) -> Budget:
-    """The budget without routers of its own, on the device of the model, whose layers it must fit."""
+    """The budget without its routers, on the device of the model; refused unless it fits the layers."""
     if given.layers != len(layers):
         raise ValueError(
             f"constraint is a budget over layers={given.layers}, but the model has {len(layers)} mixture-of-experts "

@@ -57,9 +57,9 @@ class Walk:
     def __init__(self, budget: Budget, model: weakref.ref[nn.Module]) -> None:
         self.budget = budget
         self._model = model
-        # Of the last forward pass in training mode, and of the last one in evaluation mode.
+        # The turns of the last forward pass in training mode, and of the last one in evaluation mode.
         self._last: dict[bool, Turns] = {True: {}, False: {}}
-        # Of the checkpointed function that is running.
+        # The turns of the checkpointed function that is running, if any.
         self._kept: Turns | None = None
 
     def decide(self, position: int, logits: Tensor, training: bool, choose: Callable[[Tensor], Routing]) -> Routing:
@@ -133,7 +133,7 @@ class Walk:
 
 
 class TurnKeeper:
-    """Wraps the checkpointing function that transformers gives a layer, so that it keeps the layer's turns too."""
+    """A checkpointing function as transformers assigns it to layers, which keeps the turns of its layer too."""
 
     def __init__(self, checkpoint: Callable[..., Any], walk: Walk) -> None:
         self.checkpoint = checkpoint
