@@ -38,26 +38,26 @@ from circuitroute.inference.reading import load as load
 from circuitroute.inference.reading import read_nnf as read_nnf
 from circuitroute.inference.reading import read_sdd as read_sdd
 from circuitroute.keys import random_key as random_key
+from circuitroute.layers.allocation import LayerAllocation as LayerAllocation
 from circuitroute.layers.budget import Budget as Budget
-from circuitroute.layers.budget import BudgetRouter as BudgetRouter
 from circuitroute.layers.budget import BudgetState as BudgetState
 from circuitroute.layers.budget import log_count_polynomial as log_count_polynomial
+from circuitroute.layers.budget_router import BudgetRouter as BudgetRouter
 from circuitroute.layers.moe import MoE as MoE
 from circuitroute.layers.routers import DynamicKRouter as DynamicKRouter
 from circuitroute.layers.routers import ExactKRouter as ExactKRouter
 from circuitroute.layers.routers import Router as Router
-from circuitroute.layers.routers import SoftTopKRouter as SoftTopKRouter
 from circuitroute.layers.routers import TopKRouter as TopKRouter
+from circuitroute.layers.soft_router import SoftTopKRouter as SoftTopKRouter
 from circuitroute.routing import estimators as estimators
 from circuitroute.routing import losses as losses
 from circuitroute.routing import metrics as metrics
 from circuitroute.routing import replay as replay
+from circuitroute.routing.decision import Routing as Routing
+from circuitroute.routing.decision import SoftRouting as SoftRouting
 from circuitroute.routing.estimators import Estimator as Estimator
 from circuitroute.routing.replay import RoutingRecord as RoutingRecord
-from circuitroute.routing.route import Routing as Routing
-from circuitroute.routing.route import SoftRouting as SoftRouting
 from circuitroute.routing.route import route as route
-from circuitroute.routing.soft_topk import LayerAllocation as LayerAllocation
 from circuitroute.routing.soft_topk import soft_topk as soft_topk
 
 # Public modules answer to their public names, wherever they live: `from circuitroute.replay import mismatch`.

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import circuitroute as cr
-from circuitroute.layers.budget import BudgetRouter, BudgetState, log_count_polynomial
+from circuitroute.layers.budget import BudgetState, log_count_polynomial
+from circuitroute.layers.budget_router import BudgetRouter
 
 H = 6
 

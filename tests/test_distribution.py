@@ -458,7 +458,7 @@ def test_bad_arguments():
         (lambda: circuit(torch.zeros(6)).log_prob(torch.full((6,), 0.5)), ValueError, "value holds 0.5"),
         (lambda: circuit.satisfies(torch.full((6,), 2)), ValueError, "mask holds 2"),
         (lambda: circuit.satisfies([1, 0]), TypeError, "mask="),
-        (lambda: cr.compile(cr.Exactly(1).over([0, 1]), 6)(torch.zeros(6), torch.zeros(3)), ValueError, "is none"),
+        (lambda: cr.compile(cr.Exactly(1).over([0, 1]), 6)(torch.zeros(6), torch.zeros(3)), ValueError, "is not one"),
     ]
     for call, error, words in cases:
         with pytest.raises(error, match=words):

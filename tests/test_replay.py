@@ -192,7 +192,7 @@ def test_no_damage_goes_unnoticed(tmp_path):
     damaged = [sound[:i] + bytes([sound[i] ^ 1]) + sound[i + 1 :] for i in range(0, len(sound), 3)]
     for content in (*damaged, sound[:-1], sound[:100], sound + b"\n", b"", b"PK"):
         path.write_bytes(content)
-        with pytest.raises(cr.CircuitFileError, match=r"r\.npz is no routing record that can be read: it is"):
+        with pytest.raises(cr.CircuitFileError, match=r"r\.npz is not a readable routing record: it is"):
             RoutingRecord.load(path)
 
 
@@ -357,8 +357,12 @@ MASK = torch.eye(4, dtype=torch.bool)
         (lambda: RoutingRecord.of(MASK[0]), ValueError, r"shape \(4,\)"),
         (lambda: RoutingRecord.of_indices(torch.zeros(3, 2).long(), 4), ValueError, r"indices has shape \(3, 2\)"),
         (lambda: RoutingRecord.of_indices([torch.zeros(3).long()], 4), ValueError, r"indices\[0\] has shape \(3,\)"),
-        (lambda: RoutingRecord.of_indices([torch.zeros(3, 1)], 4), TypeError, r"indices\[0\] is no tensor of integers"),
-        (lambda: RoutingRecord.of_indices([[1, 2]], 4), TypeError, r"indices\[0\] is no tensor of integers"),
+        (
+            lambda: RoutingRecord.of_indices([torch.zeros(3, 1)], 4),
+            TypeError,
+            r"indices\[0\] is not a tensor of integers",
+        ),
+        (lambda: RoutingRecord.of_indices([[1, 2]], 4), TypeError, r"indices\[0\] is not a tensor of integers"),
         (lambda: RoutingRecord.of_indices([torch.zeros(3, 2).long()], 4), ValueError, "names an expert twice in row"),
         (lambda: RoutingRecord.of_indices([torch.zeros(3, 1).long()], [4, 4]), ValueError, "num_experts has 2 entries"),
         (lambda: RoutingRecord.of_indices([torch.zeros(3, 1).long()], 0), ValueError, "num_experts=0"),

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import circuitroute as cr
-from circuitroute.routing.route import MAX_RELATIVE_LOGIT
+from circuitroute.routing.weights import MAX_RELATIVE_LOGIT
 from tests.truth import count_gradient, count_truth, counts_in, enumerate_worlds, world_truth
 
 INF, NAN = float("inf"), float("nan")

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from circuitroute.routing.soft_topk import LayerAllocation, laplace_cdf, soft_topk
+from circuitroute.layers.allocation import LayerAllocation
+from circuitroute.routing.soft_topk import laplace_cdf, soft_topk
 
 INF = float("inf")
 

@@ -13,9 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 import circuitroute as cr
 from circuitroute import losses, metrics
-from circuitroute.layers.routers import SoftTopKRouter
-from circuitroute.routing.route import Combine, SoftRouting
-from circuitroute.routing.soft_topk import LayerAllocation, soft_topk
+from circuitroute.layers.allocation import LayerAllocation
+from circuitroute.layers.soft_router import SoftTopKRouter
+from circuitroute.routing.decision import SoftRouting
+from circuitroute.routing.soft_topk import soft_topk
+from circuitroute.routing.weights import Combine
 
 H, E, T, K = 5, 8, 40, 2.5
 

@@ -12,7 +12,6 @@ those of the textbook formulas.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable
 from dataclasses import replace
@@ -27,11 +26,11 @@ from torch.nn import functional as F
 from circuitroute._validate import as_mask
 from circuitroute.circuit import Compiled, boolean
 from circuitroute.circuit.graph import enumerate_models, model_count
-from circuitroute.engines import Inference, certainly_finite, engine_of, layered_engine, ops
+from circuitroute.engines import Inference, engine_of, layered_engine, ops
 from circuitroute.engines.logspace import nan_rows
 from circuitroute.engines.subset.mode import mode as subset_mode
-from circuitroute.inference.arguments import as_logits, as_potential, common_batch
-from circuitroute.inference.evidence import condition_logits, rows_text, unsatisfiable_rows
+from circuitroute.inference.evidence import condition_logits, rows_text
+from circuitroute.inference.rows import Rows, cannot_look
 from circuitroute.keys import as_key, fold_in
 
 MAX_ENUMERATED = 1 << 22
@@ -69,7 +68,7 @@ class SubsetDistribution(Distribution):
             evidence that leaves nothing give NaN, in those rows alone.
 
     Raises:
-        TypeError: logits that are no floating-point tensor.
+        TypeError: logits that are not a floating-point tensor.
         ValueError: wrong shapes; a count potential for another kind of constraint; when validating, NaN, or rows
             whose evidence leaves no subset, named.
     """
@@ -86,108 +85,67 @@ class SubsetDistribution(Distribution):
         validate_args: bool | None = None,
     ) -> None:
         self.circuit = circuit
-        self.logits = as_logits(logits, circuit.n)
-        self.count_potential: Tensor | None = None
-        batch_shape = self.logits.shape[:-1]
-        if count_potential is not None:
-            self.count_potential = as_potential(count_potential, circuit, self.logits)
-            batch_shape = common_batch(batch_shape, self.count_potential.shape[:-1])
-            self.logits = self.logits.expand(*batch_shape, circuit.n)
-        self._cached: Inference | None = None
         checked = _validating(validate_args)
-        if checked:
-            self._validate_rows()
+        self.rows = Rows.of(circuit, logits, count_potential, checked)
+        self.logits, self.count_potential = self.rows.logits, self.rows.count_potential
+        self._cached: Inference | None = None
         # Validation is done, with messages that name rows; torch's own would print whole tensors.
-        super().__init__(batch_shape, Size([circuit.n]), validate_args=False)
+        super().__init__(self.rows.batch_shape, Size([circuit.n]), validate_args=False)
         self._validate_args = checked
 
-    def _validate_rows(self) -> None:
-        finite_logits = certainly_finite(self.logits)
-        if self.count_potential is None and finite_logits:
-            return
-        if not finite_logits and bool((bad := self.logits.isnan().any(-1)).any()):
-            raise ValueError(f"logits hold NaN in {rows_text(bad)}")
-        if self.count_potential is not None and bool(self.count_potential.isnan().any()):
-            raise ValueError(f"count_potential holds NaN in {rows_text(self.count_potential.isnan().any(-1))}")
-        if self.count_potential is not None and bool((self.count_potential == math.inf).any()):
-            raise ValueError("count_potential holds +inf; give -inf to all other counts to force one")
-        empty = unsatisfiable_rows(self.circuit, self.logits, self.count_potential)
-        if bool(empty.any()):
-            raise ValueError(
-                f"no subset that satisfies {self.circuit.constraint!r} is left by the infinite logits (or the "
-                f"count potential) in {rows_text(empty)}"
-            )
-
-    # ------------------------------------------------------------------ rows and engines
-
-    @property
-    def _logits_TN(self) -> Tensor:
-        return self.logits.reshape(-1, self.circuit.n)
-
-    def _potential(self) -> Tensor | None:
-        """[J] or [T, J] log potentials with -inf where the constraint forbids a count."""
-        if self.circuit.counts is None:
-            return None
-        allowed = _allowed.__wrapped__ if is_compiling() else _allowed  # nothing of a trace may outlive it
-        base: Tensor = allowed(self.circuit.counts, self.logits.dtype, self.logits.device)
-        if self.count_potential is None:
-            return base
-        given = self.count_potential
-        if given.dim() > 1 or given.requires_grad:
-            given = given.expand(*self._batch_shape, -1).reshape(-1, given.shape[-1])
-        return torch.where(base == 0.0, given, base)
-
-    def _engine_inputs(self) -> tuple[Tensor, Tensor | None]:
-        """Rows for the engine, with NaN rows replaced: they stay a matter of their own."""
-        logits, potential = self._logits_TN, self._potential()
-        bad = self._nan_rows()
-        if bad is None:
-            return logits, potential
-        logits = torch.where(bad[:, None], 0.0, logits)
-        if potential is not None and potential.dim() > 1:
-            potential = torch.where(bad[:, None], 0.0, potential)
-        elif potential is not None:
-            potential = torch.where(potential.isnan(), 0.0, potential)
-        return logits, potential
-
-    def _nan_rows(self) -> Tensor | None:
-        """[T] bool, rows with NaN anywhere; None if there is known to be none, or validation has seen to it."""
-        blind = cannot_look(self.logits)
-        if self._validate_args or (not blind and self.count_potential is None and certainly_finite(self.logits)):
-            return None
-        bad = self.logits.isnan().any(-1)
-        if self.count_potential is not None:
-            bad = bad | self.count_potential.isnan().any(-1)
-        return bad.reshape(-1) if blind or bool(bad.any()) else None
+    # ------------------------------------------------------------------ the sweep
 
     def _infer(self, key_T: Tensor | None = None) -> Inference:
         """The sweep, computed once; with a key it also draws one sample per row, in the same sweep."""
         if is_compiling():
             return self._infer_traced(key_T)
-        logits, potential = self._engine_inputs()
+        logits, potential = self.rows.inputs()
         engine = engine_of(self.circuit, self.logits.device)
         with torch.autocast(self.logits.device.type, enabled=False):
             if self._cached is None or key_T is not None:
                 self._cached = engine.infer(logits.detach(), None if potential is None else potential.detach(), key_T)
             result = self._cached
-            if torch.is_grad_enabled() and _needs_grad(logits, potential):
+            if self.rows.needs_grad():
                 result = engine.attach(result, logits, potential)
-        bad = self._nan_rows()
-        return result if bad is None else _with_nan(result, bad)
+        return self._with_nan(result)
 
     def _infer_traced(self, key_T: Tensor | None) -> Inference:
         """The same as an operator, which carries its gradient; kept unless that was switched off meanwhile."""
-        logits, potential = self._engine_inputs()
         result = self._cached
         if result is None or key_T is not None:
-            result = ops.infer(self.circuit, logits, potential, key_T)
-            if torch.is_grad_enabled() or not _needs_grad(self.logits, self.count_potential):
+            result = ops.infer(self.circuit, *self.rows.inputs(), key_T)
+            if torch.is_grad_enabled() or not (self.logits.requires_grad or _requires_grad(self.count_potential)):
                 self._cached = result
-        bad = self._nan_rows()
-        return result if bad is None else _with_nan(result, bad)
+        return self._with_nan(result)
+
+    def _with_nan(self, inference: Inference) -> Inference:
+        """NaN in the rows that had some."""
+        bad, counts = self.rows.nan, inference.count_probs
+        if bad is None:
+            return inference
+        return replace(
+            inference,
+            log_partition=nan_rows(bad, inference.log_partition),
+            marginals=nan_rows(bad, inference.marginals),
+            count_probs=None if counts is None else nan_rows(bad, counts),
+            log_root=nan_rows(bad, inference.log_root),
+        )
+
+    def invalid_rows(self) -> Tensor | None:
+        """[...] bool, rows with NaN or without any subset; None where there are none; validation refuses them."""
+        if self._validate_args:
+            return None
+        if cannot_look(self.logits):  # what the sweep finds
+            with torch.no_grad():
+                return self.log_partition.isnan()
+        invalid = self.rows.unsatisfiable()
+        if self.rows.nan is None:
+            return invalid
+        nan = self._as_batch(self.rows.nan)
+        return nan if invalid is None else nan | invalid
 
     def _as_batch(self, rows: Tensor) -> Tensor:
-        return rows.reshape(self._batch_shape + rows.shape[1:])
+        return self.rows.as_batch(rows)
 
     # ------------------------------------------------------------------ moments
 
@@ -216,10 +174,9 @@ class SubsetDistribution(Distribution):
         """[..., K + 1] P(|S| = j). Differentiable; equal to d log Z / d count_potential."""
         probs = self._infer().count_probs
         if probs is None:
-            logits, _ = self._engine_inputs()
+            logits, _ = self.rows.inputs()
             probs = layered_engine(self.circuit, self.logits.device).count_probs(logits, self.circuit.max_count)
-            bad = self._nan_rows()
-            probs = probs if bad is None else nan_rows(bad, probs)
+            probs = probs if self.rows.nan is None else nan_rows(self.rows.nan, probs)
         return self._as_batch(probs)
 
     @property
@@ -229,7 +186,7 @@ class SubsetDistribution(Distribution):
         engine = engine_of(self.circuit, self.logits.device)
         # Out of inference mode, since autograd is how the columns Cov(z) e_i are computed.
         with torch.inference_mode(False), torch.enable_grad():
-            logits, potential = self._engine_inputs()
+            logits, potential = self.rows.inputs()
             logits = logits.detach().clone()
             potential = None if potential is None else potential.detach().clone()
             rows = logits.repeat_interleave(n, 0).requires_grad_()
@@ -245,7 +202,7 @@ class SubsetDistribution(Distribution):
     def entropy(self) -> Tensor:
         """[...] H = log Z - theta . m - phi . q, in nats. Differentiable."""
         sweep = self._infer()
-        logits, potential = self._engine_inputs()
+        logits, potential = self.rows.inputs()
         bounded = finite(logits)
         surrogate = sweep.log_partition - (bounded * sweep.marginals).sum(-1)
         if potential is not None and self.count_potential is not None and sweep.count_probs is not None:
@@ -256,7 +213,7 @@ class SubsetDistribution(Distribution):
         return self._as_batch(_with_gradient_of(value.to(surrogate.dtype), surrogate))
 
     def _entropy_value(self, sweep: Inference, logits: Tensor, potential: Tensor | None) -> Tensor:
-        """Entropy from terms that are each as small as the entropy itself, whatever the scale of the logits."""
+        """Entropy as a sum of terms that are no larger than the entropy itself, at any scale of the logits."""
         centred = logits.double() - sweep.shift[:, None]
         m = sweep.marginals.double()
         coins = F.softplus(centred) - centred * m
@@ -286,7 +243,7 @@ class SubsetDistribution(Distribution):
         with torch.no_grad():
             shape = Size(sample_shape)
             keys = self._keys(shape, key)
-            logits, potential = self._engine_inputs()
+            logits, potential = self.rows.inputs()
             copies = shape.numel()
             if copies != 1:
                 logits = logits.repeat(copies, 1)
@@ -354,7 +311,7 @@ class SubsetDistribution(Distribution):
             count: [...] int64, for count constraints: the size of each row's subset.
         """
         with torch.no_grad():
-            logits, potential = self._engine_inputs()
+            logits, potential = self.rows.inputs()
             if count is not None and potential is not None:
                 other = torch.arange(potential.shape[-1], device=logits.device) != count.reshape(-1, 1)
                 potential = potential.masked_fill(other, -math.inf)
@@ -383,8 +340,9 @@ class SubsetDistribution(Distribution):
         if self._validate_args and not bool(allowed.all()):
             raise ValueError(f"value does not satisfy {self.circuit.constraint!r} in {rows_text(~allowed)}")
         sweep = self._infer()
-        logits = self._as_batch(self._engine_inputs()[0])
-        phi = self._potential_of(selected)
+        logits_TN, potential = self.rows.inputs()
+        logits = self._as_batch(logits_TN)
+        phi = self._potential_of(selected, potential)
         excluded = (selected & (logits == -math.inf)) | (~selected & (logits == math.inf))
         possible = allowed & ~excluded.any(-1) & (phi > -math.inf)
         bounded = finite(logits)
@@ -395,9 +353,8 @@ class SubsetDistribution(Distribution):
         result = _with_gradient_of(log_prob, surrogate)
         return torch.where(possible | result.isnan(), result, -math.inf)
 
-    def _potential_of(self, selected: Tensor) -> Tensor:
+    def _potential_of(self, selected: Tensor, potential: Tensor | None) -> Tensor:
         """[...] phi(|S|) of every mask, zero for circuits without potentials."""
-        potential = self._potential()
         count = selected.sum(-1)
         if potential is None:
             return self.logits.new_zeros(count.shape)
@@ -469,20 +426,6 @@ class SubsetDistribution(Distribution):
         return f"SubsetDistribution({self.circuit.constraint!r}, n={self.circuit.n}, batch={tuple(self._batch_shape)})"
 
 
-def cannot_look(values: Tensor) -> bool:
-    """Whether branching on ``values`` is out of the question: in a traced program, or on a GPU (it would wait)."""
-    return is_compiling() or values.is_cuda
-
-
-@functools.lru_cache(maxsize=256)
-def _allowed(counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[J] a count constraint's potential: 0 where allowed, else -inf. Kept, since sending it to a GPU waits for it."""
-    with torch.inference_mode(False):
-        potential = torch.full((max(counts) + 1,), -math.inf, dtype=dtype)
-        potential[list(counts)] = 0.0
-        return potential.to(device)
-
-
 def _validating(validate_args: bool | None) -> bool:
     """A traced program cannot branch on values: its rows go unchecked, and bad ones are NaN alone."""
     if is_compiling():
@@ -490,19 +433,8 @@ def _validating(validate_args: bool | None) -> bool:
     return bool(Distribution._validate_args) if validate_args is None else validate_args
 
 
-def _needs_grad(logits: Tensor, potential: Tensor | None) -> bool:
-    return logits.requires_grad or (potential is not None and potential.requires_grad)
-
-
-def _with_nan(inference: Inference, bad_T: Tensor) -> Inference:
-    counts = inference.count_probs
-    return replace(
-        inference,
-        log_partition=nan_rows(bad_T, inference.log_partition),
-        marginals=nan_rows(bad_T, inference.marginals),
-        count_probs=None if counts is None else nan_rows(bad_T, counts),
-        log_root=nan_rows(bad_T, inference.log_root),
-    )
+def _requires_grad(values: Tensor | None) -> bool:
+    return values is not None and values.requires_grad
 
 
 def _with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:

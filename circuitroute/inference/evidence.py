@@ -13,7 +13,6 @@ from torch import Tensor
 
 from circuitroute._validate import as_int
 from circuitroute.circuit import Compiled, boolean
-from circuitroute.engines import certainly_finite
 
 
 def rows_text(bad: Tensor, limit: int = 8) -> str:
@@ -26,22 +25,23 @@ def rows_text(bad: Tensor, limit: int = 8) -> str:
     return f"row{'s' if len(rows) > 1 else ''} {shown}{more}"
 
 
-def unsatisfiable_rows(circuit: Compiled, logits: Tensor, count_potential: Tensor | None) -> Tensor:
-    """[...] bool: rows whose infinite logits (and count potential) leave no allowed subset."""
-    batch, undecided = logits.shape[:-1], certainly_finite(logits)  # no evidence
-    if undecided and (count_potential is None or circuit.counts is None):
-        return torch.zeros(batch, dtype=torch.bool, device=logits.device)
+def unsatisfiable_rows(circuit: Compiled, logits: Tensor, count_potential: Tensor | None, finite: bool) -> Tensor:
+    """[...] bool: rows whose infinite logits (and count potential) leave no allowed subset.
+
+    Args:
+        finite: whether all logits are known to be finite, so that there is no evidence.
+    """
     if circuit.counts is None:
         return ~_satisfiable(circuit, logits == math.inf, logits == -math.inf)
     counts = torch.tensor(circuit.counts, device=logits.device)
     possible = torch.ones(len(counts), dtype=torch.bool, device=logits.device)
-    if not undecided:
+    if not finite:
         low = (logits == math.inf).sum(-1, keepdim=True)
         high = circuit.n - (logits == -math.inf).sum(-1, keepdim=True)
         possible = (counts >= low) & (counts <= high)
     if count_potential is not None:
         possible = possible & (count_potential[..., counts] > -math.inf)
-    return (~possible.any(-1)).expand(batch)
+    return (~possible.any(-1)).expand(logits.shape[:-1])
 
 
 def _satisfiable(circuit: Compiled, forced: Tensor, forbidden: Tensor) -> Tensor:

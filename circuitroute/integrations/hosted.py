@@ -21,8 +21,10 @@ from circuitroute._validate import as_int, int_at_least
 from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Constraint
 from circuitroute.keys import fold_in, random_key
+from circuitroute.routing.decision import Routing
 from circuitroute.routing.estimators import Estimator, as_estimator
-from circuitroute.routing.route import Routing, route, weigh_by_logits
+from circuitroute.routing.route import decide
+from circuitroute.routing.weights import weigh
 
 Weights = Literal["softmax", "normalized", "sigmoid"]
 
@@ -122,15 +124,11 @@ class Decider:
         """
         for_choice = logits if shift is None else logits + shift.detach().to(logits.dtype)
         key = self.keys(token) if training else None
-        # Its weights do not matter: they are those of the shifted logits.
-        drawn = route(for_choice, self.circuit, combine="sigmoid", estimator="none", training=training, key=key)
-        mask, dtype = drawn.mask, drawn.logits.dtype
-        with torch.autocast(logits.device.type, enabled=False):
-            g = self.estimator(mask.to(dtype), drawn.distribution)
-            gates = weigh_by_logits(g, mask, logits.to(dtype), weights)
-            gates = (divided_by_sum(gates) if renormalize else gates) * scale
-            gates = torch.where(mask & (gates == 0), torch.finfo(dtype).tiny, gates)
-        routing = Routing(drawn.distribution, mask, gates)
+        decision = decide(for_choice, self.circuit, how="sample" if training else "mode", key=key)
+        gates = weigh(decision, combine=weights, estimator=self.estimator, logits=logits)
+        gates = (divided_by_sum(gates) if renormalize else gates) * scale
+        gates = torch.where(decision.mask & (gates == 0), torch.finfo(gates.dtype).tiny, gates)
+        routing = decision.routing(gates)
         if self.recorded is not None:
             self.recorded.append(routing)
         return routing

@@ -25,8 +25,8 @@ from circuitroute.integrations.hosted import GROUP_LIMIT, Decider, Weights, refu
 from circuitroute.integrations.hosted import begin_step as begin_step
 from circuitroute.integrations.hosted import recorded_routings as recorded_routings
 from circuitroute.routing import losses
+from circuitroute.routing.decision import Routing
 from circuitroute.routing.estimators import Estimator
-from circuitroute.routing.route import Routing
 
 try:
     from megatron.core.transformer.moe.router import TopKRouter

@@ -33,7 +33,8 @@ from circuitroute.engines.layered.torch.unrolled import MAX_UNROLLED, UnrolledMo
 from circuitroute.engines.subset.mode import best_count, best_scores
 from circuitroute.inference.circuit import Circuit
 from circuitroute.integrations.hosted import divided_by_sum
-from circuitroute.routing.route import expert_softmax
+from circuitroute.routing.decision import chosen_first
+from circuitroute.routing.weights import expert_softmax
 
 ServedCombine: TypeAlias = Literal["softmax", "normalized", "sigmoid"]
 Score: TypeAlias = Literal["logits", "sigmoid"]
@@ -160,9 +161,7 @@ class RoutingFunction(nn.Module):
         possible = mask.any(-1)
         if self.allows_none:  # the empty set, unless an expert is forced
             possible = possible | ~(score == math.inf).any(-1)
-        by_score = score.argsort(dim=-1, descending=True, stable=True)
-        chosen_first = mask.gather(-1, by_score).to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-        ids = by_score.gather(-1, chosen_first[:, :topk])
+        ids = chosen_first(mask, score, topk)
         return ids, mask.gather(-1, ids), possible
 
     def _mode(self, score: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from circuitroute.layers.routers import LinearRouter
-from circuitroute.routing.route import Routing
+from circuitroute.routing.decision import Routing
 
 
 class MoE(nn.Module):

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from circuitroute.routing.route import Routing, expert_softmax
+from circuitroute.routing.decision import Routing
+from circuitroute.routing.weights import expert_softmax
 
 Probabilities = Literal["marginal", "softmax"]
 
@@ -46,7 +47,7 @@ def load_balance(
 def balance(load: Tensor, mass: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """:func:`load_balance` of sums over tokens: E sum_e f_e P_e, with f and P the shares of ``load`` and ``mass``.
 
-    For sums of your own, such as those over the tokens that are no padding.
+    For sums of your own, such as those over the tokens that are not padding.
 
     Args:
         load: [..., E], how many tokens each expert has; no gradient.

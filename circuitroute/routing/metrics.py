@@ -17,8 +17,10 @@ from torch import Tensor
 from circuitroute._validate import int_at_least
 from circuitroute.inference.circuit import Circuit
 from circuitroute.keys import random_key, uniform
+from circuitroute.routing.decision import Routing
 from circuitroute.routing.estimators import Estimator
-from circuitroute.routing.route import Combine, Routing, route
+from circuitroute.routing.route import route
+from circuitroute.routing.weights import Combine
 
 
 def _mask(decisions: Routing | Tensor) -> Tensor:

@@ -29,9 +29,9 @@ from torch import Tensor
 from circuitroute._files import replace_file
 from circuitroute._validate import int_at_least
 from circuitroute.errors import CircuitFileError
-from circuitroute.inference.distribution import cannot_look
 from circuitroute.inference.evidence import rows_text
-from circuitroute.routing.route import Routing
+from circuitroute.inference.rows import cannot_look
+from circuitroute.routing.decision import Routing
 
 Form: TypeAlias = Literal["indices", "bits"]
 Decisions: TypeAlias = "Routing | Tensor | Sequence[Routing | Tensor] | RoutingRecord"
@@ -118,8 +118,8 @@ class RoutingRecord:
 
         Args:
             decisions: those of all layers, or of the only one.
-            log_probs: whether to keep the log-probabilities of Routings (masks have none): exact, and at hand where the
-                decision was sampled. They are what :func:`importance_ratio` compares with.
+            log_probs: whether to keep the log-probabilities of Routings (masks have none): exact, and already computed
+                where the decision was sampled. :func:`importance_ratio` compares with them.
 
         Raises:
             TypeError, ValueError: anything else.
@@ -293,7 +293,7 @@ class RoutingRecord:
         try:
             return _record(_unsealed(source.read_bytes()))
         except (ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            raise CircuitFileError(f"{source} is no routing record that can be read: {error}") from None
+            raise CircuitFileError(f"{source} is not a readable routing record: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------- comparing decisions
@@ -408,7 +408,7 @@ def _mask_of(name: str, decision: Routing | Tensor) -> Tensor:
 def _mask_of_indices(name: str, indices: Tensor, experts: int) -> Tensor:
     """[T, E] bool of [T, K] integers; slots outside 0..E-1 are unused."""
     if not isinstance(indices, Tensor) or indices.is_floating_point() or indices.is_complex():
-        raise TypeError(f"{name} is no tensor of integers")
+        raise TypeError(f"{name} is not a tensor of integers")
     if indices.dim() != 2:
         raise ValueError(f"{name} has shape {tuple(indices.shape)}: expected [tokens, slots]")
     at = indices.cpu().long()
@@ -512,7 +512,7 @@ def _array(arrays: dict[str, Array], name: str) -> Array:
 
 
 def _checked_layer(name: str, array: Array, experts: int, form: Form) -> LayerRecord:
-    """A layer from a file whose checksum is right: by whatever wrote it, is it one?"""
+    """A layer from a file whose checksum is right; whatever wrote the file may still have written nonsense."""
     experts = int_at_least("experts", experts, 1)
     if array.ndim != 2 or form not in get_args(Form):
         raise ValueError(f"{name} has shape {array.shape} and form {form!r}")

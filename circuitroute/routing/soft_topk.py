@@ -41,13 +41,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.compiler import is_compiling
 
-from circuitroute._validate import as_number, int_at_least
+from circuitroute._validate import as_number
 from circuitroute.inference.evidence import rows_text
 
-# By dtype: how far from a reference logits are told apart, with N e^REACH far from overflow; and from where on F' is
+# By dtype: how far from a reference logits are distinguished, with N e^REACH far from overflow; and from where on F' is
 # taken for 0: e^-VANISH is still a normal number, since CPUs take ten times as long for others.
 REACH = {torch.float32: 60.0, torch.float64: 300.0}
 VANISH = {torch.float32: 86.0, torch.float64: 700.0}
@@ -61,7 +61,7 @@ def far(dtype: torch.dtype) -> float:
 def soft_topk(logits: Tensor, k: float | Tensor, alpha: float | Tensor) -> Tensor:
     """Soft top-k weights: numbers in [0, 1] that sum to ``k``, the larger the larger the logit.
 
-    Differentiable in all three arguments, any number of times. Values and gradients are finite whatever the scale.
+    Differentiable in all three arguments, any number of times. Values and gradients are finite at any scale.
 
     Args:
         logits: [..., N], any floating dtype; computed in float32 (float64 for float64). -inf forbids a variable
@@ -75,7 +75,7 @@ def soft_topk(logits: Tensor, k: float | Tensor, alpha: float | Tensor) -> Tenso
         [..., N] float32, or float64.
 
     Raises:
-        TypeError: logits that are no floating-point tensor; k or alpha that are neither numbers nor tensors of numbers.
+        TypeError: logits that are not a floating-point tensor; k or alpha that are neither numbers nor tensors of them.
         ValueError: shapes that do not fit; NaN, a k out of range or an alpha that is not positive, named by row.
             A traced program (torch.compile) checks shapes only.
     """
@@ -180,39 +180,53 @@ def _evidence(sorted_TN: Tensor) -> tuple[Tensor, Tensor]:
 def _threshold(
     sorted_TN: Tensor, k_T: Tensor, alpha_T: Tensor, forced_T: Tensor, forbidden_T: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """[..., 1] each: a logit o of every row, and b - o / alpha."""
+    """[..., 1] each: a logit o of every row, and b - o / alpha. The closed form of the module's docstring."""
     n, alpha_T1 = sorted_TN.shape[-1], alpha_T[..., None]
-    last_T = n - 1 - forbidden_T
-    references_T2 = torch.stack([k_T.ceil().long() - 1, k_T.floor().long()], dim=-1)
-    references_T2 = references_T2.clamp(min=forced_T[..., None]).clamp(max=last_T[..., None]).clamp(min=0)
-    references_T2 = sorted_TN.gather(-1, references_T2)
+    high_T1, low_T1 = _references(sorted_TN, k_T, forced_T, n - 1 - forbidden_T)
+    upper_T1, lower_T1, m_T1 = _sides(sorted_TN, k_T[..., None], alpha_T1, high_T1, low_T1)
+    gap_T1 = ((high_T1 - low_T1) / alpha_T1).clamp(max=far(sorted_TN.dtype))
+    threshold_T1 = _root(upper_T1, lower_T1, m_T1 - k_T[..., None], gap_T1)
+    # With nothing left to share, or everything, b is beyond all of the free ones.
+    beyond = 1.25 * VANISH[sorted_TN.dtype]
+    threshold_T1 = torch.where((k_T >= n - forbidden_T)[..., None], -beyond, threshold_T1)
+    return high_T1, torch.where((k_T <= forced_T)[..., None], beyond, threshold_T1)
+
+
+def _references(sorted_TN: Tensor, k_T: Tensor, first_T: Tensor, last_T: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., 1] each: the logits x_hi and x_lo of the module's docstring, among the free ones, first to last."""
+    places_T2 = torch.stack([k_T.ceil().long() - 1, k_T.floor().long()], dim=-1)
+    places_T2 = places_T2.clamp(min=first_T[..., None]).clamp(max=last_T[..., None]).clamp(min=0)
+    references_T2 = sorted_TN.gather(-1, places_T2)
     # Infinite only where no variable is free, and any number does.
     high_T1, low_T1 = torch.where(references_T2.isinf(), 0.0, references_T2).split(1, dim=-1)
+    return high_T1, low_T1
 
-    reach = REACH[sorted_TN.dtype]
+
+def _sides(
+    sorted_TN: Tensor, k_T1: Tensor, alpha_T1: Tensor, high_T1: Tensor, low_T1: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[..., 1] each: U measured from x_hi, L measured from x_lo, and m, how many x_i lie above the threshold."""
+    n, reach = sorted_TN.shape[-1], REACH[sorted_TN.dtype]
     rising_TN = ((high_T1 - sorted_TN) / alpha_T1).clamp_(-reach, reach).exp_()  # e^-(x - x_hi)
     falling_TN = ((sorted_TN - low_T1) / alpha_T1).clamp_(-reach, reach).exp_()  # e^(x - x_lo)
     upper_TN = rising_TN.cumsum(-1)
     lower_TN = falling_TN.flip(-1).cumsum(-1).flip(-1)
-    # Twice the sum at b = x_j, which counts x_j among both sides.
+    # Twice the sum of p at b = x_j, which counts x_j among both sides: it grows with j, so m is found by bisection.
     places_N = torch.arange(1, 2 * n, 2, device=sorted_TN.device, dtype=sorted_TN.dtype)
     sums_TN = (lower_TN / falling_TN).sub_(upper_TN / rising_TN).add_(places_N)
-    above_T1 = torch.searchsorted(sums_TN, 2 * k_T[..., None].contiguous(), right=True)
-    upper_T1 = torch.where(above_T1 > 0, upper_TN.gather(-1, (above_T1 - 1).clamp(min=0)), 0.0)
-    lower_T1 = torch.where(above_T1 < n, lower_TN.gather(-1, above_T1.clamp(max=n - 1)), 0.0)
+    m_T1 = torch.searchsorted(sums_TN, 2 * k_T1.contiguous(), right=True)
+    upper_T1 = torch.where(m_T1 > 0, upper_TN.gather(-1, (m_T1 - 1).clamp(min=0)), 0.0)
+    lower_T1 = torch.where(m_T1 < n, lower_TN.gather(-1, m_T1.clamp(max=n - 1)), 0.0)
+    return upper_T1, lower_T1, m_T1
 
-    gap_T1 = ((high_T1 - low_T1) / alpha_T1).clamp(max=far(sorted_TN.dtype))
-    excess_T1 = above_T1 - k_T[..., None]
-    root_T1 = torch.hypot(excess_T1, (upper_T1 * lower_T1).sqrt() * (-0.5 * gap_T1).exp())
-    from_above_T1 = (excess_T1 + root_T1).log() - upper_T1.log()
-    from_below_T1 = lower_T1.log() - (root_T1 - excess_T1).log() - gap_T1
+
+def _root(upper_T1: Tensor, lower_T1: Tensor, c_T1: Tensor, gap_T1: Tensor) -> Tensor:
+    """b - x_hi of the quadratic, with c = m - k and the gap between the references, in the form that c calls for."""
+    root_T1 = torch.hypot(c_T1, (upper_T1 * lower_T1).sqrt() * (-0.5 * gap_T1).exp())
+    from_above_T1 = (c_T1 + root_T1).log() - upper_T1.log()
+    from_below_T1 = lower_T1.log() - (root_T1 - c_T1).log() - gap_T1
     middle_T1 = 0.5 * (lower_T1.log() - upper_T1.log() - gap_T1)
-    threshold_T1 = torch.where(excess_T1 > 0, from_above_T1, torch.where(excess_T1 < 0, from_below_T1, middle_T1))
-    # With nothing left to share, or everything, b is beyond all of the free ones.
-    beyond = 1.25 * VANISH[sorted_TN.dtype]
-    threshold_T1 = torch.where((k_T >= n - forbidden_T)[..., None], -beyond, threshold_T1)
-    threshold_T1 = torch.where((k_T <= forced_T)[..., None], beyond, threshold_T1)
-    return high_T1, threshold_T1
+    return torch.where(c_T1 > 0, from_above_T1, torch.where(c_T1 < 0, from_below_T1, middle_T1))
 
 
 class _SoftTopK(torch.autograd.Function):
@@ -286,89 +300,3 @@ def _traced(logits_TN: Tensor, k_T: Tensor, alpha_T: Tensor, origin_T1: Tensor, 
     centred_TN = bounded_TN - (share_TN * bounded_TN).sum(-1, keepdim=True)
     linear_TN = slope_TN * centred_TN + in_k_TN * k_T[..., None] + in_alpha_TN * alpha_T1
     return weights_TN + (linear_TN - linear_TN.detach())
-
-
-# ---------------------------------------------------------------------------------------------- budgets across layers
-
-
-class LayerAllocation(nn.Module):
-    """SoftMoE's learned split of a network's budget into a soft k for every layer (arXiv:2606.17952).
-
-    The one parameter is ``eta`` [layers], zeros at first: equal shares. Without ``maximum``
-
-        k = softmax(eta) (total - layers * minimum) + minimum,
-
-    and with it the same with a soft top-k in place of the softmax, so that no layer gets more than it has experts:
-
-        k = soft_topk(eta, (total - layers * minimum) / (maximum - minimum), 1) (maximum - minimum) + minimum.
-
-    Hand its entries to :class:`SoftTopKRouter` as ``k``: the loss then decides which layers get more.
-
-    Args:
-        layers: how many; at least 1.
-        total: what the layers' k add up to.
-        minimum: the least that a layer gets.
-        maximum: the most, usually the number of experts; None for no such limit.
-        device, dtype: of ``eta``.
-
-    Raises:
-        TypeError: ``layers`` is no integer, or another argument no number.
-        ValueError: a negative minimum, a maximum not above it, or a total that the layers cannot add up to.
-    """
-
-    def __init__(
-        self,
-        layers: int,
-        total: float,
-        minimum: float = 1.0,
-        maximum: float | None = None,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.layers = int_at_least("layers", layers, 1)
-        self.total, self.minimum = as_number("total", total), as_number("minimum", minimum)
-        self.maximum = None if maximum is None else as_number("maximum", maximum)
-        self._check()
-        self.eta = nn.Parameter(torch.empty(self.layers, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def _check(self) -> None:
-        if not 0 <= self.minimum < math.inf:
-            raise ValueError(f"minimum={self.minimum}: must be at least 0, and finite")
-        least = self.layers * self.minimum
-        if not least <= self.total < math.inf:
-            raise ValueError(
-                f"total={self.total}: {self.layers} layers of at least minimum={self.minimum} need {least} or more, "
-                "and it must be finite"
-            )
-        if self.maximum is None:
-            return
-        if not self.minimum < self.maximum < math.inf:
-            raise ValueError(
-                f"maximum={self.maximum}: must be greater than minimum={self.minimum}, and finite; or None"
-            )
-        most = self.layers * self.maximum
-        if self.total > most:
-            raise ValueError(
-                f"total={self.total}: {self.layers} layers of at most maximum={self.maximum} add up to {most}; lower "
-                "the total or raise the maximum"
-            )
-
-    def reset_parameters(self) -> None:
-        """Back to equal shares."""
-        nn.init.zeros_(self.eta)
-
-    def forward(self) -> Tensor:
-        """[layers] the k of every layer, float32 (float64 for a float64 ``eta``); their sum is ``total``."""
-        eta = self.eta if self.eta.dtype == torch.float64 else self.eta.float()
-        spare = self.total - self.layers * self.minimum
-        if self.maximum is None:
-            return torch.softmax(eta, dim=0) * spare + self.minimum
-        width = self.maximum - self.minimum
-        return soft_topk(eta, min(spare / width, self.layers), 1.0) * width + self.minimum
-
-    def extra_repr(self) -> str:
-        """What repr() shows."""
-        return f"layers={self.layers}, total={self.total}, minimum={self.minimum}, maximum={self.maximum}"

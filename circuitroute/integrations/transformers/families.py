@@ -27,7 +27,7 @@ from circuitroute.integrations.transformers.weights import (
     sigmoid_weigh,
     successive_weigh,
 )
-from circuitroute.routing.route import Combine
+from circuitroute.routing.weights import Combine
 
 MODELING = "transformers.models."
 ROUTER_NAMES = ("gate", "router")

@@ -19,7 +19,7 @@ from circuitroute.integrations.transformers.settings import SETTINGS
 from circuitroute.integrations.transformers.walk import forget_turns
 from circuitroute.layers.budget import Budget
 from circuitroute.routing import losses
-from circuitroute.routing.route import Routing, SoftRouting
+from circuitroute.routing.decision import Routing, SoftRouting
 
 # The name of the budget in its model, with which the names of its parameters begin.
 BUDGET = "circuitroute_budget"

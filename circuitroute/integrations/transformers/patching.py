@@ -18,9 +18,10 @@ from circuitroute.integrations.transformers.handle import BUDGET, Handle, patche
 from circuitroute.integrations.transformers.routers import Plan, Session, exchange_class
 from circuitroute.integrations.transformers.settings import SETTINGS, Eval, Options, as_json
 from circuitroute.integrations.transformers.walk import Walk
-from circuitroute.layers.budget import Budget, BudgetRouter
+from circuitroute.layers.budget import Budget
+from circuitroute.layers.budget_router import BudgetRouter
 from circuitroute.routing.estimators import Estimator
-from circuitroute.routing.route import Combine
+from circuitroute.routing.weights import Combine
 
 
 def patch(

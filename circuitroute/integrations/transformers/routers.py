@@ -26,10 +26,10 @@ from circuitroute.integrations.transformers.experts import choose_padding
 from circuitroute.integrations.transformers.families import Family
 from circuitroute.integrations.transformers.settings import Options
 from circuitroute.integrations.transformers.walk import Walk, in_backward
-from circuitroute.integrations.transformers.weights import Weigh
 from circuitroute.keys import random_key
-from circuitroute.routing.estimators import as_estimator
-from circuitroute.routing.route import Combine, Decide, Routing, route, route_with
+from circuitroute.routing.decision import Decision, Routing, chosen_first
+from circuitroute.routing.route import How, decide
+from circuitroute.routing.weights import estimated_mask, weigh
 
 PREFIX = "Circuit"
 
@@ -118,55 +118,39 @@ class Plan:
         return walk.decide(self.position, logits, router.training, choose)
 
     def _decide(
-        self, router: nn.Module, logits: Tensor, replay: Tensor | None, how: Decide, count_potential: Tensor | None
+        self, router: nn.Module, logits: Tensor, replay: Tensor | None, how: How, count_potential: Tensor | None
     ) -> Routing:
         choice = self.family.choice(router, logits)
-        key = self.session.keys(self.layer, len(logits), logits.device) if router.training else None
-        options = self.session.options
-        rule = self.family.combine(router) if options.combine is None else options.combine
-        if choice is logits and isinstance(rule, str):
-            return route_with(
-                choice,
-                self.circuit,
-                combine=rule,
-                estimator=options.estimator,
-                decide=how,
-                key=key,
-                replay=replay,
-                count_potential=count_potential,
-                validate_args=False,
-            )
-        distribution = SubsetDistribution(self.circuit, choice, count_potential, validate_args=False)
-        mask = replay if replay is not None else _drawn(distribution, how, key)
-        with torch.autocast(logits.device.type, enabled=False):
-            g = as_estimator(options.estimator)(mask.to(distribution.logits.dtype), distribution)
-            return Routing(distribution, mask, self._weigh(rule, g, mask, distribution, logits))
+        decision = decide(
+            choice,
+            self.circuit,
+            how=how,
+            key=self.session.keys(self.layer, len(logits), logits.device) if router.training else None,
+            replay=replay,
+            count_potential=count_potential,
+            validate_args=False,
+        )
+        return decision.routing(self._weigh(router, decision, None if choice is logits else logits))
 
-    def _weigh(
-        self, rule: Combine | Weigh, g: Tensor, mask: Tensor, distribution: SubsetDistribution, logits: Tensor
-    ) -> Tensor:
-        """[T, E] gates from the router's logits, without the shift that is for the choice only."""
-        wide = logits.to(distribution.logits.dtype)
-        if not isinstance(rule, str):
-            return rule(g, mask, wide, max(1, self.circuit.max_count))
-        if rule == "marginal":
-            return g * distribution.marginals
-        return route(wide, self.circuit, combine=rule, estimator=lambda *_: g, replay=mask, validate_args=False).gates
+    def _weigh(self, router: nn.Module, decision: Decision, logits: Tensor | None) -> Tensor:
+        """[T, E] gates from the router's logits, without any shift for the choice; None: those decided on."""
+        estimator, combine = self.session.options.estimator, self.session.options.combine
+        rule = self.family.combine(router) if combine is None else combine
+        if isinstance(rule, str):
+            return weigh(decision, combine=rule, estimator=estimator, logits=logits)
+        decided = decision.distribution.logits
+        with torch.autocast(decided.device.type, enabled=False):
+            g = estimated_mask(decision, estimator)
+            wide = decided if logits is None else logits.to(decided.dtype)
+            return rule(g, decision.mask, wide, max(1, self.circuit.max_count))
 
     def project(self, routing: Routing) -> tuple[Tensor, Tensor]:
         """Weights and indices [T, K], the chosen experts first and by decreasing logit."""
-        width = max(1, self.circuit.max_count)
-        chosen = torch.where(routing.mask, routing.logits.detach(), -torch.inf)
-        # The rest are all -inf: topk may take any of them, but none twice.
-        indices = chosen.topk(width, dim=-1).indices
-        weights = routing.gates.gather(-1, indices)
-        if self.circuit.min_count == width:
-            return weights, indices
-        used = routing.mask.gather(-1, indices)
-        weights = torch.where(used, weights, 0.0)
-        if choose_padding(self.experts, self.session.options.padding, self.family) != "distinct":
-            indices = torch.where(used, indices, self.circuit.n)
-        return weights, indices
+        if self.circuit.min_count == self.circuit.max_count > 0:
+            indices = chosen_first(routing.mask, routing.logits.detach(), self.circuit.max_count)
+            return routing.gates.gather(-1, indices), indices
+        distinct = choose_padding(self.experts, self.session.options.padding, self.family) == "distinct"
+        return routing.padded(pad="distinct" if distinct else "sentinel")
 
     def as_routing(self, router: nn.Module, logits: Tensor, indices: Tensor, weights: Tensor) -> Routing:
         """The decision that the stock router made."""
@@ -180,12 +164,6 @@ def as_mask(indices: Tensor, experts: int) -> Tensor:
     """[T, E] bool from indices [T, K]."""
     mask = torch.zeros(len(indices), experts, dtype=torch.bool, device=indices.device)
     return mask.scatter(-1, indices, True)
-
-
-def _drawn(distribution: SubsetDistribution, how: Decide, key: Tensor | None) -> Tensor:
-    if how == "sample":
-        return distribution.sample_in_sweep(key)
-    return distribution.mode_mask(distribution.count_probs.detach().argmax(-1) if how == "count" else None)
 
 
 class CircuitRouting(nn.Module):

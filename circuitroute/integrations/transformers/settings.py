@@ -11,7 +11,7 @@ from circuitroute.constraints import Constraint
 from circuitroute.integrations.transformers.experts import Padding
 from circuitroute.interop.reprs import parse_constraint
 from circuitroute.routing.estimators import Estimator, as_estimator
-from circuitroute.routing.route import Combine, as_combine
+from circuitroute.routing.weights import Combine, as_combine
 
 Eval: TypeAlias = Literal["auto", "mode"]
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from circuitroute.layers.budget import Budget, BudgetState
-from circuitroute.routing.route import Routing
+from circuitroute.routing.decision import Routing
 
 CHECKPOINTING = "_gradient_checkpointing_func"
 

@@ -1,0 +1,186 @@
+"""The rows of a batch: arguments checked, and what is known of their values found once and carried.
+
+Looking at values costs a pass over the logits, on a GPU a wait, and in a traced program cannot be done. So it happens
+here, when a distribution is made, and nowhere else: whether all logits are finite, and which rows hold NaN.
+
+Legend: T rows (all leading dimensions), N variables, K the largest allowed count, J = K + 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Size, Tensor
+from torch.compiler import is_compiling
+
+from circuitroute.circuit import Compiled
+from circuitroute.engines import certainly_finite
+from circuitroute.inference.evidence import rows_text, unsatisfiable_rows
+
+
+def cannot_look(values: Tensor) -> bool:
+    """Whether branching on ``values`` is out of the question: in a traced program, or on a GPU (it would wait)."""
+    return is_compiling() or values.is_cuda
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Logits and count potential of a batch, and what is known of them.
+
+    Attributes:
+        circuit: what they are for.
+        logits: [..., N] float32 or float64.
+        count_potential: [J] or [..., J], or None.
+        batch_shape: the leading dimensions of both together.
+        finite: whether all logits are known to be finite: no evidence, no NaN. Never known where looking is ruled out.
+        nan: [T] bool, rows with NaN in logits or potential; None where there are none.
+    """
+
+    circuit: Compiled
+    logits: Tensor
+    count_potential: Tensor | None
+    batch_shape: Size
+    finite: bool
+    nan: Tensor | None
+
+    @staticmethod
+    def of(circuit: Compiled, logits: Tensor, count_potential: Tensor | None, validate: bool) -> Rows:
+        """Rows of checked shapes and dtypes and, with ``validate``, checked values.
+
+        Raises:
+            TypeError, ValueError: see :class:`circuitroute.SubsetDistribution`.
+        """
+        logits = _as_logits(logits, circuit.n)
+        batch_shape = logits.shape[:-1]
+        if count_potential is not None:
+            count_potential = _as_potential(count_potential, circuit, logits)
+            batch_shape = _common_batch(batch_shape, count_potential.shape[:-1])
+            logits = logits.expand(*batch_shape, circuit.n)
+        blind = cannot_look(logits) and not validate
+        finite = not blind and certainly_finite(logits)
+        nan = None if finite and count_potential is None else _nan_rows(logits, count_potential, batch_shape)
+        if nan is not None and not blind and not bool(nan.any()):
+            nan = None
+        rows = Rows(circuit, logits, count_potential, batch_shape, finite, nan)
+        if validate:
+            rows._check()
+        return rows
+
+    def _check(self) -> None:
+        """Refuse NaN, +inf in the potential, and rows that are left without a subset, by name."""
+        for name, values in (("logits hold", self.logits), ("count_potential holds", self.count_potential)):
+            if self.nan is not None and values is not None and bool((bad := values.isnan().any(-1)).any()):
+                raise ValueError(f"{name} NaN in {rows_text(bad)}")
+        if self.count_potential is not None and bool((self.count_potential == math.inf).any()):
+            raise ValueError("count_potential holds +inf; give -inf to all other counts to force one")
+        empty = self.unsatisfiable()
+        if empty is not None and bool(empty.any()):
+            raise ValueError(
+                f"no subset that satisfies {self.circuit.constraint!r} is left by the infinite logits (or the "
+                f"count potential) in {rows_text(empty)}"
+            )
+
+    def unsatisfiable(self) -> Tensor | None:
+        """[...] bool, rows whose evidence leaves no subset; None where there is no evidence."""
+        if self.finite and (self.count_potential is None or self.circuit.counts is None):
+            return None
+        return unsatisfiable_rows(self.circuit, self.logits, self.count_potential, self.finite)
+
+    def inputs(self) -> tuple[Tensor, Tensor | None]:
+        """What engines are given, as functions of logits and potential: ([T, N], [J] or [T, J]).
+
+        The potential is -inf where the constraint forbids a count, and None for circuits without counts. Rows with NaN
+        are replaced, so that they cannot affect others.
+        """
+        logits, potential = self.logits.reshape(-1, self.circuit.n), self._potential()
+        if self.nan is None:
+            return logits, potential
+        logits = torch.where(self.nan[:, None], 0.0, logits)
+        if potential is not None and potential.dim() > 1:
+            potential = torch.where(self.nan[:, None], 0.0, potential)
+        elif potential is not None:
+            potential = torch.where(potential.isnan(), 0.0, potential)
+        return logits, potential
+
+    def _potential(self) -> Tensor | None:
+        """[J] or [T, J] log potentials with -inf where the constraint forbids a count."""
+        if self.circuit.counts is None:
+            return None
+        allowed = _allowed.__wrapped__ if is_compiling() else _allowed  # a tensor of a trace must not outlive it
+        base: Tensor = allowed(self.circuit.counts, self.logits.dtype, self.logits.device)
+        if self.count_potential is None:
+            return base
+        given = self.count_potential
+        if given.dim() > 1 or given.requires_grad:
+            given = given.expand(*self.batch_shape, -1).reshape(-1, given.shape[-1])
+        return torch.where(base == 0.0, given, base)
+
+    def needs_grad(self) -> bool:
+        """Whether results are to be functions of logits or potential."""
+        inputs = (self.logits, self.count_potential)
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+    def as_batch(self, values: Tensor) -> Tensor:
+        """[T, ...] as [*batch_shape, ...]."""
+        return values.reshape(self.batch_shape + values.shape[1:])
+
+
+def _nan_rows(logits: Tensor, potential: Tensor | None, batch_shape: Size) -> Tensor:
+    """[T] bool, rows with NaN anywhere."""
+    bad = logits.isnan().any(-1)
+    if potential is not None:
+        bad = bad | potential.isnan().any(-1)
+    return bad.expand(batch_shape).reshape(-1)
+
+
+@functools.lru_cache(maxsize=256)
+def _allowed(counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[J] a count constraint's potential: 0 where allowed, else -inf. Kept, since sending it to a GPU waits for it."""
+    with torch.inference_mode(False):
+        potential = torch.full((max(counts) + 1,), -math.inf, dtype=dtype)
+        potential[list(counts)] = 0.0
+        return potential.to(device)
+
+
+# ---------------------------------------------------------------------------------------------- shapes and dtypes
+
+
+def _as_logits(logits: Tensor, n: int) -> Tensor:
+    """Logits [..., n] in float32, or float64 if they are; any floating dtype is taken."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits={logits!r}: expected a tensor, got {type(logits).__name__}")
+    if not logits.dtype.is_floating_point:
+        raise TypeError(f"logits have dtype {logits.dtype}: expected a floating-point dtype")
+    if logits.dim() == 0 or logits.shape[-1] != n:
+        raise ValueError(f"logits have shape {tuple(logits.shape)}: the last dimension must be n={n}")
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _as_potential(potential: Tensor, circuit: Compiled, logits: Tensor) -> Tensor:
+    """Count potential [..., J] in the dtype and on the device of the logits."""
+    if circuit.counts is None:
+        raise ValueError(
+            f"count_potential is for count constraints over all variables; {circuit.constraint!r} is not one"
+        )
+    if not isinstance(potential, Tensor):
+        raise TypeError(f"count_potential={potential!r}: expected a tensor, got {type(potential).__name__}")
+    J = circuit.max_count + 1
+    if potential.dim() == 0 or potential.shape[-1] != J:
+        raise ValueError(
+            f"count_potential has shape {tuple(potential.shape)}: its last dimension must be max_count + 1 = {J}"
+        )
+    return potential.to(logits)
+
+
+def _common_batch(logits_batch: Size, potential_batch: Size) -> Size:
+    """The batch shape of logits and count potential together."""
+    try:
+        return Size(torch.broadcast_shapes(logits_batch, potential_batch))
+    except RuntimeError:
+        raise ValueError(
+            f"count_potential has batch shape {tuple(potential_batch)}, which does not broadcast with that of the "
+            f"logits, {tuple(logits_batch)}"
+        ) from None

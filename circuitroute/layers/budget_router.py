@@ -1,0 +1,192 @@
+"""One router for all mixture-of-experts layers of a model, under a budget: see :mod:`circuitroute.layers.budget`.
+
+Legend: T tokens, L layers, H hidden size, J counts 0..K of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from circuitroute._validate import int_at_least
+from circuitroute.constraints import Constraint
+from circuitroute.layers.budget import Budget, BudgetState
+from circuitroute.layers.routers import Router
+from circuitroute.routing.decision import Routing
+from circuitroute.routing.estimators import Estimator
+from circuitroute.routing.route import decide
+from circuitroute.routing.weights import Combine, weigh
+
+
+class BudgetRouter(Budget):
+    """One router for all mixture-of-experts layers of a model: the experts of every token add up to ``total``.
+
+    ::
+
+        budget = cr.BudgetRouter(hidden_size, 16, layers=4, per_layer=cr.Between(1, 8), total=cr.AtMost(16))
+        state = budget.begin(hidden)  # once per forward pass
+        routing, state = budget(hidden, state, key=key)  # once per layer, in order
+
+    Training samples a subset, layer by layer, from the distribution described in :mod:`circuitroute.layers.budget`;
+    evaluation takes the most probable number of experts under what is left, and the most probable subset of that size.
+    (The plain mode would take as few experts as it may in early layers: it compares single subsets of this layer with
+    sums over all subsets of the later ones.)
+
+    Learned, next to the layers' linear maps: ``preferences`` [L, J], phi, and ``estimates`` [L, J], which stand for the
+    log count polynomials of layers that have not run yet. Both get gradients through every decision that looks ahead;
+    :meth:`estimation_loss` also draws the estimates to the true polynomials.
+
+    Args:
+        hidden_size: H.
+        num_experts: E, of every layer.
+        layers: L, the number of layers that route; other layers of the model do not count.
+        per_layer: what one layer allows: a constraint on the count, such as ``Between(1, 8)``, or one per layer.
+        total: the budget, on the sum over all layers, such as ``AtMost(16)`` or ``Between(12, 16)``.
+        combine, estimator, bias: as for :class:`Router`.
+        per_token: whether a small linear head on the hidden state adds to the count preferences of its own layer.
+
+    Raises:
+        InfeasibleError: the layers' counts cannot add up to any allowed total.
+        TypeError, ValueError: arguments of the wrong kind; ``per_layer`` of another length than ``layers``.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        layers: int,
+        per_layer: Constraint | Sequence[Constraint],
+        total: Constraint,
+        *,
+        combine: Combine = "softmax",
+        estimator: str | Estimator = "simple",
+        per_token: bool = False,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_experts, layers, per_layer, total, device=device)
+        self.hidden_size = int_at_least("hidden_size", hidden_size, 1)
+        self.routers = nn.ModuleList(
+            Router(
+                hidden_size,
+                num_experts,
+                constraint,
+                combine=combine,
+                estimator=estimator,
+                bias=bias,
+                device=device,
+                dtype=dtype,
+            )
+            for constraint in self.per_layer
+        )
+        J = self.preferences.shape[1]
+        self.heads = nn.ModuleList(
+            nn.Linear(hidden_size, J, device=device, dtype=dtype) for _ in range(self.layers if per_token else 0)
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """No preference among counts, and the count polynomials of logits that are all zero."""
+        for layer in range(self.layers):
+            self.router(layer).reset_parameters()
+        super().reset_parameters()
+        with torch.no_grad():
+            for parameter in self.heads.parameters():
+                parameter.zero_()
+
+    def router(self, layer: int) -> Router:
+        """The linear map and the circuit of one layer."""
+        return cast(Router, self.routers[layer])
+
+    def without_routers(self) -> Budget:
+        """The budget alone, for layers with routers of their own: preferences and estimates are the same parameters.
+
+        Raises:
+            ValueError: with ``per_token``, whose heads look at hidden states.
+        """
+        if len(self.heads):
+            raise ValueError("per_token=True: a budget without routers has no heads on hidden states")
+        part = Budget(self.num_experts, self.layers, self.per_layer, self.total, device=self.preferences.device)
+        part.preferences, part.estimates = self.preferences, self.estimates
+        return part
+
+    def begin(self, hidden: Tensor, estimates: Tensor | None = None) -> BudgetState:
+        """See :meth:`Budget.begin`; ``hidden`` is checked to be [..., hidden_size]."""
+        self._check_hidden(hidden)
+        return super().begin(hidden, estimates)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        state: BudgetState,
+        key: Tensor | int | None = None,
+        replay: Tensor | None = None,
+        layer: int | None = None,
+    ) -> tuple[Routing, BudgetState]:
+        """Route the next layer.
+
+        Args:
+            hidden: [..., H].
+            state: from :meth:`begin`, or from the layer before.
+            key, replay: as in :func:`circuitroute.route`; give every layer keys of its own.
+            layer: which layer this is meant to be; only checked.
+
+        Returns:
+            (routing, state for the next layer).
+
+        Raises:
+            ValueError: all layers have run, ``layer`` is not the next one, or ``hidden`` has other tokens.
+        """
+        self._check_turn(hidden, state, layer)
+        router = self.router(state.layer)
+        rows = hidden.reshape(-1, self.hidden_size)
+        decision = decide(
+            router.logits(rows),
+            router.circuit,
+            how="sample" if self.training else "count",
+            key=key if not isinstance(key, Tensor) or key.dim() == 0 else key.reshape(-1),
+            replay=replay,
+            count_potential=self.potential(state, rows),
+        )
+        routing = decision.routing(weigh(decision, combine=router.combine, estimator=router.estimator))
+        return routing, self.spend(state, routing)
+
+    def _more_preferences(self, layer: int, hidden: Tensor | None) -> Tensor | None:
+        if not len(self.heads):
+            return None
+        if hidden is None:
+            raise ValueError("hidden=None: with per_token=True the preferences depend on hidden states")
+        head = cast(nn.Linear, self.heads[layer])
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.double(), head.weight.double(), head.bias.double())
+
+    def _check_hidden(self, hidden: Tensor) -> None:
+        if hidden.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"hidden has shape {tuple(hidden.shape)}: the last dimension must be hidden_size={self.hidden_size}"
+            )
+
+    def _check_turn(self, hidden: Tensor, state: BudgetState, layer: int | None) -> None:
+        self._check_hidden(hidden)
+        self._check_layer(state.layer)
+        if layer is not None and layer != state.layer:
+            raise ValueError(
+                f"layer={layer}: the next one is layer {state.layer}; pass the state that the previous layer returned"
+            )
+        if state.messages.dtype != torch.float64:
+            raise ValueError(
+                f"state.messages is {state.messages.dtype}: begin() made it float64, and budgets need that; mixed "
+                f"precision that casts what modules are given, such as FSDP2's, must leave it alone "
+                f"(cast_forward_inputs=False)"
+            )
+        tokens = hidden.shape[:-1].numel()
+        per_token = state.messages.shape[0] if state.messages.dim() == 3 else tokens
+        if not tokens == len(state.spent) == per_token:
+            raise ValueError(
+                f"hidden has {tokens} tokens and state {len(state.spent)} (messages of {per_token}): begin() with these"
+            )

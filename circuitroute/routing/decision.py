@@ -1,0 +1,211 @@
+"""A decision per token: which experts, its projections, and what training, serving and replay need of it.
+
+Legend: T tokens, E experts, K slots of a padded projection; z the 0/1 mask of the chosen experts.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from circuitroute._validate import int_at_least
+from circuitroute.inference.distribution import SubsetDistribution
+
+Pad: TypeAlias = Literal["distinct", "sentinel", "minus_one"]
+
+
+class Decision(NamedTuple):
+    """Which experts, before any weights; see :func:`circuitroute.routing.route.decide`.
+
+    Attributes:
+        distribution: what was decided on, with batch [T].
+        mask: [T, E] bool, the chosen experts; none in invalid rows.
+        invalid: [T] bool, rows with NaN or without any subset; None where there are none.
+    """
+
+    distribution: SubsetDistribution
+    mask: Tensor
+    invalid: Tensor | None
+
+    @property
+    def finite(self) -> bool:
+        """Whether all logits are known to be finite."""
+        return self.distribution.rows.finite
+
+    def routing(self, gates: Tensor) -> Routing:
+        """The decision with its weights, [T, E]."""
+        return Routing(self.distribution, self.mask, gates)
+
+
+def chosen_first(mask: Tensor, scores: Tensor, slots: int) -> Tensor:
+    """[T, slots] int64, the chosen experts by decreasing score (lower indices among equals), then the others likewise.
+
+    Args:
+        mask: [T, E] bool.
+        scores: [T, E].
+    """
+    by_score = scores.argsort(dim=-1, descending=True, stable=True)
+    # Stable: chosen and unchosen experts each keep the order of the first sort.
+    order = mask.gather(-1, by_score).to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+    return by_score.gather(-1, order[:, :slots])
+
+
+class Routing:
+    """The chosen experts of T tokens, with what training, serving and replay need of the choice.
+
+    Attributes:
+        mask: [T, E] bool, the chosen experts.
+        gates: [T, E] float32, combination weights; 0 off the chosen set in value, with the estimator's gradient.
+    """
+
+    def __init__(self, distribution: SubsetDistribution, mask: Tensor, gates: Tensor) -> None:
+        self._distribution = distribution
+        self.mask = mask
+        self.gates = gates
+
+    @property
+    def distribution(self) -> SubsetDistribution:
+        """What the decision was drawn from, with batch [T]."""
+        return self._distribution
+
+    @property
+    def logits(self) -> Tensor:
+        """[T, E] float32 router logits."""
+        return self.distribution.logits
+
+    @property
+    def marginals(self) -> Tensor:
+        """[T, E] exact probability of each expert to be chosen; differentiable."""
+        return self.distribution.marginals
+
+    @property
+    def log_prob(self) -> Tensor:
+        """[T] exact log-probability of the decision; differentiable."""
+        return self.distribution.log_prob(self.mask)
+
+    @property
+    def counts(self) -> Tensor:
+        """[T] int64, number of chosen experts."""
+        return self.mask.sum(-1)
+
+    @property
+    def max_count(self) -> int:
+        """The most experts that any token may have; at least 1, so that there is a slot."""
+        return max(1, self.distribution.circuit.max_count)
+
+    def padded(self, width: int | None = None, pad: Pad = "distinct") -> tuple[Tensor, Tensor]:
+        """The decision in K slots per token: chosen experts first, by decreasing logit, then padding.
+
+        Args:
+            width: K; ``max_count`` by default.
+            pad: what fills unused slots, always with weight 0 and without gradient: ``"distinct"`` experts that
+                were not chosen (safe everywhere, computed in vain), the index E (``"sentinel"``), or -1.
+
+        Returns:
+            (weights [T, K] float32, indices [T, K] int64).
+
+        Raises:
+            ValueError: an unknown ``pad``, ``width`` outside 1..E, or a token with more experts than ``width``.
+        """
+        if pad not in get_args(Pad):
+            raise ValueError(f"pad={pad!r}: choose one of {', '.join(map(repr, get_args(Pad)))}")
+        experts = self.mask.shape[-1]
+        largest = self.max_count
+        slots = largest if width is None else int_at_least("width", width, 1)
+        if slots > experts:
+            raise ValueError(f"width={slots}: there are only {experts} experts")
+        if slots < largest and self.counts.numel() and int(self.counts.max()) > slots:
+            raise ValueError(f"width={slots}: a token has {int(self.counts.max())} experts; widen it")
+        indices = chosen_first(self.mask, self.logits.detach(), slots)
+        used = self.mask.gather(-1, indices)
+        weights = torch.where(used, self.gates.gather(-1, indices), 0.0)
+        if pad == "sentinel":
+            indices = torch.where(used, indices, experts)
+        elif pad == "minus_one":
+            indices = torch.where(used, indices, -1)
+        return weights, indices
+
+    def ragged(self, by: Literal["token", "expert"] = "token") -> tuple[Tensor, Tensor, Tensor]:
+        """The decision as a list of (token, expert, weight), one entry per chosen expert.
+
+        Args:
+            by: sort by token and then expert, or by expert and then token (what a sparse dispatch wants).
+
+        Returns:
+            (token_index [S], expert_index [S], weight [S]) with S the total number of chosen experts.
+        """
+        if by not in ("token", "expert"):
+            raise ValueError(f"by={by!r}: choose 'token' or 'expert'")
+        if by == "token":
+            token, expert = self.mask.nonzero(as_tuple=True)
+        else:
+            expert, token = self.mask.t().nonzero(as_tuple=True)
+        return token, expert, self.gates[token, expert]
+
+    def __repr__(self) -> str:
+        tokens, experts = self.mask.shape
+        return f"Routing({tokens} tokens, {experts} experts, {self.distribution.circuit.constraint!r})"
+
+
+class SoftRouting(Routing):
+    """A decision by a relaxation: soft weights p, of which the larger ones are executed. Nothing is drawn.
+
+    Losses, metrics, projections and :class:`MoE` take it like any other. There is no ``distribution`` and no
+    ``log_prob``.
+
+    Attributes:
+        mask: [T, E] bool, the executed experts.
+        gates: [T, E] float32, combination weights; 0 off the executed set, where they have no gradient of their own.
+    """
+
+    def __init__(self, logits: Tensor, marginals: Tensor, mask: Tensor, gates: Tensor, max_count: int) -> None:
+        self._logits = logits
+        self._marginals = marginals
+        self._max_count = max_count
+        self.mask = mask
+        self.gates = gates
+
+    @property
+    def logits(self) -> Tensor:
+        """[T, E] float32 router logits."""
+        return self._logits
+
+    @property
+    def marginals(self) -> Tensor:
+        """[T, E] the soft weights p of all experts, which sum to the soft mass k; differentiable."""
+        return self._marginals
+
+    @property
+    def max_count(self) -> int:
+        """The most experts that any token may execute."""
+        return self._max_count
+
+    @property
+    def distribution(self) -> SubsetDistribution:
+        """There is none.
+
+        Raises:
+            AttributeError: always.
+        """
+        raise AttributeError(
+            "a soft routing has no distribution: nothing was drawn. Its soft weights are in .marginals, the executed "
+            "experts in .mask; routers with a distribution over subsets are ExactKRouter, DynamicKRouter and Router"
+        )
+
+    @property
+    def log_prob(self) -> Tensor:
+        """There is none.
+
+        Raises:
+            AttributeError: always.
+        """
+        raise AttributeError(
+            "a soft routing has no log_prob: its executed experts follow from the logits, nothing was drawn. Replay "
+            "its .mask instead, or use ExactKRouter, DynamicKRouter or Router, whose decisions have a probability"
+        )
+
+    def __repr__(self) -> str:
+        tokens, experts = self.mask.shape
+        return f"SoftRouting({tokens} tokens, {experts} experts, at most {self.max_count} of them executed)"

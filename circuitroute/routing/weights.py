@@ -1,0 +1,89 @@
+"""With what weights: the chosen experts' gates, which carry the estimator's gradient.
+
+Legend: T tokens, E experts; z the 0/1 mask of the chosen experts, g the estimator's version of it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from circuitroute.engines import certainly_finite
+from circuitroute.inference.rows import cannot_look
+from circuitroute.routing.decision import Decision
+from circuitroute.routing.estimators import Estimator, as_estimator
+
+Combine: TypeAlias = Literal["softmax", "normalized", "sigmoid", "marginal"]
+
+# An unchosen expert's weight relative to the chosen ones enters a gradient only; e^30 keeps that finite.
+MAX_RELATIVE_LOGIT = 30.0
+
+
+def weigh(
+    decision: Decision, *, combine: Combine, estimator: str | Estimator = "simple", logits: Tensor | None = None
+) -> Tensor:
+    """[T, E] the gates of a decision: 0 off the chosen set, NaN in invalid rows.
+
+    Args:
+        decision: which experts; see :func:`circuitroute.routing.route.decide`.
+        combine, estimator: see :func:`circuitroute.route`.
+        logits: [T, E], what to weigh by, where that is not what was decided on: a host that shifts its logits for the
+            choice weighs by the unshifted ones.
+    """
+    with torch.autocast(decision.mask.device.type, enabled=False):
+        g = estimated_mask(decision, estimator)
+        if combine == "marginal":
+            gates = g * decision.distribution.marginals
+        elif logits is None:
+            gates = weigh_by_logits(g, decision.mask, decision.distribution.logits, combine, decision.finite)
+        else:
+            gates = weigh_by_logits(g, decision.mask, logits.to(g.dtype), combine)
+    return gates if decision.invalid is None else torch.where(decision.invalid[:, None], torch.nan, gates)
+
+
+def estimated_mask(decision: Decision, estimator: str | Estimator) -> Tensor:
+    """[T, E] g: the mask in value, with the estimator's gradient."""
+    distribution = decision.distribution
+    return as_estimator(estimator)(decision.mask.to(distribution.logits.dtype), distribution)
+
+
+def as_combine(combine: Combine) -> Combine:
+    """``combine``, or a ValueError that lists the known ones."""
+    if combine not in get_args(Combine):
+        raise ValueError(f"combine={combine!r}: choose one of {', '.join(map(repr, get_args(Combine)))}")
+    return combine
+
+
+def weigh_by_logits(g: Tensor, mask: Tensor, logits: Tensor, combine: Combine, finite: bool = False) -> Tensor:
+    """[T, E] g times each expert's weight, for the rules that take it from the logits.
+
+    Args:
+        finite: whether all logits are known to be finite.
+    """
+    if combine == "softmax":
+        return g * (torch.softmax(logits, -1) if finite else expert_softmax(logits))
+    if combine == "sigmoid":
+        return g * torch.sigmoid(logits)
+    return _normalized(g, mask, logits)
+
+
+def expert_softmax(logits: Tensor) -> Tensor:
+    """[T, E] softmax over all experts; forced ones (+inf) share all of it, and a row of -inf is left uniform."""
+    if not cannot_look(logits) and certainly_finite(logits):
+        return torch.softmax(logits, -1)
+    forced = logits == torch.inf
+    some, none = forced.any(-1, keepdim=True), (logits == -torch.inf).all(-1, keepdim=True)
+    logits = torch.where(some, torch.where(forced, 0.0, -torch.inf), logits)
+    return torch.softmax(torch.where(none, 0.0, logits), -1)
+
+
+def _normalized(g: Tensor, mask: Tensor, logits: Tensor) -> Tensor:
+    """Softmax over the chosen experts, written with g so that its gradient reaches the unchosen ones."""
+    finite = torch.where(logits == torch.inf, torch.finfo(logits.dtype).max, logits)
+    top = torch.where(mask, finite, -torch.inf).amax(-1, keepdim=True).detach()
+    top = torch.where(torch.isinf(top), 0.0, top)  # nothing chosen
+    weights = g * (finite - top).clamp(max=MAX_RELATIVE_LOGIT).exp()
+    total = weights.sum(-1, keepdim=True)
+    return weights / torch.where(total > 0, total, 1.0)
