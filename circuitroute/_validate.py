@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def as_int(name: str, value: object) -> int:
@@ -25,6 +28,13 @@ def int_at_least(name: str, value: object, lowest: int) -> int:
     if number < lowest:
         raise ValueError(f"{name}={number}: must be at least {lowest}")
     return number
+
+
+def one_of(name: str, value: T, known: tuple[object, ...]) -> T:
+    """``value``, which must be one of the known options."""
+    if value not in known:
+        raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, known))}")
+    return value
 
 
 def as_number(name: str, value: object) -> float:
