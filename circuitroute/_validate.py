@@ -1,16 +1,19 @@
-"""Checks of arguments that several modules make, with messages that name argument, value and remedy."""
+"""Argument checks shared by several modules; messages name argument, value and remedy."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
+
 
 def as_int(name: str, value: object) -> int:
-    """``value`` as a Python int; bool and non-integers are refused."""
+    """``value`` as a Python int; bools and non-integers are refused."""
     if isinstance(value, bool):
         raise TypeError(f"{name}={value!r}: expected an integer, got a bool")
     try:
@@ -27,8 +30,15 @@ def int_at_least(name: str, value: object, lowest: int) -> int:
     return number
 
 
+def one_of(name: str, value: T, known: tuple[object, ...]) -> T:
+    """``value``, which must be one of the known options."""
+    if value not in known:
+        raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, known))}")
+    return value
+
+
 def as_number(name: str, value: object) -> float:
-    """``value`` as a float; bools and anything but real numbers are refused."""
+    """``value`` as a float; bools and anything that is not a real number are refused."""
     if isinstance(value, bool):
         raise TypeError(f"{name}={value!r}: expected a number, got a bool")
     try:
@@ -38,7 +48,7 @@ def as_number(name: str, value: object) -> float:
 
 
 def as_mask(name: str, mask: Tensor, n: int) -> Tensor:
-    """``mask`` as bool [..., n]; what holds anything but 0 and 1 is refused."""
+    """``mask`` as bool [..., n]; values other than 0 and 1 are refused."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name}={mask!r}: expected a tensor, got {type(mask).__name__}")
     if mask.dim() == 0 or mask.shape[-1] != n:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 
 class CircuitRouteError(Exception):
-    """Base class of the errors that are specific to circuitroute."""
+    """Base class of all errors specific to circuitroute."""
 
 
 class InfeasibleError(CircuitRouteError, ValueError):
@@ -27,8 +27,8 @@ class CircuitPropertyError(CircuitRouteError, ValueError):
 
 
 class CircuitFileError(CircuitRouteError, ValueError):
-    """A file is damaged, malformed, or of another kind than expected; names path, line, and what was found."""
+    """A file is damaged, malformed, or not of the expected kind; names path, line, and what was found."""
 
 
 class EngineError(CircuitRouteError, ValueError):
-    """An engine was asked for that does not exist or cannot run this circuit here; says why."""
+    """The engine asked for does not exist, or cannot run this circuit here; says why."""

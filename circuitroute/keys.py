@@ -60,7 +60,7 @@ def as_key(name: str, value: int | Tensor) -> Tensor:
     """An integer of any size (modulo 2^64) or an integer tensor, as int64.
 
     Raises:
-        TypeError: neither; ``name`` is how the message calls it.
+        TypeError: it is neither; the message calls it ``name``.
     """
     if isinstance(value, Tensor):
         if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:

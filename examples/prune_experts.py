@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from circuitroute.estimators import score_function_loss
 from language_model.config import DemoConfig, DemoError
 from language_model.corpus import load_corpus
 from language_model.model import LanguageModel, token_losses
 from language_model.process import threads
-from language_model.progress import progress_on
+from language_model.progress import make_console, progress_on
 from language_model.trainee import Setting, start
 from language_model.training import train
 from rich.box import SIMPLE_HEAD
@@ -38,7 +37,7 @@ from torch import Tensor
 
 import circuitroute as cr
 
-ROUTER = "top-k"  # the stock router: what one finds in a model that is to be pruned
+ROUTER = "top-k"  # the stock router: what a model that needs pruning usually has
 RATE = 0.2  # of Adam, falling to 0
 RANDOM_DRAWS = 5
 REMOVAL_BATCHES = 3  # a forward pass per expert and batch: about the work of learning for one budget
@@ -81,7 +80,7 @@ class Task:
     @cached_property
     @torch.no_grad()
     def unpruned(self) -> list[Tensor]:
-        """What all experts together lose on the calibration text, [B] per batch."""
+        """The loss of the whole model on the calibration text, [B] per batch."""
         return [self.losses(tokens_BS) for tokens_BS in self.calibration]
 
     @torch.no_grad()
@@ -111,17 +110,17 @@ def route_kept(logits_TE: Tensor, router: cr.Router, kept_TE: Tensor) -> cr.Rout
 
 
 def score_loss(task: Task, distribution: cr.SubsetDistribution, batch: int, key: Tensor) -> Tensor:
-    """The score function: unbiased, and forward passes suffice. What the whole model loses on a sequence does not
-    depend on the sample, so subtracting it takes noise away and nothing else."""
+    """The score function: unbiased, and forward passes suffice. The loss of the whole model on a sequence does not
+    depend on the sample, so subtracting it reduces the variance and nothing else."""
     tokens_BS = task.calibration[batch]
     kept_BN = distribution.sample((len(tokens_BS),), key=key)
     with torch.no_grad():
         cost_B = task.losses(tokens_BS, kept_BN) - task.unpruned[batch]
-    return score_function_loss(distribution.log_prob(kept_BN), cost_B)
+    return cr.estimators.score_function_loss(distribution.log_prob(kept_BN), cost_B)
 
 
 def simple_loss(task: Task, distribution: cr.SubsetDistribution, batch: int, key: Tensor) -> Tensor:
-    """SIMPLE: the loss with the sampled experts, its gradient in them passed on to the marginals. Biased, but with far
+    """SIMPLE: the loss with the sampled experts, whose gradient is passed on to the marginals. Biased, but with far
     less noise: every expert of every layer learns from every byte, not only from the sequence's loss."""
     tokens_BS = task.calibration[batch]
     return task.losses(tokens_BS, distribution.rsample((len(tokens_BS),), key=key)).mean()
@@ -152,18 +151,18 @@ def learn(task: Task, budget: int, estimator: str, steps: int, console: Console)
     return found
 
 
-# What it is compared with: scores [N] that the same circuit turns into a subset
+# Baselines: scores [N] that the same circuit turns into a subset
 
 
 def magnitudes(task: Task) -> Tensor:
-    """The norm of every expert's weights."""
+    """The norm of each expert's weights."""
     experts = [expert for block in task.model.blocks for expert in cast(Any, block).experts.experts]
     return torch.stack([torch.cat([weight.flatten() for weight in expert.parameters()]).norm() for expert in experts])
 
 
 @torch.no_grad()
 def usage(task: Task) -> Tensor:
-    """How many tokens of the calibration text choose every expert."""
+    """How many tokens of the calibration text choose each expert."""
     counts_LE = torch.zeros(task.config.layers, task.config.experts)
     for tokens_BS in task.calibration:
         _, routings = task.model(tokens_BS[:, :-1])
@@ -173,7 +172,7 @@ def usage(task: Task) -> Tensor:
 
 @torch.no_grad()
 def removal_costs(task: Task) -> Tensor:
-    """The loss on calibration text with every expert alone removed."""
+    """The loss on calibration text with one expert removed, for each in turn."""
     batches = task.calibration[:REMOVAL_BATCHES]
     kept_NN = 1 - torch.eye(task.config.layers * task.config.experts)
     return torch.stack(
@@ -186,7 +185,7 @@ def removal_costs(task: Task) -> Tensor:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: the experts kept in every layer are None where they are several subsets' mean."""
+    """One line of the table. `kept`: how many experts each layer keeps, None for the mean of several subsets."""
 
     budget: int
     method: str
@@ -213,7 +212,7 @@ def row_of(task: Task, budget: int, method: str, kept_N: Tensor) -> Row:
 
 
 def describe(task: Task, found: cr.SubsetDistribution, name: str, console: Console) -> None:
-    """What the distribution knows, exactly: how sure it is, and with which probability every expert is kept."""
+    """What the distribution says, exactly: how sure it is, and how probably each expert is kept."""
     marginals_N, kept_N = found.marginals, found.mode
     sure, most = float(found.entropy()), math.log(found.circuit.model_count())
     shared = float((marginals_N * kept_N).sum())
@@ -242,7 +241,7 @@ def table_of(rows: Sequence[Row], whole: float, total: int) -> Table:
 
 
 def config_of(options: argparse.Namespace) -> DemoConfig:
-    """Raises DemoError or cr.InfeasibleError for options that cannot be, before anything takes time."""
+    """Raises DemoError or cr.InfeasibleError for impossible options, before anything slow."""
     config = DemoConfig(
         steps=options.steps,
         seed=options.seed,
@@ -260,8 +259,8 @@ def prepare(config: DemoConfig, directory: Path, batches: int, console: Console)
     """The model of an earlier run in `directory`, or one trained now and saved there."""
     setting = Setting(config, load_corpus(config), torch.device("cpu"), directory)
     trainee = start(setting, ROUTER, resume=True)
-    with progress_on(console) as progress:
-        train(trainee, progress, stop=lambda: False)
+    with progress_on(console, config.steps) as tell:
+        tell(train(trainee, tell, stop=lambda: False))
     model = trainee.model.eval().requires_grad_(False)
     # Windows of the training text that no step has taken.
     calibration = [setting.corpus.batch(config, config.steps + i) for i in range(batches)]
@@ -278,7 +277,7 @@ def prune(options: argparse.Namespace, task: Task, console: Console) -> None:
         rows += ranked(task, budget, rankings)
         found = {name: learn(task, budget, name, options.prune_steps, console) for name in ESTIMATORS}
         rows += [row_of(task, budget, f"learned, {name}", learned.mode) for name, learned in found.items()]
-        if budget == options.budgets[0]:  # whether its scores serve for other budgets, the rows of these tell
+        if budget == options.budgets[0]:  # the rows of the other budgets show whether its scores carry over
             rankings[f"learned for {budget}, SIMPLE"] = found["SIMPLE"].logits
     console.print(table_of(rows, whole, task.config.layers * task.config.experts))
 
@@ -308,10 +307,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    options, console = parse(), Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, 100)  # nothing is gained by folding a table in a file
-    # One thread, as the demo: the model is too small to gain from more, and the numbers are then those of any machine.
+    options, console = parse(), make_console()
+    # One thread, as in the demo: the model is too small to gain from more, and the numbers do not depend on the cores.
     with threads(1), tempfile.TemporaryDirectory() as scratch:
         try:
             directory = options.checkpoint or Path(scratch)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -13,11 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from language_model import checkpoint, corpus, process, progress, trainee, training
 from language_model.config import ROUTERS, DemoConfig, DemoError
-from language_model.evaluation import Evaluation, Interrupted
 from language_model.model import build_model
+from language_model.process import Interrupted
+from language_model.training import Event
 
 import circuitroute as cr
 from circuitroute import plots
@@ -55,22 +59,14 @@ def never() -> bool:
 
 
 class Watcher:
-    """A Progress that does `act` after step `at`."""
+    """Told of training, does `act` after step `at`."""
 
     def __init__(self, at: int = 0, act: Callable[[], Any] = never) -> None:
         self.at, self.act = at, act
 
-    def begin(self, router: str, done: int, total: int) -> None: ...
-
-    def step(self, step: int, loss: float, tokens_per_second: float) -> None:
-        if step == self.at:
+    def __call__(self, event: Event) -> None:
+        if (event.kind, event.step) == ("step", self.at):
             self.act()
-
-    def validated(self, evaluation: Evaluation) -> None: ...
-
-    def measuring_swaps(self) -> None: ...
-
-    def finished(self) -> None: ...
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +107,12 @@ def assert_same_run(a: trainee.Trainee, b: trainee.Trainee) -> None:
         states = a.optimizer.state.get(left, {}), b.optimizer.state.get(right, {})
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(states[0][key], states[1][key]) for key in states[0]), name
+
+
+def test_the_library_is_used_by_its_public_names() -> None:
+    for path in [*(ROOT / "examples" / "language_model").glob("*.py"), ROOT / "examples" / "prune_experts.py"]:
+        imported = re.findall(r"^\s*(?:from|import) (circuitroute\S*)", path.read_text(), re.MULTILINE)
+        assert set(imported) <= {"circuitroute"}, path
 
 
 # Corpus
@@ -267,63 +269,98 @@ def trained(setting: trainee.Setting) -> trainee.Setting:
     return setting
 
 
-def test_checkpoint_is_json_and_safetensors_alone(trained: trainee.Setting) -> None:
-    names = sorted(path.name for path in trained.checkpoints.iterdir())
-    assert len(names) == 2
-    assert names[0].startswith("top-k-")
-    assert names[0].endswith(".safetensors")
-    assert names[1] == "top-k.json"
-    state = json.loads((trained.checkpoints / "top-k.json").read_text())
-    assert state["format"] == checkpoint.FORMAT
+def test_checkpoint_is_one_safetensors_file_with_json(trained: trainee.Setting) -> None:
+    (path,) = trained.checkpoints.iterdir()
+    assert path.name == "top-k.safetensors"
+    with safetensors.safe_open(path, "pt") as file:
+        state = json.loads(file.metadata()["state"])
+        assert "model.embedding.weight" in file.keys()  # noqa: SIM118  not a mapping
+    assert state["format"] == checkpoint.CHECKPOINT_FORMAT
     assert state["record"]["step"] == 6
 
 
-def damage_tensors(directory: Path) -> None:
-    path = next(directory.glob("*.safetensors"))
+def damage_tensors(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
 
 
-def drop_tensors(directory: Path) -> None:
-    next(directory.glob("*.safetensors")).unlink()
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
 
 
-def truncate_json(directory: Path) -> None:
-    path = directory / "top-k.json"
-    path.write_text(path.read_text()[:-20])
+def rewrite(path: Path, change: Callable[[str], str]) -> None:
+    """Changes the text of the state and nothing else."""
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = safetensors.torch.load(path.read_bytes())
+    path.write_bytes(safetensors.torch.save(tensors, {**metadata, "state": change(metadata["state"])}))
 
 
-def edit_json(**changes: Any) -> Callable[[Path], None]:
-    def edit(directory: Path) -> None:
-        path = directory / "top-k.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+def edit_state(**changes: Any) -> Callable[[Path], None]:
+    return lambda path: rewrite(path, lambda state: json.dumps({**json.loads(state), **changes}))
 
-    return edit
+
+def drop_metadata(path: Path) -> None:
+    path.write_bytes(safetensors.torch.save({"x": torch.zeros(1)}))
+
+
+def leave_format_1(path: Path) -> None:
+    """As version 0.1 wrote it: the state in a file of its own, which names that of the tensors and its checksum."""
+    data = safetensors.torch.save(checkpoint.load_tensors(path))
+    place = path.with_name("top-k-0123456789ab.safetensors")
+    state = {**checkpoint.load_state(path), "format": 1, "tensors": place.name}
+    place.write_bytes(data)
+    path.with_suffix(".json").write_text(json.dumps({**state, "sha256": hashlib.sha256(data).hexdigest()}))
+    path.unlink()
+
+
+def damage_format_1(path: Path) -> None:
+    leave_format_1(path)
+    damage_tensors(path.with_name("top-k-0123456789ab.safetensors"))
 
 
 @pytest.mark.parametrize(
     ("harm", "says"),
     [
         (damage_tensors, "checksum"),
-        (drop_tensors, "damaged or missing"),
-        (truncate_json, "damaged"),
-        (edit_json(format=0), "format 0"),
-        (edit_json(record={}), "record is damaged"),
-        (edit_json(text="0" * 64), "another text"),
-        (edit_json(config={**TINY.to_json(), "experts": 8}), "another config"),
-        (lambda directory: (directory / "top-k.json").write_text("[]"), "not a JSON object"),
+        (truncate, "damaged"),
+        (lambda path: rewrite(path, lambda state: state[:-20]), "damaged"),
+        (lambda path: rewrite(path, lambda state: "[]"), "not a JSON object"),
+        (drop_metadata, "damaged"),
+        (edit_state(format=0), "format 0"),
+        (edit_state(record={}), "record is damaged"),
+        (edit_state(text="0" * 64), "another text"),
+        (edit_state(config={**TINY.to_json(), "experts": 8}), "another config"),
+        (damage_format_1, "checksum"),
     ],
 )
 def test_a_bad_checkpoint_is_refused(harm: Callable[[Path], Any], says: str, trained: trainee.Setting) -> None:
-    harm(trained.checkpoints)
+    harm(trained.checkpoint("top-k"))
     with pytest.raises(DemoError, match=says) as refusal:
         trainee.start(trained, "top-k", resume=True)
     assert "without --resume" in str(refusal.value)
 
 
+def test_checkpoints_of_version_0_1_are_read(trained: trainee.Setting) -> None:
+    expected = trainee.start(trained, "top-k", resume=True)
+    leave_format_1(trained.checkpoint("top-k"))
+    found = trainee.start(trained, "top-k", resume=True)
+    assert found.record == expected.record
+    pairs = zip(found.model.state_dict().values(), expected.model.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert len(found.optimizer.state) == len(expected.optimizer.state) > 0
+
+
+def test_a_checkpoint_that_vanishes_is_missed(trained: trainee.Setting) -> None:
+    trained.checkpoint("top-k").unlink()
+    with pytest.raises(DemoError, match="damaged or missing"):
+        checkpoint.load_tensors(trained.checkpoint("top-k"))
+
+
 def test_another_models_tensors_are_refused(trained: trainee.Setting) -> None:
-    checkpoint.save(trained.checkpoints, "top-k", {"model.other": torch.zeros(1)}, trained.identity)
+    state = {**trained.identity, "record": trainee.Record("top-k").to_json()}
+    checkpoint.save(trained.checkpoint("top-k"), {"model.other": torch.zeros(1)}, state)
     with pytest.raises(DemoError, match="another model's tensors"):
         trainee.start(trained, "top-k", resume=True)
 
@@ -362,15 +399,15 @@ def test_interrupted_and_resumed_command_gives_the_uninterrupted_result(
         assert min(png_size(path)) > 200
         assert path.stat().st_size > 5_000
 
-    halved, step = tmp_path / "half [way]", progress.PlainProgress.step
+    halved, show = tmp_path / "half [way]", progress.PlainProgress.__call__
 
-    def interrupt(self: progress.PlainProgress, number: int, loss: float, rate: float) -> None:
-        step(self, number, loss, rate)
-        if self._router == "exact-k" and number == 3:
+    def interrupt(self: progress.PlainProgress, event: Event) -> None:
+        show(self, event)
+        if (event.run.router, event.kind, event.step) == ("exact-k", "step", 3):
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(progress.PlainProgress, "step", interrupt)
+        patch.setattr(progress.PlainProgress, "__call__", interrupt)
         assert main(["demo", *arguments, "--out", str(halved)]) == 130
     shown = capsys.readouterr().out
     assert "exact-k (step 3/6)" in shown
@@ -444,7 +481,7 @@ def test_a_fresh_run_removes_an_earlier_ones_files_alone(text: Path, tmp_path: P
     (out / "notes.txt").write_text("mine")
     assert main([*arguments, "--routers", "exact-k"]) == 0
     assert (out / "notes.txt").read_text() == "mine"
-    assert not (out / "checkpoints" / "top-k.json").exists()
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["exact-k.safetensors"]
     assert [row["router"] for row in results(out)["rows"]] == ["exact-k"]
 
 
@@ -454,7 +491,7 @@ def test_a_damaged_checkpoint_stops_the_command(
     out = tmp_path / "out"
     arguments = ["demo", *ARGUMENTS, "--text", str(text), "--routers", "top-k", "--out", str(out)]
     assert main(arguments) == 0
-    damage_tensors(out / "checkpoints")
+    damage_tensors(out / "checkpoints" / "top-k.safetensors")
     assert main(["demo", "--resume", "--out", str(out)]) == 2
     assert "damaged" in capsys.readouterr().err
 

@@ -14,20 +14,21 @@ from typing import Any
 import pytest
 import torch
 from language_model import (
+    config,
     corpus,
     evaluation,
     process,
+    progress,
     study,
-    study_progress,
     study_report,
-    study_run,
     trainee,
     training,
 )
-from language_model.config import ALL_ROUTERS, DemoConfig, DemoError
-from language_model.evaluation import Interrupted
+from language_model.config import ALL_ROUTERS, DemoConfig, DemoError, Run, StudyConfig, preset
 from language_model.model import build_model
-from language_model.study import Run, StudyConfig, preset, row_of, summarise
+from language_model.process import Interrupted
+from language_model.study_report import row_of, summarise
+from language_model.training import Event
 
 from circuitroute import plots
 from circuitroute.cli.main import main
@@ -52,7 +53,7 @@ def _one_thread() -> Any:
 def _short_validation() -> Iterator[None]:
     """Validation takes longer than training these models."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(study.CPU, "validation_batches", 4)
+        patch.setitem(config.CPU, "validation_batches", 4)
         yield
 
 
@@ -248,19 +249,19 @@ def test_table_and_figures(whole: Path, text: Path, tmp_path: Path, capsys: pyte
 def test_two_processes_stop_and_resume_to_the_same_numbers(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(self: study_progress.PlainStudyProgress, event: study_run.Event) -> None:
+    def interrupt(self: progress.PlainStudyProgress, event: Event) -> None:
         if not told:
             signal.raise_signal(signal.SIGINT)
         told.append(event)
 
-    told: list[study_run.Event] = []
+    told: list[Event] = []
     # Long enough for both workers to be stopped before they are through.
     words = arguments(text, "--steps", "40", "--routers", "top-k", "soft-uniform", "soft-learned")
     assert main([*words, "--processes", "1", "--out", str(tmp_path / "whole")]) == 0
     out = tmp_path / "half [way]"
     with monkeypatch.context() as patch:
-        patch.setattr(study_run, "POLL", 0.01)
-        patch.setattr(study_progress.PlainStudyProgress, "__call__", interrupt)
+        patch.setattr(study, "POLL", 0.01)
+        patch.setattr(progress.PlainStudyProgress, "__call__", interrupt)
         assert main([*words, "--processes", "2", "--out", str(out)]) == 130
     assert f"--study budgets --resume --out '{out}'" in capsys.readouterr().out
     partial = results(out)
@@ -275,13 +276,13 @@ def test_two_processes_stop_and_resume_to_the_same_numbers(
 def test_interrupted_within_a_run(
     whole: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(self: study_progress.PlainStudyProgress, event: study_run.Event) -> None:
+    def interrupt(self: progress.PlainStudyProgress, event: Event) -> None:
         if (event.run.router, event.kind, event.step) == ("exact-k", "step", 2):
             signal.raise_signal(signal.SIGINT)
 
     routers = ("--routers", "top-k", "exact-k")
     with monkeypatch.context() as patch:
-        patch.setattr(study_progress.PlainStudyProgress, "__call__", interrupt)
+        patch.setattr(progress.PlainStudyProgress, "__call__", interrupt)
         assert main(arguments(text, *routers, "--processes", "1", "--out", str(tmp_path))) == 130
     partial = results(tmp_path)
     assert [(row["steps"], row["finished"]) for row in partial["rows"]] == [(3, True), (2, False)]
@@ -362,14 +363,14 @@ def test_a_fresh_study_removes_an_earlier_ones_files_alone(text: Path, tmp_path:
     assert main([*words, "--routers", "budget", "--seed", "1"]) == 0
     assert (tmp_path / "notes.txt").read_text() == "mine"
     checkpoints = tmp_path / "checkpoints"
-    assert [path.name for path in checkpoints.glob("*/*.json")] == ["budget.json"]
+    assert [path.name for path in checkpoints.glob("*/*")] == ["budget.safetensors"]
 
 
 # ---------------------------------------------------------------------------------------------- workers
 
 
-def small_study(text: Path, tmp_path: Path) -> study.Study:
-    config = StudyConfig(replace(TINY, text=str(text), oracle_rounds=0), (2,), 1)
+def small_study(text: Path, tmp_path: Path, **fields: Any) -> study.Study:
+    config = StudyConfig(replace(TINY, text=str(text), oracle_rounds=0, **fields), (2,), 1)
     return study.Study(config, corpus.load_corpus(config.base), torch.device("cpu"), tmp_path / "checkpoints")
 
 
@@ -378,22 +379,19 @@ def test_a_worker_that_dies_is_an_error_with_a_remedy(
 ) -> None:
     class Broken:
         def __init__(self, *_: Any) -> None: ...
-        def __enter__(self) -> Broken:
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
+        def shutdown(self, **_: Any) -> None: ...
         def submit(self, *_: Any) -> Any:
             raise BrokenProcessPool
 
-    monkeypatch.setattr(study_run, "ProcessPoolExecutor", Broken)
+    monkeypatch.setattr(study, "ProcessPoolExecutor", Broken)
     with pytest.raises(DemoError, match="a worker process died") as died:
-        study_run.execute(small_study(text, tmp_path), 2, never_told, never)
+        study.execute(small_study(text, tmp_path), 2, never_told, never)
     assert died.value.argument == "processes"
     with pytest.raises(Interrupted):  # Ctrl-C may reach a worker before it is ready for it
-        study_run.execute(small_study(text, tmp_path), 2, never_told, lambda: True)
+        study.execute(small_study(text, tmp_path), 2, never_told, lambda: True)
 
 
-def never_told(event: study_run.Event) -> None: ...
+def never_told(event: Event) -> None: ...
 
 
 def test_ctrl_c_waits_while_workers_start() -> None:
@@ -405,29 +403,34 @@ def test_ctrl_c_waits_while_workers_start() -> None:
     assert held == hasattr(signal, "pthread_sigmask")
 
 
-def test_workers_read_the_same_text(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = small_study(text, tmp_path)
-    shared = study_run._Shared(made.config, "0", made.device, made.checkpoints, None, None)
-    monkeypatch.setattr(study_run, "_shared", shared)
-    study_run._study.cache_clear()
-    with pytest.raises(DemoError, match="the text changed while the study ran"):
-        study_run._study()
-    monkeypatch.setattr(study_run, "_shared", shared._replace(digest=made.corpus.digest))
-    assert study_run._study().corpus.digest == made.corpus.digest
-    study_run._study.cache_clear()
+def test_workers_read_the_text_that_the_study_began_with(text: Path, tmp_path: Path) -> None:
+    """Whatever becomes of the file: they are given what was read."""
+    passing = tmp_path / "passing.txt"
+    passing.write_bytes(text.read_bytes())
+    made = small_study(passing, tmp_path, routers=("top-k", "soft-uniform"))
+    passing.unlink()
+    finished: list[Event] = []
+    study.execute(made, 2, lambda event: finished.append(event) if event.kind == "finished" else None, never)
+    alone = replace(made, checkpoints=tmp_path / "alone")
+    study.execute(alone, 1, never_told, never)
+    for run in made.config.runs():
+        together, apart = made.record(run), alone.record(run)
+        assert together.losses == apart.losses
+        assert together.evaluations == apart.evaluations
+    assert sorted(event.run for event in finished) == sorted(made.config.runs())
 
 
 def test_bars_follow_events_in_any_order() -> None:
     rich = pytest.importorskip("rich.progress")
     bars = rich.Progress(console=pytest.importorskip("rich.console").Console(quiet=True))
-    tell = study_progress.BarStudyProgress(bars, runs=2, steps=10)
+    tell = progress.BarStudyProgress(bars, runs=2, steps=10)
     first, second = Run("top-k", 2, 0), Run("budget", 2, 0)
     for event in (
-        study_run.Event(first, "begin", 0),
-        study_run.Event(second, "step", 4),
-        study_run.Event(first, "finished", 10, 2.5),
-        study_run.Event(first, "step", 9),  # late
-        study_run.Event(second, "validated", 5, 3.0),
+        Event(first, "begin", 0),
+        Event(second, "step", 4),
+        Event(first, "finished", 10, bits=2.5),
+        Event(first, "step", 9),  # late
+        Event(second, "validated", 5, bits=3.0),
     ):
         tell(event)
     assert [(task.description, task.completed) for task in bars.tasks] == [("all runs", 15), (str(second), 5)]

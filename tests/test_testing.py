@@ -168,7 +168,7 @@ BROKEN = {
     ),
     "an error of its own for max_nodes": (
         lambda: compiled_by(refusing),
-        {"test_max_nodes_is_respected": "expected CircuitTooLargeError for max_nodes=1, got ValueError: no room"},
+        {"test_max_nodes_is_respected": "with max_nodes=1: expected CircuitTooLargeError, got ValueError: no room"},
     ),
     "an error that does not name max_nodes": (
         lambda: compiled_by(curt),
@@ -253,7 +253,7 @@ def test_only_compiled_constraints_must_say_what_composing_needs(monkeypatch):
             raise cr.UnsupportedConstraintError("no") from None
 
     monkeypatch.setattr(cr, "compile", curt_compile)
-    with pytest.raises(AssertionError, match=r"to be told to define leaf\(var\).* got: no"):
+    with pytest.raises(AssertionError, match=r"says to define leaf\(var\).* got: no"):
         suite.test_and(case)
 
 

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 
 class Program(NamedTuple):
-    """A program of the checkout: its command, what it does, its module, the folders to import from, and its name."""
+    """A program of the checkout. `title`: how messages about it begin."""
 
     command: str
     help: str
@@ -39,12 +39,12 @@ PROGRAMS = (
         "benchmarks are",
     ),
 )
-# No argument starts with it, so that none looks like an option of these parsers.
+# No argument starts with it, so none looks like an option of these parsers.
 NO_PREFIX = "\0"
 
 
 def add_parsers(commands: Any) -> None:
-    """Adds both to an argparse subparsers object. They have no options here: the programs read them all."""
+    """Adds both to an argparse subparsers object, without options: the programs parse all arguments themselves."""
     for program in PROGRAMS:
         parser: argparse.ArgumentParser = commands.add_parser(
             program.command, help=program.help, add_help=False, prefix_chars=NO_PREFIX
@@ -54,7 +54,7 @@ def add_parsers(commands: Any) -> None:
 
 
 def _runner(program: Program) -> Callable[[argparse.Namespace, str], int]:
-    """Runs a program; returns its exit code, or 2 where there is none. It makes its own record of the command line."""
+    """A function that runs a program and returns its exit code, or 2 outside a checkout."""
 
     def run(options: argparse.Namespace, command: str) -> int:
         checkout = find_checkout()
@@ -67,23 +67,20 @@ def _runner(program: Program) -> Callable[[argparse.Namespace, str], int]:
             return 2
         with _importable([checkout / folder for folder in program.folders]):
             main: Callable[..., int] = importlib.import_module(program.module).main
-            try:
-                return main(options.arguments, prog=f"circuitroute {program.command}")
-            except SystemExit as stop:  # argparse has printed its message or the help
-                return stop.code if isinstance(stop.code, int) else 0
+            return main(options.arguments, prog=f"circuitroute {program.command}")
 
     return run
 
 
 def find_checkout() -> Path | None:
-    """The checkout: the folder with this package in it, else the current one; None where neither has the benchmarks."""
+    """The folder that holds this package, else the current one; None where neither is a checkout."""
     places = (PACKAGE.parent, Path.cwd())
     return next((place for place in places if (place / "benchmarks" / "registry.py").is_file()), None)
 
 
 @contextmanager
 def _importable(folders: list[Path]) -> Iterator[None]:
-    """These folders first on the path."""
+    """Puts these folders first on the path."""
     before = list(sys.path)
     sys.path[:0] = [str(folder.resolve()) for folder in folders]
     try:

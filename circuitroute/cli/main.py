@@ -21,9 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         options = _parser().parse_args(arguments)
+        code: int = options.run(options, shlex.join(["circuitroute", *arguments]))
     except SystemExit as stop:  # argparse has printed its message, the help or the version
         return stop.code if isinstance(stop.code, int) else 0
-    code: int = options.run(options, shlex.join(["circuitroute", *arguments]))
     return code
 
 

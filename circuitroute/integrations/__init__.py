@@ -1,6 +1,6 @@
 """Adapters: circuitroute's routers in the mixture-of-experts layers of other stacks.
 
-Each is a package of its own that imports its stack when it is used, never before.
+Each of them imports its stack only when it is used.
 """
 
 from circuitroute.integrations import serving as serving

@@ -1,8 +1,8 @@
-"""Deciding for routers that live in other libraries' models: what the adapters have in common.
+"""What the adapters have in common: decisions for routers that belong to other libraries' models.
 
-Such a router is called with hidden states alone. So what a decision needs besides is kept beside it, in a
+Such a router is called with hidden states alone. Everything else that a decision needs is kept in its
 :class:`Decider`: the keys, which the training loop sets once per step with :func:`begin_step`, and a list of decisions
-while :func:`recorded_routings` is open. Forward changes none of it, so a layer that is run again decides the same.
+while :func:`recorded_routings` is open. Forward changes none of it, so a layer that is recomputed decides the same.
 
 Legend: T tokens of this process, E experts.
 """
@@ -10,9 +10,9 @@ Legend: T tokens of this process, E experts.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from circuitroute._validate import as_int, int_at_least
 from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Constraint
-from circuitroute.inference.circuit import Circuit
 from circuitroute.keys import fold_in, random_key
 from circuitroute.routing.choice import decide
 from circuitroute.routing.decision import Routing
@@ -29,9 +28,15 @@ from circuitroute.routing.weights import weigh
 
 Weights = Literal["softmax", "normalized", "sigmoid"]
 
+# The remedy for settings of a host that limit groups of experts.
+GROUP_LIMIT = (
+    "make the group limit part of the constraint, such as cr.ActiveGroups(cr.Groups(8), at_most=4) & cr.Exactly(8), "
+    "and set this to None"
+)
+
 
 class Decider:
-    """A constraint in the place of a host router's top-k; the host keeps its linear map and its rule for weights.
+    """A constraint in place of a host router's top-k; the host keeps its linear map and its rule for weights.
 
     Args:
         constraint: what is allowed, over E experts.
@@ -40,9 +45,13 @@ class Decider:
         seed: keys are ``cr.random_key(seed, step, layer, token)``, see :func:`begin_step`; None draws from torch's
             global generator, which activation checkpointing restores only with ``preserve_rng_state=True``.
 
+    Attributes:
+        slots: the largest number of experts that the constraint allows, but at least 1.
+        fixed_count: whether all allowed subsets have the same size.
+
     Raises:
         InfeasibleError: no subset of E experts satisfies the constraint.
-        TypeError, ValueError: a constraint, estimator or seed that is none.
+        TypeError, ValueError: a constraint, estimator or seed of the wrong kind.
     """
 
     def __init__(
@@ -53,36 +62,35 @@ class Decider:
         estimator: str | Estimator = "simple",
         seed: int | None = None,
     ) -> None:
-        if not isinstance(constraint, Constraint):
-            raise TypeError(f"constraint={constraint!r}: expected a constraint such as cr.Between(2, 8)")
         self.circuit = compile_constraint(constraint, int_at_least("num_experts", num_experts, 1))
         self.estimator = as_estimator(estimator)
         self.seed = None if seed is None else as_int("seed", seed)
-        self.fixed_count = _fixed_count(self.circuit)
+        self.slots = max(1, self.circuit.max_count)
+        self.fixed_count = self.circuit.min_count == self.circuit.max_count
         self.recorded: list[Routing] | None = None
         self._position: Tensor | None = None  # [2] int64: the key of (seed, step, layer), the number of the first token
 
     def begin(self, step: int, layer: int, offset: int, device: torch.device) -> None:
-        """Set what the keys of the next forward passes are made of; see :func:`begin_step`."""
+        """Set what the keys of the next forward passes are derived from; see :func:`begin_step`."""
         if self.seed is None:
             return
         position = torch.stack([random_key(self.seed, step, layer), torch.tensor(offset)]).to(device)
         if self._position is None or self._position.device != position.device:
             self._position = position
         else:
-            self._position.copy_(position)  # the same tensor: a compiled layer is not compiled anew
+            self._position.copy_(position)  # in place, so that a compiled layer is not recompiled
 
     def keys(self, token: Tensor) -> Tensor | None:
-        """[T] int64 keys of tokens with these numbers within this process, [T] int64; None without a seed.
+        """[T] int64 keys of the tokens with these numbers [T] within this process; None without a seed.
 
         Raises:
-            RuntimeError: there is a seed, and no step has begun.
+            RuntimeError: there is a seed, but no step has begun.
         """
         if self.seed is None:
             return None
         if self._position is None:
             raise RuntimeError(
-                f"seed={self.seed} was given, but no step has begun, so that there is nothing to make keys of: call "
+                f"seed={self.seed} was given, but no step has begun to derive keys from: call "
                 f"begin_step(model, step) before every training step, or give seed=None"
             )
         position = self._position.to(token.device)
@@ -102,27 +110,24 @@ class Decider:
         """Decide for T tokens.
 
         Args:
-            logits: [T, E], any floating dtype; the weights are theirs.
-            weights: ``"softmax"`` over all experts, ``"normalized"``, over the chosen ones, or ``"sigmoid"``.
+            logits: [T, E], any floating dtype; the weights are computed from them.
+            weights: ``"softmax"`` over all experts, ``"normalized"`` over the chosen ones, or ``"sigmoid"``.
             token: [T] int64, the tokens' numbers within this process; unused in evaluation.
             training: sample when True, take the mode when False.
             shift: [E], added to the logits for the choice only, as auxiliary-loss-free balancing does.
-            renormalize: divide the weights of each token by their sum.
+            renormalize: whether to divide the weights of each token by their sum.
             scale: multiplies all weights.
 
         Returns:
-            The decision. Its distribution and marginals are those of the shifted logits, which it was drawn from. A
-            chosen expert's weight is never 0, so that a weight of 0 means a slot that is not used.
+            The decision. Its distribution and marginals are those of the shifted logits, from which it was drawn. A
+            chosen expert's weight is never 0, so a weight of 0 marks an unused slot.
         """
         for_choice = logits if shift is None else logits + shift.detach().to(logits.dtype)
         key = self.keys(token) if training else None
         decision = decide(for_choice, self.circuit, share=1.0 if training else 0.0, key=key)
         gates = weigh(decision, combine=weights, estimator=self.estimator, logits=logits)
-        if renormalize:
-            gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
-        gates = gates * scale
-        vanished = decision.mask & (gates == 0)
-        gates = torch.where(vanished, torch.finfo(gates.dtype).tiny, gates)
+        gates = (divided_by_sum(gates) if renormalize else gates) * scale
+        gates = torch.where(decision.mask & (gates == 0), torch.finfo(gates.dtype).tiny, gates)
         routing = decision.routing(gates)
         if self.recorded is not None:
             self.recorded.append(routing)
@@ -130,45 +135,45 @@ class Decider:
 
 
 def begin_step(model: nn.Module | Sequence[nn.Module], step: int, *, offset: int = 0) -> None:
-    """Tell the routers of a model which training step it is; before its forward pass, on every process.
+    """Set the training step of a model's routers; call it before the forward pass, on every process.
 
-    Their keys become ``cr.random_key(seed, step, layer, offset + token)``, token being a number within this process.
-    The layer is the router's own number where it has one, else the last number in its name ("layers.3.moe.router"),
-    else its place among the routers.
+    Their keys become ``cr.random_key(seed, step, layer, offset + token)``, where tokens are numbered within this
+    process. The layer is the router's own number if it has one, else the last number in its name
+    ("layers.3.moe.router"), else its place among the routers.
 
-    Keys hold until the next call. Micro-batches of one step share them unless each gets an offset of its own; that is
-    right too, and what schedules need that run several forward passes before a backward pass recomputes the first.
+    Keys hold until the next call. Micro-batches of one step share them unless each gets its own offset. Sharing is
+    correct too, and is what schedules need that run several forward passes before a backward pass recomputes the first.
 
     Args:
-        model: a model, or its parts on this process; wrapped by DDP, FSDP, checkpointing or torch.compile or not.
+        model: a model, or its parts on this process; it may be wrapped by DDP, FSDP, checkpointing or torch.compile.
         step: the training step.
-        offset: the number of this process's first token among those of all processes, such as rank * T. Give processes
-            that share tokens, as under tensor parallelism, the same.
+        offset: the number of this process's first token among those of all processes, such as rank * T. Processes that
+            share tokens, as under tensor parallelism, must be given the same.
 
     Raises:
-        ValueError: the model has no router of circuitroute's.
-        TypeError: ``step`` or ``offset`` that are no integers.
+        ValueError: the model has no circuitroute router.
+        TypeError: ``step`` or ``offset`` is not an integer.
     """
     first = as_int("offset", offset)
-    for position, (name, router) in enumerate(_hosted(model)):
+    for position, (name, router, decider) in enumerate(_hosted(model)):
         device = next((p.device for p in router.parameters()), torch.device("cpu"))
-        _decider(router).begin(step, _layer(name, router, position), first, device)
+        decider.begin(step, _layer(name, router, position), first, device)
 
 
 @contextmanager
 def recorded_routings(model: nn.Module | Sequence[nn.Module]) -> Iterator[list[Routing]]:
-    """Collects the decisions that the routers of a model make in the block, in the order they are made in.
+    """Collect the decisions that a model's routers make inside the block, in order, for losses and metrics.
 
-    For losses and metrics; close it before the backward pass, so that recomputed layers are not recorded again::
+    Close it before the backward pass, so that recomputed layers are not recorded again::
 
         with recorded_routings(model) as routings:
             loss = loss_function(model(tokens), labels)
         loss = loss + 0.01 * sum(cr.losses.load_balance(routing) for routing in routings)
 
     Raises:
-        ValueError: the model has no router of circuitroute's.
+        ValueError: the model has no circuitroute router.
     """
-    deciders = [_decider(router) for _, router in _hosted(model)]
+    deciders = [decider for *_, decider in _hosted(model)]
     routings: list[Routing] = []
     for decider in deciders:
         decider.recorded = routings
@@ -179,28 +184,47 @@ def recorded_routings(model: nn.Module | Sequence[nn.Module]) -> Iterator[list[R
             decider.recorded = None
 
 
-def _hosted(model: nn.Module | Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:
+def divided_by_sum(weights: Tensor) -> Tensor:
+    """[T, K] weights divided by their sum as in DeepSeek's models, so that weights of 0 remain 0."""
+    return weights / (weights.sum(-1, keepdim=True) + 1e-20)
+
+
+def one_per_layer(constraint: Any, layers: int) -> list[Constraint]:
+    """The constraints of a model's mixture-of-experts layers, given one for all of them or one for each.
+
+    Raises:
+        ValueError: a sequence of another length.
+    """
+    several = isinstance(constraint, Sequence) and not isinstance(constraint, str)
+    constraints: list[Constraint] = list(constraint) if several else [constraint] * layers
+    if len(constraints) != layers:
+        raise ValueError(
+            f"constraint has {len(constraints)} entries, but the model has {layers} mixture-of-experts layers: give "
+            f"one for all of them, or one for each"
+        )
+    return constraints
+
+
+def refuse_replaced(config: Any, replaced: Mapping[str, str]) -> None:
+    """Refuse settings of a host that a constraint would leave without effect; ``replaced`` has a remedy for each.
+
+    Raises:
+        ValueError: such a setting is in use.
+    """
+    for name, remedy in replaced.items():
+        value = getattr(config, name, None)
+        if value is not None and value is not False:
+            raise ValueError(f"{name}={value!r} has no meaning under a constraint: {remedy}")
+
+
+def _hosted(model: nn.Module | Sequence[nn.Module]) -> list[tuple[str, nn.Module, Decider]]:
+    """Name, router and decider of all routers of a model, or of its parts."""
     parts = [model] if isinstance(model, nn.Module) else list(model)
-    found = [(name, module) for part in parts for name, module in part.named_modules() if hasattr(module, "decider")]
-    if not found:
+    named = [(name, module) for part in parts for name, module in part.named_modules() if hasattr(module, "decider")]
+    if not named:
         kinds = ", ".join(type(part).__name__ for part in parts)
         raise ValueError(f"model ({kinds}) has no router of circuitroute.integrations: convert it before it is built")
-    return found
-
-
-def _decider(router: nn.Module) -> Decider:
-    decider = router.decider
-    assert isinstance(decider, Decider)
-    return decider
-
-
-def _fixed_count(circuit: Circuit) -> bool:
-    """Whether all allowed subsets have the same size."""
-    if circuit.counts is not None:
-        return len(circuit.counts) == 1
-    with torch.device("cpu"):  # hosts build their models on the meta device
-        possible = circuit(torch.zeros(1, circuit.n)).count_probs > 0
-    return int(possible.sum()) == 1
+    return [(name, module, cast(Decider, module.decider)) for name, module in named]
 
 
 def _layer(name: str, router: nn.Module, position: int) -> int:

@@ -4,11 +4,11 @@ Legend: T tokens, E experts, K slots per token.
 
 vLLM and SGLang let a model bring its own routing: ``custom_routing_function(hidden_states=..., gating_output=...,
 topk=..., renormalize=...)`` returns weights [T, K] float32 and ids [T, K] int32. :func:`routing_function` makes one
-that takes the most probable subset of every token: what routers of this library do in evaluation mode. It keeps no
-state and draws nothing at random.
+that takes the most probable subset of every token, as the routers of this library do in evaluation mode. It is
+stateless and deterministic.
 
-It is made of plain tensor operations. So ``torch.compile`` fuses them, CUDA graphs capture them, and :func:`export`
-writes a program that runs in processes without this library.
+It consists of plain tensor operations, so that ``torch.compile`` fuses them, CUDA graphs capture them, and
+:func:`export` writes a program that runs without this library.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.compiler import is_compiling
 from torch.export import Dim, ExportedProgram
 
 from circuitroute._files import replace_file
-from circuitroute._validate import int_at_least
+from circuitroute._validate import int_at_least, one_of
 from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Constraint
 from circuitroute.engines import layered_engine, ops
@@ -32,16 +32,15 @@ from circuitroute.engines.layered import evaluated
 from circuitroute.engines.layered.torch.unrolled import MAX_UNROLLED, UnrolledMode, can_unroll
 from circuitroute.engines.subset.mode import best_count, best_scores
 from circuitroute.inference.circuit import Circuit
+from circuitroute.integrations.hosted import divided_by_sum
 from circuitroute.routing.decision import chosen_first
 from circuitroute.routing.weights import expert_softmax
 
 ServedCombine: TypeAlias = Literal["softmax", "normalized", "sigmoid"]
 Score: TypeAlias = Literal["logits", "sigmoid"]
 
-# New in torch 2.7; before, such a program is found out when it is saved.
+# New in torch 2.7; older versions fail when the program is saved.
 is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
-# What DeepSeek's models add to a sum of sigmoids before they divide by it.
-_TINY = 1e-20
 
 
 def routing_function(
@@ -59,22 +58,25 @@ def routing_function(
     Args:
         constraint: what is allowed, over ``num_experts`` variables; or a circuit, such as a loaded one.
         num_experts: E.
-        combine: how chosen experts are weighted: ``"softmax"`` over all experts, or over the chosen ones where the
-            server asks to renormalise; ``"normalized"``, over the chosen ones whatever the server asks; ``"sigmoid"``,
-            divided by its sum where the server asks to renormalise.
-        score: whose sum over the chosen experts is largest: the ``"logits"``, as in :func:`circuitroute.route`, or
-            their ``"sigmoid"``, as in models that add a correction bias to it (DeepSeek-V3).
+        combine: how chosen experts are weighted: ``"softmax"`` over all experts, or over the chosen ones if the server
+            asks to renormalise; ``"normalized"`` over the chosen ones in any case; ``"sigmoid"``, divided by its sum if
+            the server asks to renormalise.
+        score: the choice maximises the sum of ``"logits"``, as in :func:`circuitroute.route`, or of their
+            ``"sigmoid"``, as in models that add a correction bias to it (DeepSeek-V3).
         bias: [E], added to the scores for the choice only. -inf forbids an expert, +inf forces it.
-        scaling: what all weights are multiplied by in the end.
-        device: where its tables lie; torch's default device when None. Move it with ``.to`` like any module.
+        scaling: multiplies all weights.
+        device: for its tables; torch's default device when None. Move it with ``.to`` like any module.
 
     Raises:
         InfeasibleError: no subset of E experts satisfies the constraint.
-        TypeError, ValueError: an argument that is none of these, or a circuit over another number of experts.
+        TypeError, ValueError: an argument of the wrong kind, or a circuit over another number of experts.
     """
-    circuit = _as_circuit(constraint, int_at_least("num_experts", num_experts, 1))
-    _one_of("combine", combine, get_args(ServedCombine))
-    _one_of("score", score, get_args(Score))
+    experts = int_at_least("num_experts", num_experts, 1)
+    circuit = constraint if isinstance(constraint, Circuit) else compile_constraint(constraint, experts)
+    if circuit.n != experts:
+        raise ValueError(f"constraint is a circuit over {circuit.n} variables: num_experts={experts}")
+    one_of("combine", combine, get_args(ServedCombine))
+    one_of("score", score, get_args(Score))
     if not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
         raise ValueError(f"scaling={scaling!r}: expected a finite number")
     if bias is not None:
@@ -88,7 +90,7 @@ class RoutingFunction(nn.Module):
 
     Attributes:
         circuit: the compiled constraint.
-        portable: whether it can be exported: all circuits can but those of more than 32,768 products.
+        portable: whether it can be exported; only circuits of more than 32,768 products cannot.
     """
 
     def __init__(
@@ -106,10 +108,10 @@ class RoutingFunction(nn.Module):
             self.register_buffer("allowed", allowed, persistent=False)
         else:
             self.allows_none = bool(circuit.satisfies(torch.zeros(circuit.n, dtype=torch.bool, device="cpu")))
-            graph = evaluated(circuit.graph)  # as the engines do: ties are broken by the order of its elements
+            graph = evaluated(circuit.graph)  # as in the engines: the order of its elements breaks ties
             self.unrolled = UnrolledMode(graph) if can_unroll(graph) else None
         self.portable = circuit.counts is not None or self.unrolled is not None
-        # As integers, since a model that is cast to bfloat16 casts all floating buffers of its submodules.
+        # As integers: casting a model to bfloat16 casts all floating-point buffers of its submodules.
         self.register_buffer("bias_bits", None if bias is None else bias.view(torch.int32), persistent=False)
 
     def forward(
@@ -121,7 +123,7 @@ class RoutingFunction(nn.Module):
             hidden_states: [T, H], not used.
             gating_output: [T, E] logits of any floating dtype; computed in float32.
             topk: K, at least the constraint's largest count.
-            renormalize: whether weights are to add up to 1 (before ``scaling``).
+            renormalize: whether the weights should add up to 1 (before ``scaling``).
 
         Returns:
             (weights [T, K] float32, ids [T, K] int32): the chosen experts by decreasing score (equal scores by
@@ -129,7 +131,7 @@ class RoutingFunction(nn.Module):
             infinite scores leave no subset, has weights NaN.
 
         Raises:
-            TypeError, ValueError: shapes, dtypes or devices that do not fit, or ``topk`` that is too small.
+            TypeError, ValueError: shapes, dtypes or devices that do not fit, or ``topk`` is too small.
         """
         self._check(hidden_states, gating_output, topk)
         logits = gating_output.detach().to(torch.float32)
@@ -146,7 +148,7 @@ class RoutingFunction(nn.Module):
         return torch.where((possible & ~bad)[:, None], weights, math.nan), ids.to(torch.int32)
 
     def _by_count(self, score: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(ids [T, K], which of them are chosen [T, K], whether any subset is left [T]): some of the largest scores."""
+        """(ids [T, K], which are chosen [T, K], whether any subset is left [T]) for constraints on the count."""
         potential = torch.where(self.get_buffer("allowed"), 0.0, -math.inf).double()
         scores, order = best_scores(score, potential)
         used = torch.arange(topk, device=score.device) < best_count(scores)[:, None]
@@ -157,7 +159,7 @@ class RoutingFunction(nn.Module):
         """The same for all other constraints."""
         mask = self._mode(score)
         possible = mask.any(-1)
-        if self.allows_none:  # no expert, as long as none is forced
+        if self.allows_none:  # the empty set, unless an expert is forced
             possible = possible | ~(score == math.inf).any(-1)
         ids = chosen_first(mask, score, topk)
         return ids, mask.gather(-1, ids), possible
@@ -173,21 +175,26 @@ class RoutingFunction(nn.Module):
         return layered_engine(self.circuit, score.device).mode(score)
 
     def _weigh(self, logits: Tensor, ids: Tensor, used: Tensor, renormalize: bool) -> Tensor:
-        """[T, K], of the slots that are used."""
+        """[T, K] the weights of the used slots, before scaling."""
         chosen = logits.gather(-1, ids)
         if self.combine == "sigmoid":
             weights = torch.where(used, torch.sigmoid(chosen), 0.0)
-            return weights / (weights.sum(-1, keepdim=True) + _TINY) if renormalize else weights
+            return divided_by_sum(weights) if renormalize else weights
         if self.combine == "softmax" and not renormalize:
             return expert_softmax(logits).gather(-1, ids)
-        # Over the chosen ones alone: all their shares of the whole may be too small for float32.
+        # Not from the softmax over all experts, which may be too small for float32 on all chosen ones.
         chosen = chosen.clamp(max=torch.finfo(torch.float32).max)
         return torch.softmax(torch.where(used, chosen, -math.inf), -1)
 
     def _check(self, hidden_states: Tensor, gating_output: Tensor, topk: int) -> None:
         if not is_compiling():
             _check_tensors(hidden_states, gating_output, self.circuit.n)
-            self._check_device(gating_output)
+            for table in self.buffers():
+                if table.device != gating_output.device:
+                    raise ValueError(
+                        f"gating_output is on {gating_output.device} and the routing function on {table.device}: move "
+                        f"it there with .to({str(gating_output.device)!r}), once"
+                    )
             int_at_least("topk", topk, 1)
         if topk < self.largest:
             raise ValueError(
@@ -196,14 +203,6 @@ class RoutingFunction(nn.Module):
             )
         if topk > self.circuit.n:
             raise ValueError(f"topk={topk}: there are only {self.circuit.n} experts")
-
-    def _check_device(self, gating_output: Tensor) -> None:
-        for table in self.buffers():
-            if table.device != gating_output.device:
-                raise ValueError(
-                    f"gating_output is on {gating_output.device} and the routing function on {table.device}: move it "
-                    f"there with .to({str(gating_output.device)!r}), once"
-                )
 
     def extra_repr(self) -> str:
         """What repr() shows."""
@@ -223,13 +222,13 @@ def export(
 ) -> ExportedProgram:
     """The function as a program of torch's own operators, for any number of tokens.
 
-    ``torch.export.load(path).module()`` is called as the function is, with all four arguments by name. It runs in any
-    process with torch, of this version or later; this library need not be installed there.
+    Call ``torch.export.load(path).module()`` like the function, with all four arguments by name. It needs torch in this
+    version or later, but not this library.
 
     Args:
-        function: what :func:`routing_function` made, on the device that the program is for.
-        path: where to write it, by custom ``*.pt2``; a file that is there is replaced in one step. Not written if None.
-        topk, renormalize: become constants; other values are refused when the program runs.
+        function: made by :func:`routing_function`, on the device that the program is for.
+        path: the file to write, usually ``*.pt2``; an existing one is replaced atomically. None writes no file.
+        topk, renormalize: become constants; the program refuses other values.
         dtype: of hidden states and gating output.
 
     Raises:
@@ -264,19 +263,6 @@ def export(
     return program
 
 
-def _as_circuit(constraint: Constraint | Circuit, num_experts: int) -> Circuit:
-    if isinstance(constraint, Circuit):
-        if constraint.n != num_experts:
-            raise ValueError(f"constraint is a circuit over {constraint.n} variables: num_experts={num_experts}")
-        return constraint
-    return compile_constraint(constraint, num_experts)
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, known))}")
-
-
 def _as_bias(bias: Tensor, num_experts: int) -> Tensor:
     """[E] float32, a copy."""
     if not isinstance(bias, Tensor) or bias.shape != (num_experts,):
@@ -298,13 +284,12 @@ def _check_tensors(hidden_states: Tensor, gating_output: Tensor, num_experts: in
     if isinstance(hidden_states, Tensor) and len(hidden_states) != len(gating_output):
         raise ValueError(
             f"hidden_states have shape {tuple(hidden_states.shape)} and gating_output {tuple(gating_output.shape)}: "
-            "they must be of the same tokens"
+            "they must have the same number of tokens"
         )
 
 
 def _not_portable(circuit: Circuit) -> str:
     return (
-        f"{circuit.constraint!r} has {evaluated(circuit.graph).num_edges} products, and a program of plain operations "
-        f"is made of at most {MAX_UNROLLED}: simplify the constraint, or serve it, also compiled, where circuitroute "
-        "is installed"
+        f"{circuit.constraint!r} has {evaluated(circuit.graph).num_edges} products, and an exported program can have "
+        f"at most {MAX_UNROLLED}: simplify the constraint, or serve it (also compiled) where circuitroute is installed"
     )

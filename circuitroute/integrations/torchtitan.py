@@ -1,7 +1,7 @@
 """circuitroute's routers in torchtitan's mixture-of-experts layers (written against torchtitan 0.3).
 
-:func:`convert` puts a constraint in the place of top-k in a model's config, before the model is built. The gate, the
-rule for weights (``score_func``, ``route_norm``, ``route_scale``) and the state dict stay the model's own.
+:func:`convert` puts a constraint in place of top-k in a model's config, before the model is built. The gate, the rule
+for weights (``score_func``, ``route_norm``, ``route_scale``) and the state dict remain the model's.
 
 Importing this module imports torchtitan. Legend, as there: B sequences, L positions, D model dimension, E experts, K
 slots per token.
@@ -9,18 +9,17 @@ slots per token.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Constraint
-from circuitroute.integrations.hosted import Decider
+from circuitroute.integrations.hosted import GROUP_LIMIT, Decider, one_per_layer, refuse_replaced
 from circuitroute.integrations.hosted import begin_step as begin_step
 from circuitroute.integrations.hosted import recorded_routings as recorded_routings
 from circuitroute.routing.estimators import Estimator
@@ -33,14 +32,21 @@ except ImportError as error:
         "circuitroute.integrations.torchtitan needs torchtitan 0.3 and what it imports: pip install torchtitan==0.3.0"
     ) from error
 
+# Settings of the router's config that would silently have no effect, and what to do instead.
+REPLACED = {
+    "num_expert_groups": GROUP_LIMIT,
+    "num_limited_groups": GROUP_LIMIT,
+    "_debug_force_load_balance": "this router does not force balance; set it to False",
+}
+
 
 class CircuitRouter(TokenChoiceTopKRouter):
     """A torchtitan router that decides by a constraint, with K slots per token for its largest count.
 
     In training the subset is sampled, and gradients reach all logits through the estimator; in evaluation it is the
-    most probable one. The expert bias of auxiliary-loss-free balancing shifts the *logits* of the choice (torchtitan's
-    own router adds it to the scores), and no weights. Slots that a token does not use have weight 0 and ids of experts
-    that it did not choose, as torchtitan's dispatchers need it.
+    most probable one. The expert bias of auxiliary-loss-free balancing shifts the *logits* for the choice (torchtitan's
+    router adds it to the scores), and leaves the weights alone. Slots that a token does not use have weight 0 and the
+    ids of experts that it did not choose, as torchtitan's dispatchers require.
 
     Raises:
         ValueError: settings that the constraint replaces, or a ``top_k`` that is not the constraint's largest count.
@@ -48,21 +54,20 @@ class CircuitRouter(TokenChoiceTopKRouter):
 
     @dataclass(kw_only=True, slots=True)
     class Config(TokenChoiceTopKRouter.Config):
-        """The host's fields, and what :class:`~circuitroute.integrations.hosted.Decider` takes."""
+        """The host's fields, and the arguments of :class:`~circuitroute.integrations.hosted.Decider`."""
 
         constraint: Constraint
         estimator: str | Estimator = "simple"
         seed: int | None = None
 
     def __init__(self, config: Config) -> None:
-        _check_replaced(config)
+        refuse_replaced(config, REPLACED)
         super().__init__(config)
         self.decider = Decider(config.constraint, config.num_experts, estimator=config.estimator, seed=config.seed)
-        slots = max(1, self.decider.circuit.max_count)
-        if config.top_k != slots:
+        if config.top_k != self.decider.slots:
             raise ValueError(
-                f"top_k={config.top_k}: {config.constraint!r} needs {slots} slots per token; let circuit_moe() or "
-                f"convert() make the config, which sets this for the router and the dispatcher"
+                f"top_k={config.top_k}: {config.constraint!r} needs {self.decider.slots} slots per token; make the "
+                f"config with circuit_moe() or convert(), which set this for the router and the dispatcher"
             )
 
     def forward(self, x_BLD: Tensor, expert_bias_E: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,14 +100,14 @@ class CircuitRouter(TokenChoiceTopKRouter):
         return weights_TK.reshape(B, L, -1), ids_TK.contiguous().view(B, L, -1), scores_BLE
 
     def _logits(self, x_BLD: Tensor) -> Tensor:
-        # In float32 on GPUs, as the host has it; autocast on CPUs knows no such mode and would only warn.
+        # In float32 on GPUs, as in the host; autocast on CPUs has no such mode and would only warn.
         on_gpu = x_BLD.device.type != "cpu"
         with torch.autocast(x_BLD.device.type, dtype=torch.float32 if on_gpu else None, enabled=on_gpu):
             logits_BLE: Tensor = self.gate(x_BLD)
         if isinstance(logits_BLE, DTensor):
             raise TypeError(
-                f"the gate gave a DTensor ({logits_BLE.placements}): tensor and expert parallelism of the router are "
-                f"not supported by this adapter; use data parallelism (DDP, FSDP) or torchtitan's own router"
+                f"the gate returned a DTensor ({logits_BLE.placements}): tensor and expert parallelism of the router "
+                f"are not supported by this adapter; use data parallelism (DDP, FSDP) or torchtitan's own router"
             )
         return logits_BLE if logits_BLE.dtype == torch.float64 else logits_BLE.float()
 
@@ -110,7 +115,7 @@ class CircuitRouter(TokenChoiceTopKRouter):
 def circuit_moe(
     config: Any, constraint: Constraint, *, estimator: str | Estimator = "simple", seed: int | None = None
 ) -> Any:
-    """The config of a mixture-of-experts layer, with a constraint in the place of top-k.
+    """The config of a mixture-of-experts layer, with a constraint in place of top-k.
 
     For a factory of torchtitan's ``@override(target=MoE.Config)``; :func:`convert` applies it to a whole model.
 
@@ -120,7 +125,7 @@ def circuit_moe(
         estimator, seed: see :class:`~circuitroute.integrations.hosted.Decider`.
 
     Returns:
-        A config of the same kind, whose layer counts the sampled experts as load, and not slots that stay unused.
+        A config of the same kind, whose layer counts the sampled experts as load, and no unused slots.
 
     Raises:
         InfeasibleError: no subset of the layer's experts satisfies the constraint.
@@ -129,12 +134,10 @@ def circuit_moe(
     """
     if not isinstance(config, MoE.Config):
         raise TypeError(f"config is a {type(config).__qualname__}: expected the MoE.Config of a layer")
-    Decider(constraint, config.num_experts, estimator=estimator, seed=seed)  # refuse what cannot be, here
-    _check_replaced(config.router)
-    slots = max(1, compile_constraint(constraint, config.num_experts).max_count)
-    router = derive(
-        config.router, CircuitRouter.Config, top_k=slots, constraint=constraint, estimator=estimator, seed=seed
-    )
+    refuse_replaced(config.router, REPLACED)
+    options: dict[str, Any] = {"constraint": constraint, "estimator": estimator, "seed": seed}
+    slots = Decider(num_experts=config.num_experts, **options).slots  # bad options raise here, before anything is built
+    router = derive(config.router, CircuitRouter.Config, top_k=slots, **options)
     experts = config.routed_experts
     dispatcher = derive(experts.token_dispatcher, type(experts.token_dispatcher), top_k=slots)
     routed = derive(experts, type(experts), token_dispatcher=dispatcher)
@@ -148,10 +151,10 @@ def convert(
     estimator: str | Estimator = "simple",
     seed: int | None = None,
 ) -> int:
-    """Put a constraint in the place of top-k in all mixture-of-experts layers of a model's config, in place.
+    """Replace top-k by a constraint in all mixture-of-experts layers of a model's config, which is changed.
 
     Args:
-        model: a config with such layers in it, before ``build()``.
+        model: a config that contains such layers, before ``build()``.
         constraint: one for all layers, or one per layer, in order.
         estimator, seed: see :class:`~circuitroute.integrations.hosted.Decider`.
 
@@ -159,21 +162,18 @@ def convert(
         How many layers there are.
 
     Raises:
-        ValueError: no such layer, another number of constraints than layers, or what :func:`circuit_moe` refuses.
+        ValueError: there is no such layer, the number of constraints differs from that of the layers, or
+            :func:`circuit_moe` refuses one.
     """
     found = list(model.traverse(MoE.Config))
     if not found:
         raise ValueError(f"model ({type(model).__qualname__}) has no mixture-of-experts layer: nothing to convert")
-    rules = [constraint] * len(found) if isinstance(constraint, Constraint) else list(constraint)
-    if len(rules) != len(found):
-        raise ValueError(f"constraint has {len(rules)} entries: the model has {len(found)} such layers")
-    new = [
-        circuit_moe(config, rule, estimator=estimator, seed=seed)
-        for (_, config, _, _), rule in zip(found, rules, strict=True)
-    ]
+    rules = one_per_layer(constraint, len(found))
+    converted = partial(circuit_moe, estimator=estimator, seed=seed)
+    new = [converted(config, rule) for (_, config, _, _), rule in zip(found, rules, strict=True)]
     for (name, _, parent, place), config in zip(found, new, strict=True):
         if parent is None:
-            raise ValueError(f"model is the layer {name!r} itself: use circuit_moe(), which returns its new config")
+            raise ValueError(f"model is the layer {name!r} itself: use circuit_moe(), which returns a new config")
         if isinstance(parent, list):
             parent[place] = config
         else:
@@ -181,21 +181,9 @@ def convert(
     return len(found)
 
 
-def _check_replaced(config: Any) -> None:
-    """What the constraint takes the place of must not be asked for besides, and silently have no effect."""
-    if config.num_expert_groups is not None or config.num_limited_groups is not None:
-        raise ValueError(
-            f"num_expert_groups={config.num_expert_groups}, num_limited_groups={config.num_limited_groups}: group "
-            f"limits are a part of the constraint here, such as cr.ActiveGroups(cr.Groups(8), at_most=4) & "
-            f"cr.Exactly(8); set both to None"
-        )
-    if config._debug_force_load_balance:
-        raise ValueError("_debug_force_load_balance=True: this router does not force balance; set it to False")
-
-
-@functools.cache
+@cache
 def _counting(owner: Any) -> Any:
-    """The subclass of a MoE whose load counter sees the sampled experts only."""
+    """The subclass of a MoE whose load counter counts the sampled experts only."""
 
     class CircuitMoE(owner):
         @dataclass(kw_only=True, slots=True)
@@ -209,7 +197,7 @@ def _counting(owner: Any) -> Any:
 
         @torch.no_grad()
         def _discount_unused(self, router: Any, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
-            # The layer is about to count all slots; those with weight 0, and these alone, are not used.
+            # The layer is about to count all slots; the unused ones are those with weight 0.
             if self.training:
                 weights, ids, _ = output
                 load_E = self.tokens_per_expert_E

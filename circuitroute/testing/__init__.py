@@ -1,4 +1,4 @@
-"""What to hold a constraint of your own to: a suite that a test class inherits.
+"""A test suite for your own constraints: a test class inherits it and lists the cases.
 
     from circuitroute.testing import Case, CompilerContract
 

@@ -1,4 +1,4 @@
-"""What a contract is told: a constraint, a number of variables, and independently what is allowed.
+"""What a contract checks: a constraint, a number of variables and, stated independently, what is allowed.
 
 Legend: N variables, W = 2^N worlds; variable i is bit i of a world's index.
 """
@@ -23,24 +23,24 @@ MAX_N = 12
 
 
 def worlds(n: int) -> BoolArray:
-    """[W, N] bool, all worlds of ``n`` variables."""
+    """[W, N] bool, all worlds over ``n`` variables."""
     worlds_WN: BoolArray = (np.arange(1 << n)[:, None] >> np.arange(n)) & 1 == 1
     return worlds_WN
 
 
 @dataclass(frozen=True)
 class Case:
-    """A constraint to be held to what it means.
+    """A constraint, and what it is supposed to mean.
 
     Attributes:
         constraint: what is compiled.
         n: number of variables, 1 to 12: all 2^n worlds are enumerated.
-        allows: the meaning, said once more without the constraint's own code: whether a set of selected
-            variables (a frozenset of integers below ``n``) is allowed. Where it allows nothing, compiling has to
-            raise :class:`circuitroute.InfeasibleError`.
+        allows: the meaning, stated without the constraint's own code: whether a set of selected variables (a
+            frozenset of integers below ``n``) is allowed. If it allows nothing, compiling has to raise
+            :class:`circuitroute.InfeasibleError`.
 
     Raises:
-        TypeError: ``constraint`` is no constraint, ``n`` no integer, or ``allows`` cannot be called.
+        TypeError: ``constraint`` is not a constraint, ``n`` is not an integer, or ``allows`` is not callable.
         ValueError: ``n`` is not within 1 to 12.
     """
 
@@ -58,7 +58,7 @@ class Case:
 
     @cached_property
     def allowed(self) -> BoolArray:
-        """[W] bool, which worlds ``allows`` allows."""
+        """[W] bool, the worlds that ``allows`` accepts."""
         selected = (frozenset(np.flatnonzero(world).tolist()) for world in worlds(self.n))
         return np.array([bool(self.allows(some)) for some in selected])
 

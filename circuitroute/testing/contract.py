@@ -1,4 +1,4 @@
-"""Everything a constraint and its compiler promise, as one suite to inherit."""
+"""Everything that a constraint and its compiler promise, as one suite to inherit."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from circuitroute.testing.values import ValueChecks
 
 
 class CompilerContract(ValueChecks, MachineChecks, CircuitChecks, DistributionChecks, SampleChecks, CompositionChecks):
-    """Holds constraints, and whatever compiles them, to their meaning on all 2^n worlds.
+    """Checks constraints, and the compilers for them, against their meaning on all 2^n worlds.
 
-    Subclass it in a test module, under a name that pytest collects, and give :meth:`cases`::
+    Subclass it in a test module, under a name that pytest collects, and define :meth:`cases`::
 
         class TestParity(CompilerContract):
             def cases(self):
@@ -24,13 +24,13 @@ class CompilerContract(ValueChecks, MachineChecks, CircuitChecks, DistributionCh
 
     - equal constraints are equal, hash alike and share a circuit; different ones differ; ``repr`` evaluates back
       (set :attr:`namespace` to what it needs, or to None);
-    - a state machine gives the same verdict along every tree, and the right one;
-    - the circuit is smooth, decomposable and deterministic, has the right models and counts, is refused where nothing
-      is allowed or ``max_nodes`` is too small, and is the same when compiled again;
+    - a state machine gives the same, correct verdict along every tree;
+    - the circuit is smooth, decomposable and deterministic, has the right models and counts, and is the same when
+      compiled again; compiling fails if nothing is allowed or ``max_nodes`` is too small;
     - log-partition, marginals, their gradients, entropy, log-probabilities, the posterior of the count and the mode
       agree with enumeration at ordinary and extreme logits, with ties and with evidence;
-    - samples are allowed, are functions of logits row and key row, and follow the distribution;
-    - it composes with ``&``, ``|``, ``~`` and ``over``, or says what it would need to.
+    - samples are allowed, depend on nothing but logits row and key row, and follow the distribution;
+    - the constraint composes with ``&``, ``|``, ``~`` and ``over``, or the error says what that takes.
 
-    Every check can be overridden, like any method; failures name the case, what was expected and what was found.
+    Every check can be overridden, like any method. Failures name the case, what was expected and what was found.
     """

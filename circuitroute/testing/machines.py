@@ -1,4 +1,4 @@
-"""The constraint as a state machine: the same verdict along every tree."""
+"""The constraint as a state machine: the verdict must be the same along every tree."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ TREES: dict[str, Split] = {
 
 
 class MachineChecks(Suite):
-    """``leaf``, ``merge`` and ``accepts``, without any compiler."""
+    """``leaf``, ``merge`` and ``accepts``, without a compiler."""
 
     @check
     def test_machine_along_any_tree(self, any_case: Case) -> None:
-        """Merging the literals of every world, however bracketed, accepts it just if it is allowed.
+        """Merging the literals of a world, however bracketed, accepts it if and only if it is allowed.
 
-        Nothing to check for a type that leaves these methods to a compiler of its own.
+        Types that bring a compiler in place of these methods have nothing to check.
         """
         if not has_machine(any_case.constraint):
             return

@@ -1,4 +1,4 @@
-"""Samples: allowed, a pure function of logits row and key row, and of the right distribution.
+"""Samples: allowed, a pure function of logits row and key row, and correctly distributed.
 
 Legend: T rows of logits, N variables, W worlds, M samples, C cells of a test.
 """
@@ -14,21 +14,21 @@ from circuitroute.testing.suite import Suite, check, require
 from circuitroute.testing.truth import FloatArray, rows_of_logits, truth_of
 
 SAMPLES = 4000
-# With the seed fixed, a right sampler fails a given case with this probability once and for all, or never.
+# The seed is fixed: with this probability a correct sampler fails a given case always, else never.
 ERROR_RATE = 1e-6
 
 
 class SampleChecks(Suite):
-    """What ``circuit(logits).sample(key=...)`` gives."""
+    """What ``circuit(logits).sample(key=...)`` returns."""
 
     def sampled(self, case: Case) -> tuple[SubsetDistribution, torch.Tensor]:
-        """The distribution at the rows every check uses, and a key for each."""
+        """The distribution at the rows that every check uses, and a key for each."""
         logits = torch.from_numpy(rows_of_logits(case.allowed, case.n))
         return self.circuit(case)(logits, validate_args=True), random_key(0, torch.arange(len(logits)))
 
     @check
     def test_samples_are_allowed(self, case: Case) -> None:
-        """Every sample is an allowed world and follows the evidence."""
+        """Every sample is an allowed world that agrees with the evidence."""
         dist, keys = self.sampled(case)
         masks = dist.sample((50,), key=keys)
         require(bool(((masks == 0) | (masks == 1)).all()), f"{case}: expected samples of 0 and 1, got {masks.unique()}")
@@ -40,7 +40,7 @@ class SampleChecks(Suite):
 
     @check
     def test_samples_are_functions_of_row_and_key(self, case: Case) -> None:
-        """The same again, one row at a time, and in another order."""
+        """The same when drawn again, one row at a time, and in another order."""
         dist, keys = self.sampled(case)
         circuit, logits = self.circuit(case), dist.logits
         whole = dist.sample(key=keys)
@@ -56,7 +56,7 @@ class SampleChecks(Suite):
 
     @check
     def test_samples_follow_the_distribution(self, case: Case) -> None:
-        """A chi-square test over all worlds, at a fixed seed and an error rate of one in a million."""
+        """A chi-square test over all worlds, with a fixed seed and an error rate of one in a million."""
         logits = np.random.default_rng(2).normal(size=(1, case.n))
         expected = SAMPLES * np.exp(truth_of(case.allowed, logits).log_probs[0])
         keys = random_key(1, torch.arange(SAMPLES))
@@ -74,7 +74,7 @@ class SampleChecks(Suite):
 def chi_square(observed_W: FloatArray, expected_W: FloatArray) -> float:
     """The probability of frequencies at least as far from ``expected_W`` as ``observed_W`` (Pearson's test).
 
-    Zero if a world has occurred that cannot.
+    Zero if an impossible world has occurred.
     """
     if observed_W[expected_W == 0].any():
         return 0.0
@@ -87,7 +87,7 @@ def chi_square(observed_W: FloatArray, expected_W: FloatArray) -> float:
 
 
 def _pooled(observed_W: FloatArray, expected_W: FloatArray) -> list[tuple[float, float]]:
-    """(observed, expected) of cells that expect at least five samples each: worlds pooled, the rarest first."""
+    """(observed, expected) of cells with at least five expected samples: worlds pooled, the rarest first."""
     cells: list[tuple[float, float]] = []
     observed = expected = 0.0
     for w in np.argsort(expected_W):
@@ -96,4 +96,4 @@ def _pooled(observed_W: FloatArray, expected_W: FloatArray) -> list[tuple[float,
             cells.append((observed, expected))
             observed = expected = 0.0
     last = cells.pop()
-    return [*cells, (last[0] + observed, last[1] + expected)]  # with what was left over
+    return [*cells, (last[0] + observed, last[1] + expected)]  # with the remainder

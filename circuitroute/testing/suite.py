@@ -1,4 +1,4 @@
-"""How a contract finds its cases, compiles them and says what went wrong."""
+"""How a contract finds its cases, compiles them and reports failures."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from circuitroute import compile as compile_constraint
 from circuitroute.testing.case import Case
 
 S = TypeVar("S")
+E = TypeVar("E", bound=Exception)
 
 
 def require(condition: object, message: str) -> None:
@@ -26,7 +27,7 @@ def require(condition: object, message: str) -> None:
 
 
 def require_close(case: Case, what: str, got: Tensor, expected: npt.ArrayLike, tolerance: float) -> None:
-    """Rows [T, ...] that agree within ``tolerance`` x (1 + |expected|), infinities and all."""
+    """Require rows [T, ...] to agree within ``tolerance`` x (1 + |expected|); infinities must be equal."""
     __tracebackhide__ = True
     wanted = torch.as_tensor(expected, dtype=torch.float64)
     found = got.detach().double()
@@ -38,6 +39,18 @@ def require_close(case: Case, what: str, got: Tensor, expected: npt.ArrayLike, t
         raise AssertionError(f"{case}: {what}, row {t} of the logits: expected {wanted[t]}, got {found[t]}")
 
 
+def require_error(kind: type[E], call: Callable[[], object], what: str) -> E:
+    """The error of type ``kind`` that ``call`` raises; anything else is a failure."""
+    __tracebackhide__ = True
+    try:
+        found = call()
+    except kind as error:
+        return error
+    except Exception as error:
+        raise AssertionError(f"{what}: expected {kind.__name__}, got {type(error).__name__}: {error}") from error
+    raise AssertionError(f"{what}: expected {kind.__name__}, got {found!r}")
+
+
 def has_machine(constraint: Constraint) -> bool:
     """Whether the constraint's type defines the three methods of a state machine."""
     kind = type(constraint)
@@ -45,7 +58,7 @@ def has_machine(constraint: Constraint) -> bool:
 
 
 def check(method: Callable[[S, Case], None]) -> Callable[..., None]:
-    """A check of a suite: an exception that it does not expect becomes a failure that names the case."""
+    """Mark a check of a suite: unexpected exceptions become failures that name the case."""
 
     @functools.wraps(method)  # pytest reads the names of the arguments through it
     def checked(self: S, *positional: Case, **named: Case) -> None:
@@ -63,17 +76,17 @@ def check(method: Callable[[S, Case], None]) -> Callable[..., None]:
 class Suite:
     """Cases, and one test per check and case.
 
-    A method ``test_*(self, case)`` is run on every case that allows any subset, one that asks for ``any_case`` on all.
+    A method ``test_*(self, case)`` runs on every case that allows some subset; ``test_*(self, any_case)`` runs on all.
     """
 
     namespace: Mapping[str, Any] | None = MappingProxyType({})
-    """Names, besides those of circuitroute and the constraint's type, that its ``repr`` is evaluated with; None if the
-    ``repr`` is no expression."""
+    """Names that evaluating a ``repr`` needs, apart from those of circuitroute and the constraint's type; None if the
+    ``repr`` is not an expression."""
 
     def cases(self) -> Iterable[Case]:
-        """The constraints to check, with their meaning; a subclass gives them.
+        """The constraints to check, with their meaning; to be defined by the subclass.
 
-        Small, telling sizes: one variable, an odd number, one whose constraint allows nothing.
+        Choose small, revealing sizes: a single variable, an odd number, one at which nothing is allowed.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define cases(): yield Case(constraint, n, allows)")
 
@@ -81,8 +94,8 @@ class Suite:
         """The cases, checked.
 
         Raises:
-            TypeError: something that is no :class:`Case`.
-            ValueError: no case that allows any subset.
+            TypeError: an entry is not a :class:`Case`.
+            ValueError: every case allows nothing.
         """
         found = list(self.cases())
         for case in found:
@@ -93,17 +106,17 @@ class Suite:
         return found
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
-        """pytest's hook, found by name: hands every check its cases, by name."""
+        """pytest's hook, found by name: parametrizes every check with its cases."""
         wanted = {"case", "any_case"}.intersection(metafunc.fixturenames)
         for argument in wanted:
             cases = [case for case in self.gathered() if argument == "any_case" or case.allowed.any()]
             metafunc.parametrize(argument, cases, ids=list(map(str, cases)))
 
     def circuit(self, case: Case) -> Circuit:
-        """The case compiled, or a failure that says why not."""
+        """The compiled case; an error in compiling is a failure."""
         try:
             return compile_constraint(case.constraint, case.n)
-        except Exception as error:  # whatever it is, the case is at fault and has to be named
+        except Exception as error:
             raise AssertionError(
                 f"{case}: expected a circuit, but compiling raised {type(error).__name__}: {error}"
             ) from error

@@ -1,4 +1,4 @@
-"""The truth by enumeration, in NumPy's float64: shares nothing with the engines it judges.
+"""The truth by enumeration in NumPy's float64, which shares no code with the engines it judges.
 
 Legend: T rows of logits, N variables, W = 2^N worlds, C = N + 1 counts.
 
@@ -33,7 +33,7 @@ class Truth:
 
 
 def truth_of(allowed_W: BoolArray, logits_TN: FloatArray) -> Truth:
-    """Everything about rows of logits, each of which must leave some allowed world."""
+    """Everything about rows of logits, each of which must leave at least one allowed world."""
     worlds_WN = worlds(logits_TN.shape[1])
     scores_TW = np.where(allowed_W, _scores(logits_TN, worlds_WN), -np.inf)
     top_T = scores_TW.max(axis=1)
@@ -62,9 +62,9 @@ def _scores(logits_TN: FloatArray, worlds_WN: BoolArray) -> FloatArray:
 
 
 def rows_of_logits(allowed_W: BoolArray, n: int, seed: int = 0) -> FloatArray:
-    """[T, N] rows that are worth a check: all ties, ordinary and extreme scales, and evidence on top.
+    """[T, N] rows worth checking: ties, ordinary and extreme scales, and evidence.
 
-    Evidence is read off an allowed world, so that every row leaves one.
+    Evidence is taken from an allowed world, so that every row leaves one.
     """
     rng = np.random.default_rng(seed)
     plain = [np.zeros(n), *(rng.normal(size=n) * scale for scale in (1.0, 10.0, 100.0))]
@@ -82,6 +82,6 @@ def _with_evidence(rng: np.random.Generator, allowed_W: BoolArray, logits_N: Flo
 
 
 def contradicting_row(allowed_W: BoolArray, n: int) -> FloatArray | None:
-    """[N] infinite logits that leave exactly one world, which is not allowed; None if all are."""
+    """[N] infinite logits that leave exactly one world, which is not allowed; None if all worlds are allowed."""
     forbidden = np.flatnonzero(~allowed_W)
     return np.where(worlds(n)[forbidden[0]], np.inf, -np.inf) if len(forbidden) else None

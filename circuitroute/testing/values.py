@@ -1,4 +1,4 @@
-"""The constraint as a value: circuits are memoised on it, so equality and hash decide what is routed."""
+"""The constraint as a value: circuits are cached by it, so equality and hash decide which one routes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ValueChecks(Suite):
 
     @check
     def test_equal_constraints_hash_alike(self, any_case: Case) -> None:
-        """A copy equals the constraint and has its hash; something else does not equal it."""
+        """A copy is equal and has the same hash; an unrelated object is not equal."""
         constraint, again = any_case.constraint, copy.copy(any_case.constraint)
         try:
             same_hash = hash(again) == hash(constraint)
@@ -28,7 +28,7 @@ class ValueChecks(Suite):
 
     @check
     def test_different_constraints_are_not_equal(self, any_case: Case) -> None:
-        """Of two cases of one size that mean different things, neither may be served the other's circuit."""
+        """Cases of one size with different meanings must not share a circuit."""
         for other in self.gathered():
             if other.n != any_case.n or np.array_equal(other.allowed, any_case.allowed):
                 continue

@@ -1,1 +1,1 @@
-"""The demo behind `circuitroute demo`: three small MoE language models that differ in their router alone."""
+"""The demo behind `circuitroute demo`, and its studies: small MoE language models that differ in their router alone."""

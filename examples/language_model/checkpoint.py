@@ -1,8 +1,6 @@
-"""Checkpoints: tensors in safetensors, everything else in JSON, each written whole or not at all. Never
-pickle.
+"""Checkpoints: one safetensors file each, with the rest of the state as JSON in its metadata. Never pickle.
 
-The JSON file is the commit point. It names its tensor file and that file's SHA-256, so a stop between the two
-writes leaves the previous pair in force.
+Every file is written whole or not at all, so the last checkpoint stands whatever happens.
 """
 
 from __future__ import annotations
@@ -13,12 +11,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import safetensors.torch
 from torch import Tensor
 
 from .config import DemoError
-from .extras import optional
 
-FORMAT = 1
+FORMAT = 1  # of run.json and results.json
+CHECKPOINT_FORMAT = 2  # format 1, which is still read, kept its state in a JSON file beside the tensors
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -35,55 +35,86 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    write_bytes(path, (json.dumps(value, indent=1, allow_nan=True) + "\n").encode())
+    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of this format. Raises DemoError naming the file when it is damaged or of another
-    format."""
+    """A JSON object of this format. Raises DemoError naming the file when it is damaged or of another format."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise _damaged(path, str(error)) from None
-    if not isinstance(value, dict):
-        raise _damaged(path, "not a JSON object")
-    if value.get("format") != FORMAT:
-        raise DemoError(
-            f"{path} has format {value.get('format')!r}, this version reads format {FORMAT}: "
-            "start again without --resume",
-            "resume",
-        )
-    return value
-
-
-def save(directory: Path, name: str, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
-    """Writes `name`.json and the tensor file it names, then removes older tensor files of that name."""
-    serialised: bytes = optional("safetensors.torch").save({key: t.detach().cpu() for key, t in tensors.items()})
-    digest = hashlib.sha256(serialised).hexdigest()
-    tensor_file = directory / f"{name}-{digest[:12]}.safetensors"
-    directory.mkdir(parents=True, exist_ok=True)
-    write_bytes(tensor_file, serialised)
-    path = directory / f"{name}.json"
-    write_json(path, {"format": FORMAT, "tensors": tensor_file.name, "sha256": digest, **state})
-    for stale in directory.glob(f"{name}-*.safetensors"):
-        if stale != tensor_file:
-            stale.unlink()
-    return path
-
-
-def load_tensors(directory: Path, state: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors that a checkpoint's JSON names. Raises DemoError when they are missing or not what was
-    saved."""
-    path = directory / str(state.get("tensors"))
-    try:
-        serialised = path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
-        raise _damaged(path, error.strerror or str(error)) from None
-    if hashlib.sha256(serialised).hexdigest() != state.get("sha256"):
+        raise _damaged(path, str(error)) from None
+    return _parsed(path, data, FORMAT)
+
+
+def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Raises OSError where the disk refuses; an earlier checkpoint then stands."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"state": json.dumps({"format": CHECKPOINT_FORMAT, **state}), "sha256": _digest(tensors)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, safetensors.torch.save(tensors, metadata))
+
+
+def exists(path: Path) -> bool:
+    """Whether there is a checkpoint of this name, in either format."""
+    return path.exists() or path.with_suffix(".json").exists()
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """What was saved beside the tensors. Raises DemoError when the file is damaged or of another format."""
+    if not path.exists() and exists(path):
+        return read_json(path.with_suffix(".json"))
+    return _parsed(path, _metadata(path).get("state", ""), CHECKPOINT_FORMAT)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Raises DemoError when they are missing or not what was saved."""
+    if not path.exists() and exists(path):
+        return _tensors_of_format_1(path, load_state(path))
+    recorded = _metadata(path).get("sha256")
+    tensors: dict[str, Tensor] = safetensors.torch.load(path.read_bytes())
+    if _digest(tensors) != recorded:
         raise _damaged(path, "its checksum is not the recorded one")
-    tensors: dict[str, Tensor] = optional("safetensors.torch").load(serialised)
     return tensors
 
 
+def _tensors_of_format_1(path: Path, state: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors that the JSON file of a checkpoint names, with the SHA-256 of their file."""
+    place = path.with_name(Path(str(state.get("tensors"))).name)
+    try:
+        data = place.read_bytes()
+    except OSError as error:
+        raise _damaged(place, str(error)) from None
+    if hashlib.sha256(data).hexdigest() != state.get("sha256"):
+        raise _damaged(place, "its checksum is not the recorded one")
+    tensors: dict[str, Tensor] = safetensors.torch.load(data)
+    return tensors
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise _damaged(path, str(error)) from None
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    return hashlib.sha256(safetensors.torch.save(tensors)).hexdigest()
+
+
+def _parsed(path: Path, text: str | bytes, expected: int) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise _damaged(path, str(error)) from None
+    if not isinstance(value, dict):
+        raise _damaged(path, "not a JSON object")
+    if (found := value.get("format")) != expected:
+        remedy = "start again without --resume"
+        raise DemoError(f"{path} has format {found!r}, this version reads format {expected}: {remedy}", "resume")
+    return value
+
+
 def _damaged(path: Path, reason: str) -> DemoError:
-    return DemoError(f"checkpoint {path} is damaged or missing ({reason}): start again without --resume", "resume")
+    return DemoError(f"{path} is damaged or missing ({reason}): start again without --resume", "resume")

@@ -36,8 +36,8 @@ class Corpus:
     digest: str
 
     def batch(self, config: DemoConfig, step: int) -> Tensor:
-        """Training windows of one step, [B, S + 1] int64: a pure function of (text, seed, step), so resuming
-        needs no generator state."""
+        """Training windows of one step, [B, S + 1] int64: a pure function of (text, seed, step), so that resuming needs
+        no generator state."""
         generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed}/{step}".encode()))
         starts_B = torch.randint(self.train.numel() - config.seq_len, (config.batch_size,), generator=generator)
         return _windows(self.train, starts_B, config.seq_len)
@@ -50,16 +50,15 @@ class Corpus:
 
 
 def load_corpus(config: DemoConfig) -> Corpus:
-    """The user's text or the standard library. Raises DemoError (argument "text") when it is missing or too
-    small."""
+    """The user's text or the standard library. Raises DemoError (argument "text") when it is missing or too small."""
     corpus = _standard_library() if config.text is None else _from_file(Path(config.text))
     least = config.tokens_per_step + 1
-    if min(corpus.train.numel(), corpus.valid.numel()) < least:
+    train, valid = corpus.train.numel(), corpus.valid.numel()
+    if min(train, valid) < least:
         raise DemoError(
-            f"{corpus.source} is too small: {corpus.train.numel():,} bytes to train on and "
-            f"{corpus.valid.numel():,} held out, where each must fill a batch of "
-            f"{config.batch_size} x {config.seq_len} bytes ({least:,}): "
-            "a longer text, or a smaller --batch-size or --seq-len",
+            f"{corpus.source} is too small: {train:,} bytes to train on and {valid:,} held out, where each must fill "
+            f"a batch of {config.batch_size} x {config.seq_len} bytes ({least:,}): a longer text, or a smaller "
+            "--batch-size or --seq-len",
             "text",
         )
     return corpus
@@ -75,8 +74,7 @@ def _from_file(path: Path) -> Corpus:
 
 
 def _standard_library() -> Corpus:
-    """Held out by file, on a hash of its name: another Python version moves no other file across the
-    split."""
+    """Held out by file, on a hash of its name, so that other versions of Python split the files they share alike."""
     parts: dict[bool, list[bytes]] = {True: [], False: []}
     total = 0
     root = Path(sysconfig.get_paths()["stdlib"])

@@ -5,12 +5,10 @@ Shapes: B sequences, S positions, T = B S tokens, E experts, L layers, M all val
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,18 +17,7 @@ import circuitroute as cr
 
 from .config import DemoConfig
 from .model import LanguageModel, token_losses
-
-
-class Interrupted(Exception):  # noqa: N818  a request of the user's, not an error
-    """Raised where work can stop with nothing half done."""
-
-
-Stop = Callable[[], bool]
-
-
-def stop_if(stop: Stop) -> None:
-    if stop():
-        raise Interrupted
+from .process import Stop, stop_if
 
 
 @dataclass(frozen=True)
@@ -45,10 +32,7 @@ class Evaluation:
     utilization: list[list[float]]  # [L, E]: fraction of tokens that use the expert
     executed_counts: list[int]  # [E + 1]: tokens, over all layers, that execute so many experts
     executed_totals: list[int]  # [L E + 1]: tokens that execute so many experts in all layers together
-    soft_mass: list[float] | None  # [L]: mean soft mass per token; None where experts are executed or not
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+    soft_mass: list[float] | None  # [L]: mean soft mass per token; None for routers that choose subsets
 
 
 @torch.no_grad()
@@ -90,12 +74,11 @@ def _summary(step: int, bits: float, masks_ME: Sequence[Tensor], mass: list[floa
 
 
 def swap_correlation(model: LanguageModel, config: DemoConfig, tokens: Tensor, stop: Stop) -> float | None:
-    """How well the middle layer's router gradient foretells the loss when one chosen expert is swapped for
-    another.
+    """How well the gradient of the middle layer's router predicts the loss when a chosen expert is swapped for another.
 
-    Every other layer takes its mode, so the swap is all that differs. tokens: [B, S + 1] int64. Returns the
-    rank correlation, None where it is undefined: soft routers and budgets have no subset of this layer's to swap in
-    at the same probability model. Raises Interrupted between the model's runs.
+    Every other layer takes its mode, so the swap is all that differs. tokens: [B, S + 1] int64. Returns the rank
+    correlation, or None where it is undefined, as for soft routers and budgets, which have no circuit for this layer
+    alone. Raises Interrupted between runs of the model.
     """
     layer = config.layers // 2
     router = model.router(layer)

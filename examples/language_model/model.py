@@ -22,7 +22,7 @@ from .plans import KINDS, LayerRouter
 
 VOCABULARY = 256
 RECENT = 4  # bytes that the first layer sees at once: one says little, and attention learns this slowly
-# A budget's router of a layer starts where the layer's own router would: so the routers differ in what they do alone.
+# A budget router starts, in each layer, where that layer's own router would: so models differ in their routing alone.
 _BUDGET_ROUTER = re.compile(r"^plan\.budget\.routers\.(\d+)\.")
 Override = Callable[[Tensor], cr.Routing]
 Choose = Callable[[Tensor], cr.Routing]  # a layer's hidden states [B, S, H] -> its routing
@@ -87,12 +87,12 @@ class Expert(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Bytes [B, S] int64 -> next-byte logits [B, S, V] and the routing of every layer. Forward keeps no
-    state.
+    """Bytes [B, S] int64 -> next-byte logits [B, S, V] and the routing of every layer. Forward keeps no state.
 
     keys: one int64 [T] per layer, for a router that samples (in training mode).
     overrides: layer -> function from that layer's router logits [T, E] to the Routing to use instead, for layers
     with a router of their own.
+    calibrating: see `calibrate`.
     """
 
     def __init__(self, config: DemoConfig, router: str) -> None:
@@ -110,24 +110,6 @@ class LanguageModel(nn.Module):
         tokens_BS: Tensor,
         keys: Sequence[Tensor] | None = None,
         overrides: Mapping[int, Override] | None = None,
-    ) -> tuple[Tensor, list[cr.Routing]]:
-        return self._pass(tokens_BS, keys, overrides or {})
-
-    @torch.no_grad()
-    def calibrate(self, tokens_BS: Tensor) -> None:
-        """Sets, layer by layer, what the routers read off training text instead of learning it by gradient."""
-        if self.plan.soft:
-            self._pass(tokens_BS, None, {}, calibrating=True)
-
-    def router(self, layer: int) -> LayerRouter | None:
-        """The layer's own router; None where one router serves the whole model."""
-        return cast(LayerRouter | None, cast(Block, self.blocks[layer]).experts.router)
-
-    def _pass(
-        self,
-        tokens_BS: Tensor,
-        keys: Sequence[Tensor] | None,
-        overrides: Mapping[int, Override],
         calibrating: bool = False,
     ) -> tuple[Tensor, list[cr.Routing]]:
         hidden_BSH = self.embedding(tokens_BS)
@@ -139,7 +121,7 @@ class LanguageModel(nn.Module):
             nonlocal state
             layer = len(routings)
             router = self.router(layer)
-            if layer in overrides:
+            if overrides and layer in overrides:
                 assert router is not None
                 return overrides[layer](router.logits(normed_BSH.flatten(0, 1)))
             if calibrating:
@@ -153,6 +135,16 @@ class LanguageModel(nn.Module):
             routings.append(routing)
         return self.head(self.norm(hidden_BSH)), routings
 
+    @torch.no_grad()
+    def calibrate(self, tokens_BS: Tensor) -> None:
+        """Sets, layer by layer, what the routers read off training text instead of learning it by gradient."""
+        if self.plan.soft:
+            self(tokens_BS, calibrating=True)
+
+    def router(self, layer: int) -> LayerRouter | None:
+        """The layer's own router; None where one router serves the whole model."""
+        return cast(LayerRouter | None, cast(Block, self.blocks[layer]).experts.router)
+
 
 def _recent(hidden_BSH: Tensor) -> Tensor:
     """Each position beside those before it, [B, S, RECENT H], zeros before the first."""
@@ -162,8 +154,8 @@ def _recent(hidden_BSH: Tensor) -> Tensor:
 
 
 def build_model(config: DemoConfig, router: str) -> LanguageModel:
-    """A model whose weights depend on the seed and their own names alone: equal across routers where shapes
-    agree, with torch's global generator left as it was."""
+    """A model whose weights depend on the seed and their own names alone: equal across routers where shapes agree.
+    Leaves torch's global generator as it was."""
     with torch.random.fork_rng(devices=[]):
         model = LanguageModel(config, router)
     with torch.no_grad():

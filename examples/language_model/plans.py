@@ -16,17 +16,17 @@ import circuitroute as cr
 from .config import DemoConfig
 
 LayerRouter: TypeAlias = cr.Router | cr.SoftTopKRouter
-State: TypeAlias = Any  # a plan's own; handed from layer to layer, never kept by a module
+State: TypeAlias = Any  # the plan's own; passed from layer to layer, never kept by a module
 
 
 class Plan(nn.Module):
-    """How the layers of a model get their routings. This one: from a router of each layer's own.
+    """How the layers of a model get their routings; here, from each layer's own router.
 
-    A forward pass begins with `begin`, then calls `route` once per layer, in order, with the state that the call before
-    returned.
+    A forward pass starts with `begin`, then calls `route` once per layer, in order, with the state that the previous
+    call returned.
     """
 
-    soft = False  # whether the routers give soft mass and execute what lies above thresholds, which need calibration
+    soft = False  # whether routers spread soft mass and execute what exceeds a threshold, which needs calibration
 
     def begin(self, hidden_BSH: Tensor) -> State:
         """The state before the first layer."""
@@ -40,7 +40,7 @@ class Plan(nn.Module):
         return router(hidden_BSH, key=key_T), state
 
     def calibrate(self, router: LayerRouter | None, hidden_BSH: Tensor, layer: int, state: State) -> None:
-        """Sets what a layer does not learn by gradient but reads off training text: nothing here."""
+        """Sets what a layer reads off training text instead of learning it by gradient: nothing here."""
 
     def loss(self, routings: list[cr.Routing]) -> Tensor | None:
         """What the plan adds to the loss, if anything: a scalar."""
@@ -107,7 +107,7 @@ class BudgetPlan(Plan):
         return routing, state
 
     def loss(self, routings: list[cr.Routing]) -> Tensor | None:
-        """How badly the router foresees the layers to come."""
+        """How far off the router is about the layers to come."""
         return self.budget.estimation_loss(routings)
 
 

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 import torch
 
-from .config import DemoError
-from .evaluation import Stop
+from .config import require_at_least
+
+Stop = Callable[[], bool]
+
+
+class Interrupted(Exception):  # noqa: N818  the user's request, not an error
+    """Raised where work can stop with nothing half done."""
+
+
+def stop_if(stop: Stop) -> None:
+    if stop():
+        raise Interrupted
 
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """So many threads for torch's kernels. Raises DemoError below 1."""
-    if count < 1:
-        raise DemoError(f"must be at least 1, got {count}", "threads")
+    """Sets the number of threads for torch's kernels. Raises DemoError below 1."""
+    require_at_least(1, count, "threads")
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -29,9 +38,9 @@ def threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def interruptible() -> Iterator[Stop]:
-    """Gives a function that turns true with the first Ctrl-C, so that work stops where its state is whole. A
-    second Ctrl-C raises KeyboardInterrupt at once. Elsewhere than in the main thread, where Python delivers
-    no signals, nothing changes."""
+    """Yields a function that turns true with the first Ctrl-C, so that work stops where its state is whole. A second
+    Ctrl-C raises KeyboardInterrupt at once. Outside the main thread, where Python delivers no signals, nothing changes.
+    """
     asked = threading.Event()
 
     def on_interrupt(_signal: int, _frame: FrameType | None) -> None:
@@ -51,8 +60,8 @@ def interruptible() -> Iterator[Stop]:
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits until the end of the block. Processes started within never hear it, from their first moment on: they
-    inherit the mask. Nothing changes where there are no signal masks, as on Windows."""
+    """Ctrl-C waits until the end of the block. Processes started within inherit the mask, so they never receive it, not
+    even while they start. Nothing changes where there are no signal masks, as on Windows."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

@@ -1,4 +1,4 @@
-"""How training shows: a bar in a terminal, a line now and then elsewhere."""
+"""How training shows: bars in a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -6,78 +6,135 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .evaluation import Evaluation
-from .extras import optional
-from .training import Progress
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from .config import Run
+from .training import Event, Tell
+
+
+def make_console() -> Console:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 120)  # nothing is gained by folding a table in a file
+    return console
+
+
+@contextmanager
+def progress_on(console: Console, steps: int) -> Iterator[Tell]:
+    """The progress of a demo run, of so many steps per router, in the form that suits the console."""
+    if not console.is_terminal:
+        yield PlainProgress(console, steps)
+        return
+    with _bars(console, 8, "{task.fields[note]}  {task.fields[validation]}") as bars:
+        yield BarProgress(bars, steps)
+
+
+@contextmanager
+def study_progress_on(console: Console, runs: int, steps: int) -> Iterator[Tell]:
+    """The progress of a study of so many runs, in the form that suits the console."""
+    if not console.is_terminal:
+        yield PlainStudyProgress(console, runs)
+        return
+    with _bars(console, 28, "{task.fields[note]}") as bars:
+        yield BarStudyProgress(bars, runs, steps)
+
+
+def _bars(console: Console, name_width: int, note: str) -> Progress:
+    """No wider than 80 columns."""
+    name = TextColumn(f"{{task.description:{name_width}}}")
+    return Progress(
+        name, BarColumn(bar_width=10), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn(note), console=console
+    )
 
 
 class PlainProgress:
     """A line per validation: for log files and pipes."""
 
-    def __init__(self, console: Any) -> None:
-        self._console = console
-        self._router = ""
-        self._total = 0
-        self._rate = ""
+    def __init__(self, console: Console, steps: int) -> None:
+        self._console, self._steps = console, steps
+        self._latest = ""
 
-    def begin(self, router: str, done: int, total: int) -> None:
-        self._router, self._total = router, total
-        note = f"from step {done}" if done else f"{total} steps"
-        self._console.print(f"{router}: {note}", highlight=False)
-
-    def step(self, step: int, loss: float, tokens_per_second: float) -> None:
-        self._rate = f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s"
-
-    def validated(self, evaluation: Evaluation) -> None:
-        self._console.print(
-            f"{self._router}: step {evaluation.step}/{self._total}, {self._rate}, "
-            f"validation {evaluation.bits_per_byte:.3f} bits/byte",
-            highlight=False,
-        )
-
-    def measuring_swaps(self) -> None:
-        self._console.print(f"{self._router}: swap oracle", highlight=False)
-
-    def finished(self) -> None: ...
+    def __call__(self, event: Event) -> None:
+        match event.kind:
+            case "begin":
+                note = f"from step {event.step}" if event.step else f"{self._steps} steps"
+            case "step":
+                self._latest = f"loss {event.loss:.3f}, {event.speed:,.0f} tokens/s, "
+                return
+            case "validated":
+                note = f"step {event.step}/{self._steps}, {self._latest}validation {event.bits:.3f} bits/byte"
+            case "swaps":
+                note = "swap oracle"
+            case "finished":
+                return
+        self._console.out(f"{event.run.router}: {note}")
 
 
 class BarProgress:
-    """One bar per router, in a terminal; no wider than 80 columns."""
+    """One bar per router."""
 
-    def __init__(self, bars: Any) -> None:
-        self._bars = bars
-        self._task: Any = None
+    def __init__(self, bars: Progress, steps: int) -> None:
+        self._bars, self._steps = bars, steps
+        self._tasks: dict[str, TaskID] = {}
 
-    def begin(self, router: str, done: int, total: int) -> None:
-        self._task = self._bars.add_task(router, completed=done, total=total, note="", validation="")
+    def __call__(self, event: Event) -> None:
+        router = event.run.router
+        if event.kind == "begin":
+            self._tasks[router] = self._bars.add_task(router, total=self._steps, note="", validation="")
+        shown: dict[str, Any] = {}
+        match event.kind:
+            case "step":
+                shown["note"] = f"loss {event.loss:.3f}  {event.speed:,.0f} tokens/s"
+            case "validated":
+                shown["validation"] = f"valid {event.bits:.3f}"
+            case "swaps":
+                shown["note"] = "swap oracle"
+            case "finished":
+                shown["note"] = "done"
+        self._bars.update(self._tasks[router], completed=event.step, **shown)
 
-    def step(self, step: int, loss: float, tokens_per_second: float) -> None:
-        note = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s"
-        self._bars.update(self._task, completed=step, note=note)
 
-    def validated(self, evaluation: Evaluation) -> None:
-        self._bars.update(self._task, validation=f"valid {evaluation.bits_per_byte:.3f}")
+class PlainStudyProgress:
+    """A line per finished run: for log files and pipes."""
 
-    def measuring_swaps(self) -> None:
-        self._bars.update(self._task, note="swap oracle")
+    def __init__(self, console: Console, total: int) -> None:
+        self._console, self._total = console, total
+        self._finished = 0
 
-    def finished(self) -> None:
-        self._bars.update(self._task, note="done")
+    def __call__(self, event: Event) -> None:
+        if event.kind == "finished":
+            self._finished += 1
+            self._console.out(f"{self._finished}/{self._total}  {event.run}: {event.bits:.3f} bits/byte")
 
 
-@contextmanager
-def progress_on(console: Any) -> Iterator[Progress]:
-    """The progress of a demo run that suits a rich.console.Console."""
-    if not console.is_terminal:
-        yield PlainProgress(console)
-        return
-    rich = optional("rich.progress")
-    columns = (
-        rich.TextColumn("{task.description:8}"),
-        rich.BarColumn(bar_width=10),
-        rich.MofNCompleteColumn(),
-        rich.TimeRemainingColumn(),
-        rich.TextColumn("{task.fields[note]}  {task.fields[validation]}"),
-    )
-    with rich.Progress(*columns, console=console) as bars:
-        yield BarProgress(bars)
+class BarStudyProgress:
+    """One bar for the study, one for each run under way."""
+
+    def __init__(self, bars: Progress, runs: int, steps: int) -> None:
+        self._bars, self._steps = bars, steps
+        self._all = bars.add_task("all runs", total=runs * steps, note="")
+        self._done: dict[Run, int] = {}
+        self._tasks: dict[Run, TaskID] = {}
+        self._ended: set[Run] = set()
+
+    def __call__(self, event: Event) -> None:
+        run = event.run
+        if run in self._ended:  # workers' events may come late
+            return
+        self._done[run] = event.step
+        self._bars.update(self._all, completed=sum(self._done.values()))
+        if event.kind == "finished":
+            self._end(event)
+            return
+        if run not in self._tasks:
+            self._tasks[run] = self._bars.add_task(str(run), total=self._steps, note="")
+        note: dict[str, Any] = {} if event.bits is None else {"note": f"valid {event.bits:.3f}"}
+        self._bars.update(self._tasks[run], completed=event.step, **note)
+
+    def _end(self, event: Event) -> None:
+        self._ended.add(event.run)
+        if event.run in self._tasks:
+            self._bars.remove_task(self._tasks.pop(event.run))
+        self._bars.console.out(f"{event.run}: {event.bits:.3f} bits/byte")
+        self._bars.update(self._all, note=f"{len(self._ended)} finished")

@@ -1,5 +1,4 @@
-"""The end of a run, or what there is of it: a table, figures and results.json, all made from the
-checkpoints."""
+"""The end of a run, or what there is of it: a table, figures and results.json, all made from the checkpoints."""
 
 from __future__ import annotations
 
@@ -10,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
 
 import circuitroute as cr
 from circuitroute import plots
 
 from .checkpoint import FORMAT, write_json
+from .command import EXTRAS
 from .corpus import Corpus
-from .extras import REQUIRED, optional
-from .trainee import Record, Setting, record_of, saved_state
+from .trainee import Record, Setting, saved_record
 
 RESULTS = "results.json"
 FIGURES = ("validation_curves.png", "utilization.png", "executed_experts.png")
@@ -33,16 +35,59 @@ COLUMNS = (
 )
 
 
-def read_records(setting: Setting) -> list[Record]:
-    """What the checkpoints hold, in the configuration's order: a router that has none is left out."""
-    states = [saved_state(setting, router) for router in setting.config.routers]
-    return [record_of(state) for state in states if state is not None]
+def write_report(setting: Setting, out: Path, command: str, console: Console) -> None:
+    """Prints the table and writes figures and results.json below `out`, for all that has been measured so far. A router
+    without a checkpoint is left out."""
+    found = [saved_record(setting, router) for router in setting.config.routers]
+    records = [record for record in found if record is not None]
+    rows = [row_of(record, setting) for record in records]
+    results = {
+        "complete": len(records) == len(found) and all(record.finished for record in records),
+        "config": setting.config.to_json(),
+        "rows": rows,
+        "runs": [record.to_json() for record in records],
+        **circumstances(setting.device, setting.corpus, command),
+    }
+    figures = draw_figures([record for record in records if record.evaluations], out)
+    publish(out, results, figures, table_of(rows, setting.config.steps), console)
 
 
-def row_of(record: Record, tokens_per_step: int) -> dict[str, Any]:
+def publish(out: Path, results: dict[str, Any], figures: Sequence[Path], table: Table, console: Console) -> None:
+    """Writes results.json and prints the table, where it has rows, and which files there are."""
+    write_json(out / RESULTS, {"format": FORMAT, **results, "figures": [path.name for path in figures]})
+    if table.rows:
+        console.print(table)
+    for path in (*figures, out / RESULTS):
+        console.out(f"  {path}")
+
+
+def circumstances(device: torch.device, corpus: Corpus, command: str) -> dict[str, Any]:
+    """How and where the results came about."""
+    text = {
+        "source": corpus.source,
+        "sha256": corpus.digest,
+        "training_bytes": corpus.train.numel(),
+        "held_out_bytes": corpus.valid.numel(),
+    }
+    versions = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "circuitroute": cr.__version__,
+        "torch": torch.__version__,
+        **{name: metadata.version(name) for name in EXTRAS},
+    }
+    return {
+        "command": command,
+        "versions": versions,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "text": text,
+    }
+
+
+def row_of(record: Record, setting: Setting) -> dict[str, Any]:
     """One router's line of the table; None where nothing has been measured."""
-    last = record.evaluations[-1] if record.evaluations else None
-    tokens = record.step * tokens_per_step
+    last = record.last
     return {
         "router": record.router,
         "steps": record.step,
@@ -52,32 +97,24 @@ def row_of(record: Record, tokens_per_step: int) -> dict[str, Any]:
         "load_entropy": last and last.load_entropy,
         "max_violation": last and last.max_violation,
         "swap_oracle_correlation": record.swap_correlation,
-        "tokens_per_second": tokens / record.training_seconds if record.training_seconds else None,
+        "tokens_per_second": record.tokens_per_second(setting.config),
         "seconds": record.seconds,
     }
 
 
-def write_report(setting: Setting, out: Path, command: str, console: Any) -> None:
-    """Prints the table and writes figures and results.json below `out`, for all that has been measured so
-    far."""
-    records = read_records(setting)
-    rows = [row_of(record, setting.config.tokens_per_step) for record in records]
-    figures = draw_figures([record for record in records if record.evaluations], out)
-    write_json(out / RESULTS, _results(setting, command, records, rows, figures))
-    if rows:
-        console.print(table_of(rows, setting.config.steps))
-    for path in (*figures, out / RESULTS):
-        console.print(f"  {path}", highlight=False, markup=False, soft_wrap=True)
+def new_table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
+    """An empty table: columns of text, then columns of numbers."""
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in texts:
+        table.add_column(heading, no_wrap=True)
+    for heading in numbers:
+        table.add_column(heading, justify="right")
+    return table
 
 
-def table_of(rows: Sequence[dict[str, Any]], steps: int) -> Any:
-    """A rich.table.Table; a router that was stopped early says after how many steps."""
-    table = optional("rich.table").Table(
-        title="Validation, by router", box=optional("rich.box").SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    table.add_column("router")
-    for heading, _, _ in COLUMNS:
-        table.add_column(heading, justify="right", no_wrap=True)
+def table_of(rows: Sequence[dict[str, Any]], steps: int) -> Table:
+    """A router that was stopped early says after how many steps."""
+    table = new_table("Validation, by router", ["router"], [heading for heading, _, _ in COLUMNS])
     for row in rows:
         name = row["router"] if row["steps"] == steps else f"{row['router']} (step {row['steps']}/{steps})"
         cells = ["-" if row[key] is None else format(row[key], form) for _, key, form in COLUMNS]
@@ -96,45 +133,3 @@ def draw_figures(records: Sequence[Record], out: Path) -> list[Path]:
         plots.utilization_heatmaps({r.router: r.evaluations[-1].utilization for r in records}, utilization_png),
         plots.executed_histogram({r.router: r.evaluations[-1].executed_counts for r in records}, executed_png),
     ]
-
-
-def _results(
-    setting: Setting,
-    command: str,
-    records: Sequence[Record],
-    rows: list[dict[str, Any]],
-    figures: Sequence[Path],
-) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "complete": len(records) == len(setting.config.routers) and all(r.finished for r in records),
-        "command": command,
-        "versions": versions(),
-        "device": str(setting.device),
-        "threads": torch.get_num_threads(),
-        "config": setting.config.to_json(),
-        "text": text_of(setting.corpus),
-        "rows": rows,
-        "figures": [path.name for path in figures],
-        "runs": [record.to_json() for record in records],
-    }
-
-
-def text_of(corpus: Corpus) -> dict[str, Any]:
-    """Which text it was."""
-    return {
-        "source": corpus.source,
-        "sha256": corpus.digest,
-        "training_bytes": corpus.train.numel(),
-        "held_out_bytes": corpus.valid.numel(),
-    }
-
-
-def versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "circuitroute": cr.__version__,
-        "torch": torch.__version__,
-        **{name: metadata.version(name) for name in REQUIRED},
-    }

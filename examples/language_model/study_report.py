@@ -1,22 +1,29 @@
-"""The end of a study, or what there is of it: a table, figures and results.json, all made from the checkpoints."""
+"""The end of a study, or what there is of it: a table, figures and results.json, all made from the checkpoints.
+
+All routers of a study execute k experts per token and layer, or are held near it: see
+docs/study-budgets.md.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
-import torch
+from rich.console import Console
+from rich.table import Table
 
 from circuitroute import plots
 
-from .checkpoint import FORMAT, write_json
-from .extras import optional
-from .report import RESULTS, text_of, versions
-from .study import REFERENCE, Study, row_of, summarise
+from .config import DemoConfig, Run
+from .report import circumstances, new_table, publish
+from .study import Study
+from .trainee import Record
 
 STUDY_FIGURES = ("pareto.png", "experts_per_layer.png", "budget_use.png")
+REFERENCE = "top-k"  # what differences are taken to, run by run of the same seed
 COLUMNS = (
     # heading, key of the summary, format
     ("bits/byte", "bits_per_byte", ".3f"),
@@ -26,47 +33,120 @@ COLUMNS = (
 )
 
 
-def write_study_report(study: Study, out: Path, command: str, processes: int, console: Any) -> None:
+def write_study_report(study: Study, out: Path, command: str, processes: int, console: Console) -> None:
     """Prints the table and writes figures and results.json below `out`, for all runs that have ended so far."""
     runs = [(run, study.record(run)) for run in study.config.runs()]
     known = [(run, record) for run, record in runs if record is not None]
     rows = [row_of(run, record, study.config.config(run.k, run.seed)) for run, record in known]
     summary = summarise(rows)
-    figures = draw_study(summary, out)
     results = {
-        "format": FORMAT,
         "study": "budgets",
         "complete": len(known) == len(runs) and all(record.finished for _, record in known),
-        "command": command,
-        "versions": versions(),
-        "device": str(study.device),
-        "threads": torch.get_num_threads(),
         "processes": processes,
         "config": study.config.to_json(),
-        "text": text_of(study.corpus),
         "summary": summary,
         "rows": rows,
-        "figures": [path.name for path in figures],
+        **circumstances(study.device, study.corpus, command),
     }
-    write_json(out / RESULTS, results)
-    if summary:
-        console.print(table_of(summary, study.config.seeds))
-    for path in (*figures, out / RESULTS):
-        console.print(f"  {path}", highlight=False, markup=False, soft_wrap=True)
+    publish(out, results, draw_study(summary, out), table_of(summary, study.config.seeds), console)
 
 
-def table_of(summary: Sequence[dict[str, Any]], seeds: int) -> Any:
-    """A rich.table.Table of mean ± standard deviation over the seeds."""
-    table = optional("rich.table").Table(
-        title=f"Validation by budget and router, mean ± standard deviation over {seeds} seed{'s' * (seeds > 1)}",
-        box=optional("rich.box").SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    for heading in ("k", "router"):
-        table.add_column(heading)
+# NUMBERS
+
+
+def row_of(run: Run, record: Record, config: DemoConfig) -> dict[str, Any]:
+    """One run as a flat row; None where nothing has been measured. Totals are a token's, over all layers."""
+    last = record.last
+    row: dict[str, Any] = {**run._asdict(), "steps": record.step, "finished": record.finished}
+    row["seconds"] = record.seconds
+    row["tokens_per_second"] = record.tokens_per_second(config)
+    row["bits_per_byte"] = last and last.bits_per_byte
+    row["executed_per_layer"] = last and [math.fsum(layer) for layer in last.utilization]
+    row["soft_mass_per_layer"] = last and last.soft_mass
+    row["soft_mass"] = fmean(last.soft_mass) if last and last.soft_mass else None
+    row["load_entropy"] = last and last.load_entropy
+    row["max_violation"] = last and last.max_violation
+    row["budget"] = config.layers * config.k
+    row["totals"] = last and last.executed_totals
+    row |= _of_totals(last.executed_totals, row["budget"], config.layers) if last else dict.fromkeys(_OF_TOTALS)
+    return row
+
+
+_OF_TOTALS = ("executed", "total_mean", "total_spread", "total_max", "over_budget", "over_budget_share")
+
+
+def _of_totals(histogram: Sequence[int], budget: int, layers: int) -> dict[str, Any]:
+    """Read off the tokens that execute 0, 1, ... experts: the mean per layer, and the total's mean, standard deviation
+    over tokens, largest value, and the tokens above the budget."""
+    tokens = sum(histogram)
+    mean = sum(total * count for total, count in enumerate(histogram)) / tokens
+    variance = sum((total - mean) ** 2 * count for total, count in enumerate(histogram)) / tokens
+    over = sum(histogram[budget + 1 :])
+    largest = max(total for total, count in enumerate(histogram) if count)
+    return dict(zip(_OF_TOTALS, (mean / layers, mean, math.sqrt(variance), largest, over, over / tokens), strict=True))
+
+
+SUMMARISED = (
+    "bits_per_byte",
+    "difference",
+    "executed",
+    "soft_mass",
+    "total_spread",
+    "over_budget_share",
+    "load_entropy",
+    "max_violation",
+    "tokens_per_second",
+)
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per budget and router, in the order they first appear: means and spreads over the finished runs.
+
+    A spread is the sample standard deviation, None for a single seed. `difference` is in bits per byte, to top-k with
+    the same budget and seed; so `difference_spread` leaves out what the seeds have in common.
+    """
+    finished = [row for row in rows if row["finished"]]
+    reference = {(row["k"], row["seed"]): row["bits_per_byte"] for row in finished if row["router"] == REFERENCE}
+    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for row in finished:
+        base = reference.get((row["k"], row["seed"]))
+        difference = None if base is None else row["bits_per_byte"] - base
+        groups.setdefault((row["k"], row["router"]), []).append({**row, "difference": difference})
+    # Interrupted studies have groups of any sizes; budgets stay together.
+    budgets = list(dict.fromkeys(k for k, _ in groups))
+    return [_summary(k, router, groups[k, router]) for b in budgets for k, router in groups if k == b]
+
+
+def _summary(k: int, router: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    summary: dict[str, Any] = {"router": router, "k": k, "budget": rows[0]["budget"], "seeds": len(rows)}
+    for name in SUMMARISED:
+        summary[name], summary[f"{name}_spread"] = _mean_and_spread([row[name] for row in rows])
+    for name in ("executed_per_layer", "soft_mass_per_layer"):
+        layers = [row[name] for row in rows if row[name] is not None]
+        found = [_mean_and_spread(values) for values in zip(*layers, strict=True)]
+        summary[name] = [mean for mean, _ in found] or None
+        summary[f"{name}_spread"] = [spread for _, spread in found] or None
+    summary["over_budget"] = sum(row["over_budget"] for row in rows)
+    summary["total_max"] = max(row["total_max"] for row in rows)
+    summary["totals"] = [sum(counts) for counts in zip(*(row["totals"] for row in rows), strict=True)]
+    return summary
+
+
+def _mean_and_spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    known = [value for value in values if value is not None]
+    if not known:
+        return None, None
+    return fmean(known), stdev(known) if len(known) > 1 else None
+
+
+# TABLE AND FIGURES
+
+
+def table_of(summary: Sequence[dict[str, Any]], seeds: int) -> Table:
+    """Mean ± standard deviation over the seeds."""
+    title = f"Validation by budget and router, mean ± standard deviation over {seeds} seed{'s' * (seeds > 1)}"
     last = ("spread of a\ntoken's total", "tokens\nover budget", "tokens/\nsecond")
-    for heading in (*(heading for heading, _, _ in COLUMNS), *last):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = new_table(title, ("k", "router"), (*(heading for heading, _, _ in COLUMNS), *last))
     k = None
     for row in summary:
         if k not in (None, row["k"]):
@@ -88,40 +168,34 @@ def _with_spread(row: dict[str, Any], key: str, form: str) -> str:
 
 
 def draw_study(summary: Sequence[dict[str, Any]], out: Path, suffix: str = ".png") -> list[Path]:
-    """The three figures of a summary with a row at least."""
+    """The three figures, as far as the summary goes; also as ".svg", as the documentation shows them."""
     if not summary:
         return []
-    paths = [(out / name).with_suffix(suffix) for name in STUDY_FIGURES]
+    pareto, per_layer, use = ((out / name).with_suffix(suffix) for name in STUDY_FIGURES)
+    budgets = {row["k"]: row["budget"] for row in summary}
     routers = list(dict.fromkeys(row["router"] for row in summary))
-    budgets = list(dict.fromkeys(row["k"] for row in summary))
     of = {(row["k"], row["router"]): row for row in summary}
     keys = ("executed", "bits_per_byte", "executed_spread", "bits_per_byte_spread")
-    rows_of = {router: [row for row in summary if row["router"] == router] for router in routers}
-    fronts = {router: [[_number(row[key]) for row in rows] for key in keys] for router, rows in rows_of.items()}
+    rows = {router: [of[k, router] for k in budgets if (k, router) in of] for router in routers}
+    fronts = {router: [[_number(row[key]) for row in found] for key in keys] for router, found in rows.items()}
+    layer_keys = ("executed_per_layer", "executed_per_layer_spread")
     layers = {
-        f"k = {k}": {
-            router: [list(map(_number, of[k, router][f"executed_per_layer{which}"])) for which in ("", "_spread")]
-            for router in routers
-            if (k, router) in of
-        }
+        f"k = {k}": {r["router"]: [list(map(_number, r[key])) for key in layer_keys] for r in summary if r["k"] == k}
         for k in budgets
     }
     # A study that was stopped early may lack some routers for a budget: panels must agree.
-    everywhere = [router for router in routers if all((k, router) in of for k in budgets)]
+    everywhere = [router for router in routers if len(rows[router]) == len(budgets)]
     uses = {
-        f"k = {k}: {of[k, everywhere[0]]['budget']} experts per token": (
-            of[k, everywhere[0]]["budget"],
-            {router: of[k, router]["totals"] for router in everywhere},
-        )
-        for k in budgets
-        if everywhere
+        f"k = {k}: {budget} experts per token": (budget, {router: of[k, router]["totals"] for router in everywhere})
+        for k, budget in budgets.items()
     }
-    plots.pareto(fronts, paths[0], ylabel="held-out bits per byte")
-    plots.experts_per_layer(layers, paths[1], title="Experts per layer")
-    if not uses:
-        return paths[:2]
-    plots.budget_use(uses, paths[2], title="Use of the budget, fraction of tokens")
-    return paths
+    drawn = [
+        plots.pareto(fronts, pareto, ylabel="held-out bits per byte"),
+        plots.experts_per_layer(layers, per_layer, title="Experts per layer"),
+    ]
+    if everywhere:
+        drawn.append(plots.budget_use(uses, use, title="Use of the budget, fraction of tokens"))
+    return drawn
 
 
 def _number(value: float | None) -> float:

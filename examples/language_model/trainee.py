@@ -1,8 +1,8 @@
-"""A model in training and the checkpoint it can be taken up from, exactly."""
+"""A model in training, and the checkpoint from which it resumes exactly."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from .config import DemoConfig, DemoError
+from .config import DemoConfig, DemoError, Run, require
 from .corpus import Corpus
 from .evaluation import Evaluation
 from .model import LanguageModel, build_model, is_matrix
@@ -20,7 +20,7 @@ BETAS = (0.9, 0.95)
 
 @dataclass
 class Record:
-    """All that is known about one router's run but its tensors: what a checkpoint's JSON holds."""
+    """All that is known about one router's run but its tensors: what a checkpoint holds as JSON."""
 
     router: str
     step: int = 0
@@ -32,13 +32,22 @@ class Record:
     seconds: float = 0.0  # with validation and the swap oracle
 
     def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "evaluations": [evaluation.to_json() for evaluation in self.evaluations]}
+        return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Record:
         """The inverse of to_json. Raises TypeError or KeyError on values that it did not write."""
         evaluations = [Evaluation(**evaluation) for evaluation in values["evaluations"]]
         return cls(**{**values, "evaluations": evaluations})
+
+    @property
+    def last(self) -> Evaluation | None:
+        """The latest evaluation."""
+        return self.evaluations[-1] if self.evaluations else None
+
+    def tokens_per_second(self, config: DemoConfig) -> float | None:
+        """The speed of training."""
+        return self.step * config.tokens_per_step / self.training_seconds if self.training_seconds else None
 
 
 @dataclass(frozen=True)
@@ -52,82 +61,84 @@ class Setting:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree with to be taken up."""
+        """What a checkpoint must agree with for a run to resume from it."""
         return {"config": self.config.to_json(), "text": self.corpus.digest}
+
+    def checkpoint(self, router: str) -> Path:
+        return self.checkpoints / f"{router}.safetensors"
 
 
 @dataclass
 class Trainee:
-    """A model, its optimizer and its record, which change together: a checkpoint is only written between
-    steps."""
+    """A model, its optimizer and its record, which change together: a checkpoint is written between steps only."""
 
     setting: Setting
     model: LanguageModel
     optimizer: torch.optim.Optimizer
     record: Record
 
+    @property
+    def run(self) -> Run:
+        return Run(self.record.router, self.setting.config.k, self.setting.config.seed)
+
     def save(self) -> None:
-        """Raises DemoError where the disk refuses."""
+        """Raises OSError where the disk refuses."""
         tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         for name, weight in self.model.named_parameters():
             state = self.optimizer.state.get(weight, {})  # empty for an expert that no token has used yet
             tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
         state = {**self.setting.identity, "record": self.record.to_json()}
-        checkpoint.save(self.setting.checkpoints, self.record.router, tensors, state)
+        checkpoint.save(self.setting.checkpoint(self.record.router), tensors, state)
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Takes up a checkpoint. Raises DemoError when it is damaged or holds another model's tensors."""
-        tensors = checkpoint.load_tensors(self.setting.checkpoints, state)
-        weights, values = dict(self.model.named_parameters()), self.model.state_dict()
-        if {f"model.{name}" for name in values} != {name for name in tensors if name.startswith("model.")}:
-            raise DemoError("the checkpoint holds another model's tensors: start again without --resume", "resume")
+    def restore(self, record: Record) -> None:
+        """Resumes from the checkpoint of this record. Raises DemoError when it is damaged or another model's."""
+        tensors = checkpoint.load_tensors(self.setting.checkpoint(self.record.router))
+        values = self.model.state_dict()
+        same = {f"model.{name}" for name in values} == {name for name in tensors if name.startswith("model.")}
+        require(same, "the checkpoint holds another model's tensors: start again without --resume", "resume")
         with torch.no_grad():
-            for name, value in values.items():  # with the thresholds of soft routers, which are no parameters
+            for name, value in values.items():  # the thresholds of soft routers too, which are not parameters
                 value.copy_(tensors[f"model.{name}"])
-        self.optimizer.load_state_dict(_optimizer_state(self.optimizer, weights, tensors))
-        self.record = record_of(state)
+        self.optimizer.load_state_dict(_optimizer_state(self.optimizer, tensors))
+        self.record = record
 
 
 def start(setting: Setting, router: str, resume: bool) -> Trainee:
     """A trainee at step 0, or where its checkpoint left it."""
     model = build_model(setting.config, router).to(setting.device)
-    matrices: list[Tensor] = []
-    tables: list[Tensor] = []
-    others: list[Tensor] = []
-    for name, weight in model.named_parameters():
-        if is_matrix(name, weight):
-            matrices.append(weight)
-        else:
-            (tables if name.startswith("plan.") else others).append(weight)
-    groups = [
-        {"params": matrices, "weight_decay": setting.config.weight_decay, "scale": 1.0},
-        {"params": others, "weight_decay": 0.0, "scale": 1.0},
-    ]
-    if tables:
-        groups.append({"params": tables, "weight_decay": 0.0, "scale": setting.config.table_rate})
-    fused = setting.device.type in ("cpu", "cuda")  # one kernel instead of a dozen per tensor
-    trainee = Trainee(setting, model, torch.optim.AdamW(groups, betas=BETAS, fused=fused), Record(router))
-    state = saved_state(setting, router) if resume else None
-    if state is not None:
-        trainee.restore(state)
+    trainee = Trainee(setting, model, _optimizer(model, setting), Record(router))
+    record = saved_record(setting, router) if resume else None
+    if record is not None:
+        trainee.restore(record)
     return trainee
 
 
-def saved_state(setting: Setting, router: str) -> dict[str, Any] | None:
-    """A router's checkpoint without its tensors, None where there is none yet. Raises DemoError when it is
-    damaged or belongs to a run with another configuration or text."""
-    path = setting.checkpoints / f"{router}.json"
-    if not path.exists():
+def _optimizer(model: LanguageModel, setting: Setting) -> torch.optim.Optimizer:
+    """AdamW: weight decay for matrices alone, and a rate of their own for the tables of a plan."""
+    named = list(model.named_parameters())
+    matrices = [(name, weight) for name, weight in named if is_matrix(name, weight)]
+    rest = [(name, weight) for name, weight in named if not is_matrix(name, weight)]
+    tables = [(name, weight) for name, weight in rest if name.startswith("plan.")]
+    others = [(name, weight) for name, weight in rest if not name.startswith("plan.")]
+    groups = [
+        {"params": matrices, "weight_decay": setting.config.weight_decay, "scale": 1.0},
+        {"params": others, "weight_decay": 0.0, "scale": 1.0},
+        {"params": tables, "weight_decay": 0.0, "scale": setting.config.table_rate},
+    ]
+    fused = setting.device.type in ("cpu", "cuda")  # one kernel instead of a dozen per tensor
+    return torch.optim.AdamW([group for group in groups if group["params"]], betas=BETAS, fused=fused)
+
+
+def saved_record(setting: Setting, router: str) -> Record | None:
+    """The record in a router's checkpoint, None where there is none yet. Raises DemoError when it is damaged, of
+    another format, or from a run with another configuration or text."""
+    path = setting.checkpoint(router)
+    if not checkpoint.exists(path):
         return None
-    state = checkpoint.read_json(path)
+    state = checkpoint.load_state(path)
     for part, wanted in setting.identity.items():
-        if state.get(part) != wanted:
-            raise DemoError(f"{path} was written with another {part}: start again without --resume", "resume")
-    return state
-
-
-def record_of(state: dict[str, Any]) -> Record:
-    """Raises DemoError when a checkpoint's record is not one."""
+        same = state.get(part) == wanted
+        require(same, f"{path} was written with another {part}: start again without --resume", "resume")
     try:
         return Record.from_json(state["record"])
     except (KeyError, TypeError) as error:
@@ -136,17 +147,13 @@ def record_of(state: dict[str, Any]) -> Record:
         ) from None
 
 
-def _optimizer_state(
-    optimizer: torch.optim.Optimizer, weights: dict[str, torch.nn.Parameter], tensors: dict[str, Tensor]
-) -> dict[str, Any]:
-    """The optimizer's state_dict with the checkpoint's tensors in it, keyed by parameter number as torch
-    does."""
-    names = {weight: name for name, weight in weights.items()}
-    ordered = [names[weight] for group in optimizer.param_groups for weight in group["params"]]
+def _optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The optimizer's state_dict with the checkpoint's tensors in it, keyed by parameter number as in torch."""
+    groups = optimizer.state_dict()["param_groups"]
     state: dict[int, dict[str, Tensor]] = {}
-    for number, name in enumerate(ordered):
+    for number, name in ((n, name) for g in groups for n, name in zip(g["params"], g["param_names"], strict=True)):
         prefix = f"optimizer.{name}."
         found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if found:
             state[number] = found
-    return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    return {"state": state, "param_groups": groups}

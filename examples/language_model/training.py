@@ -7,75 +7,89 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 import circuitroute as cr
 
-from .config import DemoConfig
-from .evaluation import Evaluation, Interrupted, Stop, evaluate, stop_if, swap_correlation
+from .config import DemoConfig, Run
+from .evaluation import evaluate, swap_correlation
 from .model import token_losses
 from .plans import KINDS
-from .trainee import Trainee
+from .process import Interrupted, Stop, stop_if
+from .trainee import Record, Trainee
 
 WARMUP = 0.05  # of all steps
 FINAL_RATE = 0.1  # of the learning rate
 CLIP = 1.0
 
-
-class Progress(Protocol):
-    """Told how training goes."""
-
-    def begin(self, router: str, done: int, total: int) -> None: ...
-    def step(self, step: int, loss: float, tokens_per_second: float) -> None: ...
-    def validated(self, evaluation: Evaluation) -> None: ...
-    def measuring_swaps(self) -> None: ...
-    def finished(self) -> None: ...
+Kind: TypeAlias = Literal["begin", "step", "validated", "swaps", "finished"]
 
 
-def train(trainee: Trainee, progress: Progress, stop: Stop) -> None:
+class Event(NamedTuple):
+    """Where a run stands."""
+
+    run: Run
+    kind: Kind
+    step: int
+    loss: float | None = None  # of a step, nats per byte
+    speed: float | None = None  # of a step, tokens per second
+    bits: float | None = None  # per held-out byte: of a validation, and at the end
+
+
+Tell: TypeAlias = Callable[[Event], Any]
+
+
+def train(trainee: Trainee, tell: Tell, stop: Stop) -> Event:
     """Trains to the end, validating on the way, then measures the swap oracle; a checkpoint after each.
 
-    Raises Interrupted, with a checkpoint written, soon after `stop()` turns true. After any other exception
-    the last checkpoint stands.
+    Returns the event of the end, for the caller to pass on: a worker process has its own way of reporting that.
+    Raises Interrupted, with a checkpoint written, soon after `stop()` turns true. After any other exception the last
+    checkpoint stands.
     """
     record, setting = trainee.record, trainee.setting
-    progress.begin(record.router, record.step, setting.config.steps)
+    tell(Event(trainee.run, "begin", record.step))
     batches = [tokens_BS.to(setting.device) for tokens_BS in setting.corpus.validation(setting.config)]
     try:
         while _validation_due(trainee) or record.step < setting.config.steps:
-            _advance(trainee, batches, progress, stop)
+            _advance(trainee, batches, tell, stop)
         if not record.finished:
-            progress.measuring_swaps()
+            tell(Event(trainee.run, "swaps", record.step))
             with _clock(trainee):
                 record.swap_correlation = swap_correlation(trainee.model, setting.config, batches[0], stop)
             record.finished = True
             trainee.save()
-        progress.finished()
+        return ended(trainee.run, record)
     except Interrupted:
         trainee.save()
         raise
 
 
+def ended(run: Run, record: Record) -> Event:
+    """The last event of a finished run."""
+    return Event(run, "finished", record.step, bits=record.evaluations[-1].bits_per_byte)
+
+
 def _validation_due(trainee: Trainee) -> bool:
     record, config = trainee.record, trainee.setting.config
-    done = record.evaluations[-1].step if record.evaluations else 0
+    done = record.last.step if record.last else 0
     return done < record.step and (record.step % config.validation_every == 0 or record.step == config.steps)
 
 
-def _advance(trainee: Trainee, batches: Sequence[Tensor], progress: Progress, stop: Stop) -> None:
+def _advance(trainee: Trainee, batches: Sequence[Tensor], tell: Tell, stop: Stop) -> None:
     """A validation where one is due, otherwise a step: each leaves a state to stop in and resume from."""
     record = trainee.record
     if _validation_due(trainee):
         with _clock(trainee):
             calibrate(trainee)
-            record.evaluations.append(evaluate(trainee.model, batches, record.step, stop))
+            found = evaluate(trainee.model, batches, record.step, stop)
+            record.evaluations.append(found)
         trainee.save()
-        progress.validated(record.evaluations[-1])
+        tell(Event(trainee.run, "validated", record.step, bits=found.bits_per_byte))
         return
     stop_if(stop)
     began = time.perf_counter()
@@ -83,7 +97,8 @@ def _advance(trainee: Trainee, batches: Sequence[Tensor], progress: Progress, st
         record.losses.append(training_step(trainee))
         record.step += 1
     record.training_seconds += (took := time.perf_counter() - began)
-    progress.step(record.step, record.losses[-1], trainee.setting.config.tokens_per_step / took)
+    speed = trainee.setting.config.tokens_per_step / took
+    tell(Event(trainee.run, "step", record.step, loss=record.losses[-1], speed=speed))
 
 
 @contextmanager
@@ -96,8 +111,8 @@ def _clock(trainee: Trainee) -> Iterator[None]:
 
 
 def training_step(trainee: Trainee) -> float:
-    """One update; returns the language-model loss before it, in nats per byte. Batch, learning rate and the
-    routers' randomness depend on the seed and the step's number alone."""
+    """One update; returns the language-model loss before it, in nats per byte. Batch, learning rate and the routers'
+    randomness depend on the seed and the step's number alone."""
     config, step = trainee.setting.config, trainee.record.step
     tokens = trainee.setting.corpus.batch(config, step).to(trainee.setting.device)
     if step % config.calibrate_every == 0:
@@ -129,8 +144,8 @@ def calibrate(trainee: Trainee) -> None:
 
 
 def auxiliary_loss(routings: Sequence[cr.Routing], config: DemoConfig, router: str) -> Tensor:
-    """Balanced load, small logits and, where the router chooses how many experts, k of them on average: a
-    scalar, the mean over layers."""
+    """For balanced load, small logits and, where the router chooses how many experts, k of them on average: a scalar,
+    the mean over layers."""
     kind = KINDS[router]
     terms = []
     for routing in routings:
@@ -146,7 +161,7 @@ def inference_count(routing: cr.Routing) -> Tensor:
     """Mean experts per token that inference would execute, with the gradient of the expected count: a scalar.
 
     More experts always fit the text better, so without a price a range router drifts to its upper bound. The price
-    is on the mode because that is what runs in the end; while a router is unsure, the mode is smaller than the
+    is on the mode because that is what runs at inference; while a router is unsure, the mode is smaller than the
     expected count.
     """
     expected = cr.losses.expected_count(routing)

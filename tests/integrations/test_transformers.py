@@ -666,8 +666,8 @@ def test_a_plain_load_has_stock_routers(tmp_path: Path) -> None:
     again = adapter.load(tmp_path, dtype=torch.float64)
     assert again.dtype == torch.float64
     assert adapter.get_handle(again).layers == (1,)
-    plan = router_of(again, 1).circuitroute_plan
-    assert (plan.combine, plan.estimator, plan.session.seed) == ("marginal", "score", 5)
+    options = router_of(again, 1).circuitroute_plan.session.options
+    assert (options.combine, options.estimator, options.seed) == ("marginal", "score", 5)
 
 
 @pytest.mark.parametrize(
@@ -795,8 +795,8 @@ def test_patching_twice_is_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"constraint": 2}, TypeError, "constraint for layer 0 is 2: expected a circuitroute Constraint, got int"),
-        ({"constraint": "Exactly(2)"}, TypeError, "got str"),
+        ({"constraint": 2}, TypeError, "constraint=2: int is not a constraint"),
+        ({"constraint": "Exactly(2)"}, TypeError, "str is not a constraint"),
         ({"constraint": [cr.Exactly(1)]}, ValueError, "constraint has 1 entries, but the model has 2"),
         ({"constraint": {5: cr.Exactly(1)}}, ValueError, r"constraint names layers \[5\].*those are \[0, 1\]"),
         ({"constraint": {}}, ValueError, "name at least one"),

@@ -259,7 +259,7 @@ def test_a_budget_that_was_not_saved_is_missed(tmp_path: Path) -> None:
     handle.unpatch()
     model.config.circuitroute = settings
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="the parameters of the budget, circuitroute_budget"):
+    with pytest.raises(ValueError, match="lack the parameters of the budget, circuitroute_budget"):
         adapter.load(tmp_path)
 
 

@@ -84,7 +84,7 @@ class Scenario:
             ids = tokens(BATCH, LENGTH, seed=STEPS)[first : first + mine]
             found["evaluation"] = self.mean(model(ids, labels=ids).loss)
         plan = model.model.layers[0].mlp.gate.circuitroute_plan
-        found["padding"] = choose_padding(plan.experts, plan.padding, plan.family)
+        found["padding"] = choose_padding(plan.experts, plan.session.options.padding, plan.family)
         return found
 
     def mean(self, loss: Tensor) -> float:

@@ -1,13 +1,12 @@
-"""What a dynamic number of experts costs: unused slots, and how each implementation of the experts takes them.
+"""The cost of a dynamic number of experts: unused slots, and how each experts implementation handles them.
 
 A router returns K slots per token. Those that a token does not use have weight 0 and hold
 
-- ``"distinct"``: real experts that were not chosen. Right everywhere, and computed in vain.
+- ``"distinct"``: other experts, which were not chosen. Correct everywhere; their outputs are computed for nothing.
 - ``"sentinel"``: the index E. The eager loop over experts skips it; ``batched_mm`` fails on it, and ``grouped_mm``
-  returns gradients that are wrong, without a word.
-- ``"ragged"``: the index E, for an experts implementation registered here, ``"circuitroute"``, that drops these slots
-  and hands the remaining pairs of token and expert to the implementation that was in force before, each as a token of
-  its own with one expert. Nothing is computed for them.
+  silently returns wrong gradients.
+- ``"ragged"``: the index E, for an experts implementation registered here, ``"circuitroute"``. It drops these slots and
+  passes the remaining pairs of token and expert to the previous implementation, each as a token with one expert.
 
 Legend: T tokens, K slots, S used slots, H hidden size, E experts.
 """
@@ -15,7 +14,7 @@ Legend: T tokens, K slots, S used slots, H hidden size, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -29,20 +28,13 @@ Padding: TypeAlias = Literal["auto", "distinct", "sentinel", "ragged"]
 Experts: TypeAlias = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 EAGER = "eager"
-# The implementations whose arithmetic takes any list of pairs, by the name of their ragged form.
+# The implementations that can run on any list of pairs, by the name of their ragged form.
 RAGGED = {"circuitroute": "grouped_mm", "circuitroute:batched_mm": "batched_mm", "circuitroute:eager": EAGER}
 RAGGED_FORM = {inner: name for name, inner in RAGGED.items()}
 
 
-def as_padding(padding: Padding) -> Padding:
-    """``padding``, or a ValueError that lists the known ones."""
-    if padding not in get_args(Padding):
-        raise ValueError(f"padding={padding!r}: choose one of {', '.join(map(repr, get_args(Padding)))}")
-    return padding
-
-
 def register() -> None:
-    """Make the ragged implementations known to transformers; again is no harm."""
+    """Register the ragged implementations with transformers, once."""
     interface = transformers("transformers.integrations.moe").ALL_EXPERTS_FUNCTIONS
     for name, inner in RAGGED.items():
         if name not in interface:
@@ -50,13 +42,13 @@ def register() -> None:
 
 
 def implementation_of(experts: nn.Module) -> str:
-    """The name of the implementation that runs these experts; experts that cannot choose one run their own loop."""
+    """The name of the implementation that runs these experts; "eager" if they cannot switch."""
     name = getattr(getattr(experts, "config", None), "_experts_implementation", None)
     return EAGER if name is None or not _dispatches(experts) else str(name)
 
 
 def is_parallel(experts: nn.Module) -> bool:
-    """Whether other processes hold some of the experts."""
+    """Whether other processes hold part of the experts."""
     return bool(getattr(experts, "_is_expert_parallel", False))
 
 
@@ -65,10 +57,10 @@ def _dispatches(experts: nn.Module) -> bool:
 
 
 def ragged_form(experts: nn.Module, padding: Padding, family: Family) -> str | None:
-    """The implementation to switch to for ``padding``, None to leave it as it is.
+    """The implementation to switch to for ``padding``; None to keep the current one.
 
     Raises:
-        ValueError: the experts cannot do what ``padding`` asks for; with what they can.
+        ValueError: ``padding`` is ``"ragged"``, and the experts do not support it.
     """
     name = implementation_of(experts)
     if name in RAGGED or padding in ("distinct", "sentinel") or (padding == "auto" and _skips(experts, family)):
@@ -76,23 +68,21 @@ def ragged_form(experts: nn.Module, padding: Padding, family: Family) -> str | N
     possible = _dispatches(experts) and not is_parallel(experts)
     form = RAGGED_FORM.get(name) if possible else None
     if padding == "ragged" and form is None:
-        raise _refusal(experts, padding, "it takes " + ", ".join(map(repr, RAGGED_FORM)) + " in one process")
+        raise _refusal(experts, padding, "it requires " + ", ".join(map(repr, RAGGED_FORM)) + " in one process")
     return form
 
 
 def _skips(experts: nn.Module, family: Family) -> bool:
-    """Whether the index E costs nothing as it is."""
+    """Whether the experts skip the index E without being switched."""
     return implementation_of(experts) == EAGER and family.skips_sentinel and not is_parallel(experts)
 
 
 def choose_padding(experts: nn.Module, padding: Padding, family: Family) -> Padding:
-    """What to put into unused slots for the implementation that is in force now: no ``"auto"`` any more.
+    """What to put into unused slots under the current implementation: ``padding`` with ``"auto"`` resolved.
 
     Raises:
-        ValueError: what was asked for would be wrong, or has become so since the model was patched.
+        ValueError: ``padding`` would be wrong, perhaps only since the model was patched.
     """
-    if padding == "distinct":
-        return padding
     ragged = implementation_of(experts) in RAGGED and not is_parallel(experts)
     skips = _skips(experts, family)
     if padding == "auto":
@@ -100,7 +90,7 @@ def choose_padding(experts: nn.Module, padding: Padding, family: Family) -> Padd
     if padding == "ragged" and not ragged:
         raise _refusal(experts, padding, f"it needs the implementation that patch() set, one of {', '.join(RAGGED)}")
     if padding == "sentinel" and not (skips or ragged):
-        raise _refusal(experts, padding, "only the eager loop skips the index E, and not that of GPT-OSS")
+        raise _refusal(experts, padding, "only the eager loop skips the index E, except that of GPT-OSS")
     return padding
 
 
@@ -113,14 +103,14 @@ def _refusal(experts: nn.Module, padding: str, why: str) -> ValueError:
 
 
 def leave_ragged(experts: Any) -> None:
-    """Back from a ragged implementation to the one that it stands on."""
+    """Switch back from a ragged implementation to the one below it."""
     name = implementation_of(experts)
     if name in RAGGED:
         experts.config._experts_implementation = RAGGED[name]
 
 
 class _Ragged:
-    """An experts implementation without the unused slots, on top of another one."""
+    """An experts implementation that drops unused slots, on top of another implementation."""
 
     def __init__(self, inner: str, interface: Any) -> None:
         self.inner = inner
@@ -128,22 +118,19 @@ class _Ragged:
 
     def __call__(self, experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """[T, H] from hidden [T, H], index [T, K] in 0..E and weights [T, K]."""
-        run: Experts = self._function(experts)
+        loop = type(experts).forward.__wrapped__
+        run: Experts = loop if self.inner == EAGER else self.interface.get_interface(self.inner, loop)
         used = index < experts.num_experts
-        if is_compiling():  # the number of pairs depends on values: unused slots run along, with weight 0
+        if is_compiling():  # the number of pairs depends on values, so unused slots are computed, with weight 0
             last = index.clamp(max=experts.num_experts - 1)
             return run(experts, hidden, last, weights.masked_fill(~used, 0.0))
         if bool(used.all()):
             return run(experts, hidden, index, weights)
         slot = used.reshape(-1).nonzero().squeeze(-1)
         token = slot // index.shape[-1]
-        # index_select, whose gradient adds up rows at once; that of indexing goes element by element.
+        # The gradient of index_select adds whole rows; that of indexing adds element by element.
         rows = hidden.index_select(0, token)
         output = run(experts, rows, index.reshape(-1, 1)[slot], weights.reshape(-1, 1).index_select(0, slot))
-        # The implementations add up in float32 too.
+        # The other implementations accumulate in float32 too.
         total = hidden.new_zeros(hidden.shape, dtype=torch.promote_types(torch.float32, output.dtype))
         return total.index_add(0, token, output.to(total.dtype)).to(hidden.dtype)
-
-    def _function(self, experts: Any) -> Any:
-        loop = type(experts).forward.__wrapped__
-        return loop if self.inner == EAGER else self.interface.get_interface(self.inner, loop)

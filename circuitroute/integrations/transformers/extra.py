@@ -1,4 +1,4 @@
-"""The optional library itself, imported when needed."""
+"""The optional library itself, imported when it is needed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 import re
 from typing import Any
 
-# What routers return, and in which order, is internal to transformers and has changed: nothing older is supported.
+# What routers return is internal to transformers and has changed: older versions are not supported.
 OLDEST = (5, 23)
 
 
@@ -14,7 +14,7 @@ def transformers(module: str = "transformers") -> Any:
     """The module of that name.
 
     Raises:
-        ImportError: transformers is not installed, or too old; with the remedy.
+        ImportError: transformers is not installed, or too old.
     """
     remedy = "pip install 'circuitroute[transformers]'"
     try:

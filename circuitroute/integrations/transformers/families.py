@@ -1,16 +1,18 @@
-"""The routers of transformers' models: how each makes logits, chooses and weighs.
+"""The routers of transformers' models: how each computes logits, chooses and weighs.
 
-A family says what a router class does in its own ``forward``, in the parts that circuitroute exchanges one of:
-logits -> choice -> weights. Everything is read from the module itself, which keeps its parameters.
+A family splits the ``forward`` of a router class into logits -> choice -> weights, of which circuitroute replaces the
+choice. Everything is read from the module itself, which keeps its parameters.
 
 Legend: T tokens, H hidden size, E experts.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +42,7 @@ def _wide(router: Any, hidden: Tensor) -> Tensor:
 
 
 def _always_wide(router: Any, hidden: Tensor) -> Tensor:
-    """float32 under autocast too."""
+    """In float32, under autocast too."""
     with torch.autocast(hidden.device.type, enabled=False):
         return _wide(router, hidden)
 
@@ -57,31 +59,19 @@ def _top_k(router: Any) -> Constraint:
     return Exactly(router.top_k)
 
 
-def _logits_dtype(hidden: Tensor, logits: Tensor) -> torch.dtype:
-    return logits.dtype
-
-
-def _hidden_dtype(hidden: Tensor, logits: Tensor) -> torch.dtype:
-    return hidden.dtype
-
-
-def _float32(hidden: Tensor, logits: Tensor) -> torch.dtype:
-    return torch.float32
-
-
 @dataclass(frozen=True)
 class Family:
-    """Router classes that work alike.
+    """Router classes that work the same way.
 
     Attributes:
-        name: what the models are called.
+        name: of the models.
         routers: class names.
         logits: (router, hidden [..., H]) -> [T, E], bit for bit those of the class.
-        choice: (router, logits) -> [T, E], what its choice goes by: the logits, or with a bias that only chooses.
         combine: router -> its rule for weights, by name or as a function.
+        choice: (router, logits) -> [T, E], the scores it chooses by: the logits, or shifted by a bias for the choice.
         constraint: router -> the subsets it chooses from.
-        dtype: (hidden, logits) -> the dtype of the weights it returns.
-        skips_sentinel: whether the eager loop over experts passes over the index E.
+        dtype_of: what determines the dtype of the weights it returns.
+        skips_sentinel: whether the eager loop over experts skips the index E.
     """
 
     name: str
@@ -90,8 +80,12 @@ class Family:
     combine: Callable[[Any], Combine | Weigh]
     choice: Callable[[Any, Tensor], Tensor] = _unshifted
     constraint: Callable[[Any], Constraint] = _top_k
-    dtype: Callable[[Tensor, Tensor], torch.dtype] = _logits_dtype
+    dtype_of: Literal["logits", "hidden", "float32"] = "logits"
     skips_sentinel: bool = True
+
+    def dtype(self, hidden: Tensor, logits: Tensor) -> torch.dtype:
+        """Of the weights."""
+        return {"logits": logits.dtype, "hidden": hidden.dtype, "float32": torch.float32}[self.dtype_of]
 
 
 # ---------------------------------------------------------------------------------------------- softmax
@@ -106,27 +100,27 @@ def _normalized_combine(router: Any) -> Combine:
 
 
 def _softmax(name: str, *routers: str) -> Family:
-    """Softmax over all experts, divided by the sum of the chosen if the configuration says so."""
+    """Softmax over all experts, divided by the sum over the chosen ones if so configured."""
     return Family(name, routers, _plain, _softmax_combine)
 
 
 def _normalized(name: str, *routers: str) -> Family:
-    """Softmax over all experts, always divided by the sum of the chosen; weights stay in float32."""
-    return Family(name, routers, _plain, _normalized_combine, dtype=_float32)
+    """Softmax over all experts, always divided by the sum over the chosen ones; weights remain in float32."""
+    return Family(name, routers, _plain, _normalized_combine, dtype_of="float32")
 
 
 # ---------------------------------------------------------------------------------------------- sigmoid and groups
 
 
 def _grouped_constraint(router: Any) -> Constraint:
-    """At most ``topk_group`` of the groups, and ``top_k`` experts in all."""
+    """``top_k`` experts, in at most ``topk_group`` groups."""
     if router.topk_group >= router.num_group:
         return Exactly(router.top_k)
     return ActiveGroups(Groups(router.num_group), at_most=router.topk_group) & Exactly(router.top_k)
 
 
 def _sigmoid_combine(router: Any) -> Weigh:
-    return sigmoid_weigh(bool(router.norm_topk_prob), float(router.routed_scaling_factor))
+    return partial(sigmoid_weigh, normalized=bool(router.norm_topk_prob), scale=float(router.routed_scaling_factor))
 
 
 def _sigmoid_choice(router: Any, logits: Tensor) -> Tensor:
@@ -134,15 +128,15 @@ def _sigmoid_choice(router: Any, logits: Tensor) -> Tensor:
 
 
 def _sigmoid(name: str, *routers: str) -> Family:
-    """DeepSeek-V3's: sigmoid scores, a bias that only chooses, groups, a scaling factor."""
-    return Family(name, routers, _wide, _sigmoid_combine, _sigmoid_choice, _grouped_constraint, _float32)
+    """DeepSeek-V3's: sigmoid scores, a bias for the choice only, groups, a scaling factor."""
+    return Family(name, routers, _wide, _sigmoid_combine, _sigmoid_choice, _grouped_constraint, "float32")
 
 
 # ---------------------------------------------------------------------------------------------- the others
 
 
 def _ernie_combine(router: Any) -> Weigh:
-    return clamped_weigh(float(router.norm_min))
+    return partial(clamped_weigh, least=float(router.norm_min))
 
 
 def _ernie_choice(router: Any, logits: Tensor) -> Tensor:
@@ -150,7 +144,7 @@ def _ernie_choice(router: Any, logits: Tensor) -> Tensor:
 
 
 def _phimoe_combine(router: Any) -> Weigh:
-    return successive_weigh(float(router.router_jitter_noise))
+    return partial(successive_weigh, jitter=float(router.router_jitter_noise))
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -165,20 +159,20 @@ FAMILIES: tuple[Family, ...] = (
     _sigmoid("GLM4-MoE", "Glm4MoeTopkRouter"),
     # The softmax over the chosen logits is the normalised softmax.
     Family("GPT-OSS", ("GptOssTopKRouter",), _plain, _normalized_combine, skips_sentinel=False),
-    Family("Granite-MoE", ("GraniteMoeTopKRouter",), _plain_then_wide, _normalized_combine, dtype=_hidden_dtype),
+    Family("Granite-MoE", ("GraniteMoeTopKRouter",), _plain_then_wide, _normalized_combine, dtype_of="hidden"),
     Family("Phi-MoE", ("PhimoeTopKRouter",), _plain, _phimoe_combine),
-    Family("ERNIE 4.5", ("Ernie4_5_MoeTopKRouter",), _always_wide, _ernie_combine, _ernie_choice, dtype=_hidden_dtype),
+    Family("ERNIE 4.5", ("Ernie4_5_MoeTopKRouter",), _always_wide, _ernie_combine, _ernie_choice, dtype_of="hidden"),
 )
 _BY_ROUTER = {router: family for family in FAMILIES for router in family.routers}
 
 
 def supported() -> dict[str, tuple[str, ...]]:
-    """The models that :func:`patch` takes, by name: the classes of their routers."""
+    """The router classes of the models that :func:`patch` takes, by name of the model family."""
     return {family.name: family.routers for family in FAMILIES}
 
 
 def find_family(router: nn.Module) -> Family | None:
-    """The family of a router; None for anything else, also for a subclass that routes in a way of its own."""
+    """The family of a router; None for any other module, and for a subclass that overrides ``forward``."""
     kind: Any = type(router)
     for cls in kind.__mro__:
         family = _BY_ROUTER.get(cls.__name__)
@@ -189,34 +183,49 @@ def find_family(router: nn.Module) -> Family | None:
 
 @dataclass(frozen=True)
 class Found:
-    """A router in a model.
+    """A mixture-of-experts layer of a model.
 
     Attributes:
-        name: of the module that holds router and experts.
-        routers: usually one; a second where a training library has wrapped it and keeps the first.
+        number: of the layer in the model.
+        routers: usually one; two if a training library has wrapped a copy and keeps the original.
         experts: the module that computes them.
     """
 
-    name: str
+    number: int
     routers: tuple[nn.Module, ...]
     experts: nn.Module
     family: Family
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return int(self.routers[0].num_experts)  # type: ignore[arg-type]
+
+    @property
+    def own_constraint(self) -> Constraint:
+        """The subsets that the stock router chooses from."""
+        return self.family.constraint(self.routers[0])
 
 
 def find_layers(model: nn.Module) -> list[Found]:
     """The mixture-of-experts layers of a model, in order.
 
     Raises:
-        TypeError: a layer routes in a way that is not supported; names the class, and those that are.
+        TypeError: a layer routes in a way that is not supported; the message names its class, and those that are.
         ValueError: there is no such layer.
     """
-    layers = [found for name, block in model.named_modules() for found in _found(name, block)]
-    if not layers:
+    found = [(name, parts) for name, block in model.named_modules() for parts in _parts(name, block)]
+    if not found:
         raise ValueError(f"model={type(model).__name__} has no mixture-of-experts layer with a router. {_known()}")
-    return layers
+    matches = [re.search(r"(?:^|\.)(\d+)(?=\.|$)", name) for name, _ in found]
+    numbers = [int(match[1]) for match in matches if match is not None]
+    if len(set(numbers)) < len(found):  # some names have no number, or the same
+        numbers = list(range(len(found)))
+    return [Found(number, *parts) for number, (_, parts) in zip(numbers, found, strict=True)]
 
 
-def _found(name: str, block: nn.Module) -> Iterator[Found]:
+def _parts(name: str, block: nn.Module) -> Iterator[tuple[tuple[nn.Module, ...], nn.Module, Family]]:
+    """Routers, experts and family of a mixture-of-experts block; nothing for other modules."""
     for attribute in ROUTER_NAMES:
         router = getattr(block, attribute, None)
         if not isinstance(router, nn.Module):
@@ -224,7 +233,7 @@ def _found(name: str, block: nn.Module) -> Iterator[Found]:
         inner = {module: family for module in router.modules() if (family := find_family(module)) is not None}
         experts = getattr(block, "experts", None)
         if inner and isinstance(experts, nn.Module):
-            yield Found(name, tuple(inner), _innermost(experts), next(iter(inner.values())))
+            yield tuple(inner), _innermost(experts), next(iter(inner.values()))
         elif isinstance(experts, nn.Module) or _looks_like_a_router(router):
             raise TypeError(
                 f"{name}.{attribute} is a {type(router).__name__}, which routes in a way that is not supported. "
@@ -233,13 +242,13 @@ def _found(name: str, block: nn.Module) -> Iterator[Found]:
 
 
 def _looks_like_a_router(module: nn.Module) -> bool:
-    """By what transformers calls them; gates of attention are linear maps or called otherwise."""
+    """Judged by the names in transformers; gates of attention are linear maps, or named differently."""
     kind = type(module)
     return kind.__module__.startswith(MODELING) and kind.__name__.endswith(("Router", "TopKGating"))
 
 
 def _innermost(experts: nn.Module) -> nn.Module:
-    """The experts themselves, where a training library has wrapped them."""
+    """The experts themselves, if a training library has wrapped them."""
     while isinstance(inner := getattr(experts, "base_layer", None), nn.Module):
         experts = inner
     return experts
@@ -247,4 +256,4 @@ def _innermost(experts: nn.Module) -> nn.Module:
 
 def _known() -> str:
     classes = ", ".join(router for family in FAMILIES for router in family.routers)
-    return f"Supported are {classes}; for others use circuitroute.route, or ask for them."
+    return f"Supported are {classes}; for others use circuitroute.route, or request support."

@@ -1,4 +1,4 @@
-"""The handle of a patched model: its sampling keys, its decisions, its auxiliary loss, and the way back.
+"""The handle of a patched model: its sampling keys, its decisions, its auxiliary loss, and unpatching.
 
 Legend: T tokens, E experts.
 """
@@ -15,23 +15,18 @@ from circuitroute._validate import as_int
 from circuitroute.integrations.transformers.experts import leave_ragged
 from circuitroute.integrations.transformers.extra import transformers
 from circuitroute.integrations.transformers.routers import CircuitRouting, Session, restore_class
+from circuitroute.integrations.transformers.settings import SETTINGS
 from circuitroute.integrations.transformers.walk import forget_turns
 from circuitroute.layers.budget import Budget
 from circuitroute.routing import losses
-from circuitroute.routing.decision import Routing
+from circuitroute.routing.decision import Routing, SoftRouting
 
-SETTINGS = "circuitroute"
-# The name by which a model has its budget, and the start of the names of its parameters.
+# The name of the budget in its model, with which the names of its parameters begin.
 BUDGET = "circuitroute_budget"
 
 
 class Handle:
-    """What :func:`patch` gives.
-
-    Attributes:
-        model: the patched model.
-        layers: the numbers of its routed layers, in order.
-    """
+    """What :func:`patch` returns; ``model`` is the patched model."""
 
     def __init__(self, model: nn.Module, session: Session) -> None:
         self.model = model
@@ -45,25 +40,23 @@ class Handle:
 
     @property
     def budget(self) -> Budget | None:
-        """The budget over the layers, ``model.circuitroute_budget``; None without one."""
+        """The budget over the layers, ``model.circuitroute_budget``, or None."""
         return None if self._session.walk is None else self._session.walk.budget
 
-    # ------------------------------------------------------------------ sampling
-
     def set_step(self, step: int | Tensor, token_offset: int | Tensor = 0) -> None:
-        """Say which step of training this is: with a seed, token i draws with ``cr.random_key(seed, step, layer, i)``.
+        """Set the training step: with a seed, token i draws with ``cr.random_key(seed, step, layer, i)``.
 
-        Nothing counts by itself, so that layers which run again under activation checkpointing draw the same. Call it
+        There is no automatic counter, so that layers recomputed under activation checkpointing draw the same. Call this
         before every forward pass in training (:meth:`trainer_callback` does).
 
         Args:
-            step: at first 0.
-            token_offset: added to the position of a token in the batch. Give data-parallel processes, and the parts
-                of a batch that accumulate gradients, ranges of their own; give processes that share tokens (tensor
-                and expert parallelism) the same.
+            step: initially 0.
+            token_offset: added to the position of a token in the batch. Data-parallel processes, and the parts of a
+                batch that accumulate gradients, need separate ranges; processes that share tokens (tensor and expert
+                parallelism) need the same.
 
         Raises:
-            TypeError: neither integers nor integer tensors.
+            TypeError: an argument is neither an integer nor an integer tensor.
         """
         self._session.step = _as_counter("step", step)
         self._session.token_offset = _as_counter("token_offset", token_offset)
@@ -72,26 +65,23 @@ class Handle:
         """A ``TrainerCallback`` that sets the step, with an offset for every process and accumulated batch."""
         return _step_setter(self)
 
-    # ------------------------------------------------------------------ decisions
-
     @property
     def routings(self) -> tuple[Routing, ...]:
         """The decisions of the last forward pass, one per routed layer; empty before the first.
 
-        They are part of the pass's graph, which lives as long as they do: until the next forward pass,
-        :meth:`release`, or ``handle.recording = False``. Layers that run again in a backward pass (activation
-        checkpointing) leave the record alone. Under reentrant checkpointing the forward pass itself has no graph, and
-        neither have these.
+        They hold on to the graph of that pass until the next forward pass, :meth:`release`, or
+        ``handle.recording = False``. Layers recomputed in a backward pass (activation checkpointing) are not recorded.
+        Under reentrant checkpointing neither the forward pass nor its decisions have a graph.
         """
         return tuple(self._session.records[position] for position in sorted(self._session.records))
 
     def release(self) -> None:
-        """Forget the decisions of the last forward pass, and let go of its graph."""
+        """Drop the decisions of the last forward pass, and with them its graph."""
         self._session.records.clear()
 
     @property
     def recording(self) -> bool:
-        """Whether forward passes leave their decisions behind; True at first. Setting it to False releases them."""
+        """Whether forward passes record their decisions; initially True. Setting it to False releases them."""
         return self._session.recording
 
     @recording.setter
@@ -105,16 +95,16 @@ class Handle:
     ) -> Tensor:
         """Mean over layers of :func:`circuitroute.losses.load_balance` of the last forward pass; 1 at perfect balance.
 
-        In the place of the stock loss (``output_router_logits=True``), which repeats a top-k on the logits and knows
-        nothing of what was sampled. That one counts k experts per token: its coefficient, times k, is this one's.
+        It replaces the stock loss (``output_router_logits=True``), which repeats a top-k on the logits and ignores what
+        was sampled. That one counts k experts per token: multiply its coefficient by k for this one.
 
         Args:
-            attention_mask: [batch, sequence] or [T], 0 for the tokens that do not count; None: all do.
+            attention_mask: [batch, sequence] or [T], 0 for tokens that do not count; None counts all.
             probabilities: as in :func:`circuitroute.losses.load_balance`.
 
         Raises:
-            RuntimeError: there was no forward pass, or none that left a graph although gradients are asked for.
-            ValueError: a mask of another number of tokens.
+            RuntimeError: there was no forward pass, or it left no graph although gradients are enabled.
+            ValueError: a mask for another number of tokens.
         """
         routings = self.routings
         if not routings:
@@ -126,24 +116,22 @@ class Handle:
 
     def _refuse_without_graph(self) -> None:
         if not any(p.requires_grad for router in patched_routers(self.model) for p in router.parameters()):
-            return  # a frozen router asks for none
+            return  # a frozen router needs none
         raise RuntimeError(
             "the last forward pass left no graph to the routers' logits, so this loss would have no gradient. "
             "Reentrant checkpointing does that: call model.gradient_checkpointing_enable("
             "gradient_checkpointing_kwargs={'use_reentrant': False}); or run the forward pass with gradients enabled."
         )
 
-    # ------------------------------------------------------------------ the way back
-
     def unpatch(self) -> None:
-        """Restore the model: its routers, its experts implementation, its configuration; a budget goes.
+        """Restore the model: its routers, its experts implementation and its configuration; a budget is removed.
 
         Raises:
-            RuntimeError: it is not patched any more.
+            RuntimeError: it is no longer patched.
         """
         routers = list(patched_routers(self.model))
         if not routers:
-            raise RuntimeError(f"model={type(self.model).__name__} is not patched (any more)")
+            raise RuntimeError(f"model={type(self.model).__name__} is not patched: it has been unpatched already")
         for experts in {router.circuitroute_plan.experts for router in routers}:
             leave_ragged(experts)
         for router in routers:
@@ -175,23 +163,8 @@ def _as_counter(name: str, value: int | Tensor) -> int | Tensor:
     return as_int(name, value)
 
 
-class _Selected(Routing):
-    """Some of the tokens of a decision: what losses need of it."""
-
-    def __init__(self, routing: Routing, kept: Tensor) -> None:
-        super().__init__(routing.distribution, routing.mask[kept], routing.gates[kept])
-        self._kept = kept
-
-    @property
-    def logits(self) -> Tensor:
-        return self.distribution.logits[self._kept]
-
-    @property
-    def marginals(self) -> Tensor:
-        return self.distribution.marginals[self._kept]
-
-
 def _selected(routing: Routing, attention_mask: Tensor | None) -> Routing:
+    """The decision for the tokens that count, without a distribution: losses do not need one."""
     if attention_mask is None:
         return routing
     kept = attention_mask.reshape(-1).to(routing.mask.device) != 0
@@ -200,13 +173,14 @@ def _selected(routing: Routing, attention_mask: Tensor | None) -> Routing:
             f"attention_mask has shape {tuple(attention_mask.shape)}: the last forward pass had "
             f"{len(routing.mask)} tokens"
         )
-    return _Selected(routing, kept)
+    logits, marginals = routing.logits[kept], routing.marginals[kept]
+    return SoftRouting(logits, marginals, routing.mask[kept], routing.gates[kept], routing.max_count)
 
 
 def _share(model: Any, rank: int) -> int:
-    """Which share of the batch a process has: those of a tensor- or pipeline-parallel group have one together.
+    """The share of the batch that a process has; tensor- and pipeline-parallel groups have one together.
 
-    Of the dimensions of transformers' device mesh, tensors are the innermost and pipelines the outermost.
+    In transformers' device mesh, tensor parallelism is the innermost dimension and pipeline parallelism the outermost.
     """
     layout = getattr(model.config, "distributed_config", None)
     if layout is None:
@@ -216,7 +190,7 @@ def _share(model: Any, rank: int) -> int:
 
 def _step_setter(handle: Handle) -> Any:
     class StepSetter(transformers().TrainerCallback):  # type: ignore[misc]
-        """Tells the handle which step it is."""
+        """Sets the step of the handle."""
 
         def _set(self, args: Any, state: Any, part: int) -> None:
             self.part = part

@@ -1,9 +1,9 @@
-"""A budget in a model that hands nothing from layer to layer: what a forward pass has spent, for the layers after it.
+"""Budgets in models that pass nothing from layer to layer: what a forward pass has spent, for the layers after it.
 
-A layer that runs again in a backward pass decides from the state of its first run. Checkpointing of transformers
-keeps the arguments of a layer for that; its function is wrapped here so that it keeps the layer's turns too, so that
-any number of forward passes may wait for their backward passes. Under checkpointing of other makers, a layer that runs
-inside a backward pass is taken to belong to the last forward pass of its mode.
+A layer that is recomputed in a backward pass decides from the state of its first run. Checkpointing of transformers
+keeps the arguments of a layer for that; its function is wrapped here so that it keeps the layer's turns too, and any
+number of forward passes may precede their backward passes. Under any other checkpointing, a layer that runs inside a
+backward pass is taken to belong to the last forward pass in the same mode.
 
 Legend: T tokens, L layers, E experts, J counts.
 """
@@ -27,25 +27,25 @@ CHECKPOINTING = "_gradient_checkpointing_func"
 
 
 def in_backward() -> bool:
-    """Whether autograd is running backward, which is when checkpointed layers run again."""
-    return int(torch._C._current_graph_task_id()) != -1
+    """Whether autograd is running backward, which is when checkpointed layers are recomputed."""
+    return not is_compiling() and int(torch._C._current_graph_task_id()) != -1
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Turn:
-    """One layer in one forward pass.
+    """The first run of a layer in a forward pass.
 
     Attributes:
-        state: before the layer.
-        made: whether the layer computed the messages, which others only use.
-        graph: whether gradients were enabled; reentrant checkpointing runs layers without.
-        after: the state for the next layer, once this one has decided.
+        before: the state that the layer decided from.
+        after: the state for the next layer.
+        made: whether the layer computed the messages of its state, which later layers only use.
+        graph: whether gradients were enabled; reentrant checkpointing disables them.
     """
 
-    state: BudgetState
+    before: BudgetState
+    after: BudgetState
     made: bool
     graph: bool
-    after: BudgetState | None = None
 
 
 Turns: TypeAlias = dict[int, Turn]
@@ -57,23 +57,22 @@ class Walk:
     def __init__(self, budget: Budget, model: weakref.ref[nn.Module]) -> None:
         self.budget = budget
         self._model = model
-        # Of the last forward pass, in training mode and not: only training mode is recomputed by transformers.
+        # The turns of the last forward pass in training mode, and of the last one in evaluation mode.
         self._last: dict[bool, Turns] = {True: {}, False: {}}
-        # Of the checkpointed function that is running.
+        # The turns of the checkpointed function that is running, if any.
         self._kept: Turns | None = None
 
     def decide(self, position: int, logits: Tensor, training: bool, choose: Callable[[Tensor], Routing]) -> Routing:
-        """What ``choose`` decides for the layer at ``position``, given its count potential [T, J].
+        """The decision of ``choose`` for the layer at ``position``, given its count potential [T, J].
 
         Raises:
             RuntimeError: the layer before has not run, or had other tokens.
         """
-        turn = self._recomputed(position, logits, training)
-        if turn is not None:
-            return choose(self._potential(turn.state, logits))
-        turn = self._next(position, logits, training)
-        routing = choose(self._potential(turn.state, logits))
-        turn.after = self.budget.spend(turn.state, routing)
+        if self._is_recomputed(position):
+            return choose(self._potential(self._state_again(position, logits, training), logits))
+        before, made = self._next_state(position, logits, training)
+        routing = choose(self._potential(before, logits))
+        turn = Turn(before, self.budget.spend(before, routing), made, torch.is_grad_enabled())
         self._last[training][position] = turn
         if self._kept is not None:
             self._kept[position] = turn
@@ -83,45 +82,43 @@ class Walk:
         with torch.autocast(logits.device.type, enabled=False):
             return self.budget.potential(state).to(logits.device)
 
-    def _next(self, position: int, logits: Tensor, training: bool) -> Turn:
-        graph = torch.is_grad_enabled()
+    def _next_state(self, position: int, logits: Tensor, training: bool) -> tuple[BudgetState, bool]:
+        """The state for a layer that runs for the first time, and whether its messages were computed for it."""
         if position == 0:
             self._last[training] = {}
             keep_turns(self._model(), self)
-            return Turn(self._first(logits), True, graph)
-        before = self._last[training].get(position - 1)
-        if before is None or before.after is None:
+            return self._begin(logits), True
+        if position - 1 not in self._last[training]:
             raise RuntimeError(
-                f"mixture-of-experts layer {position} runs before layer {position - 1}: with a budget the layers run "
-                f"in order, as the model's forward does"
+                f"mixture-of-experts layer {position} runs before layer {position - 1}: with a budget the layers must "
+                f"run in order, as in the model's forward pass"
             )
-        _check_tokens(before.after, logits, position)
-        made = self._learns() and not before.after.messages.requires_grad
-        state = before.after._replace(messages=self.budget.messages()) if made else before.after
-        return Turn(state, made, graph)
+        state = self._last[training][position - 1].after
+        _check_tokens(state, logits, position)
+        if self._learns() and not state.messages.requires_grad:
+            return self._renewed(state), True
+        return state, False
 
-    def _recomputed(self, position: int, logits: Tensor, training: bool) -> Turn | None:
-        """The turn that a layer runs again; None where it runs for the first time."""
-        if self._kept is not None:
-            turn = self._kept.get(position)
-        elif is_compiling() or not in_backward():
-            turn = None
-        elif position == 0:
-            turn = Turn(self._first(logits), False, True)
-        else:
-            turn = self._last[training].get(position)
-            if turn is None:
-                raise RuntimeError(f"mixture-of-experts layer {position} is recomputed, but has never run")
-        if turn is None:
-            return None
-        _check_tokens(turn.state, logits, position)
-        # What a first run without gradients used has no graph, and what it shared with others has theirs.
-        if turn.made or (self._learns() and not turn.graph):
-            return Turn(turn.state._replace(messages=self.budget.messages()), turn.made, turn.graph)
-        return turn
+    def _is_recomputed(self, position: int) -> bool:
+        return in_backward() if self._kept is None else position in self._kept
 
-    def _first(self, logits: Tensor) -> BudgetState:
+    def _state_again(self, position: int, logits: Tensor, training: bool) -> BudgetState:
+        """The state that a recomputed layer had in its first run."""
+        if position == 0:
+            return self._begin(logits)
+        turns = self._last[training] if self._kept is None else self._kept
+        if position not in turns:
+            raise RuntimeError(f"mixture-of-experts layer {position} is recomputed, but has never run")
+        turn = turns[position]
+        _check_tokens(turn.before, logits, position)
+        # Messages that the layer made are recomputed with it, and those of a run without gradients have no graph.
+        return self._renewed(turn.before) if turn.made or (self._learns() and not turn.graph) else turn.before
+
+    def _begin(self, logits: Tensor) -> BudgetState:
         return self.budget.begin(logits.detach().to(self.budget.preferences.device))
+
+    def _renewed(self, state: BudgetState) -> BudgetState:
+        return state._replace(messages=self.budget.messages())
 
     def _learns(self) -> bool:
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.budget.parameters())
@@ -136,7 +133,7 @@ class Walk:
 
 
 class TurnKeeper:
-    """transformers' checkpointing function of a layer, which then keeps the turns of the layer too."""
+    """A checkpointing function as transformers assigns it to layers, which keeps the turns of its layer too."""
 
     def __init__(self, checkpoint: Callable[..., Any], walk: Walk) -> None:
         self.checkpoint = checkpoint
@@ -147,12 +144,12 @@ class TurnKeeper:
         return self.checkpoint(partial(self.walk.run_keeping, {}, function), *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copied model wraps it again, with its own walk."""
+        """Unwrapped: a copied model wraps it again, with its own walk."""
         return self.checkpoint
 
 
 def keep_turns(model: nn.Module | None, walk: Walk) -> None:
-    """Let all checkpointed layers keep their turns. The layer that is running need not: it is the first."""
+    """Let all checkpointed layers keep their turns; the one that is running is the first, and needs none."""
     for module in () if model is None else model.modules():
         function = module.__dict__.get(CHECKPOINTING)
         if function is not None and not isinstance(function, TurnKeeper):
@@ -171,6 +168,6 @@ def _check_tokens(state: BudgetState, logits: Tensor, position: int) -> None:
     if len(state.spent) != len(logits):
         raise RuntimeError(
             f"mixture-of-experts layer {position} has {len(logits)} tokens, but the forward pass it belongs to has "
-            f"{len(state.spent)}: run the layers in order, and the backward pass before the next forward pass where "
-            f"checkpointing is not that of transformers"
+            f"{len(state.spent)}: run the layers in order, and unless checkpointing is that of transformers, run the "
+            f"backward pass before the next forward pass"
         )

@@ -1,4 +1,4 @@
-"""How models turn router logits into choices and weights, where :func:`circuitroute.route` has no name for it.
+"""How models turn router logits into choices and weights, for the rules that :func:`circuitroute.route` lacks.
 
 Legend: T tokens, E experts; g the estimator's 0/1 mask of the chosen experts, which carries its gradient.
 """
@@ -13,71 +13,59 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# (g, mask, logits, most experts per token) -> gates, all [T, E]; the logits are the router's own, without shift.
+from circuitroute.integrations.hosted import divided_by_sum
+
+# (g, mask, logits, most experts per token) -> gates, all [T, E]; the logits are those of the router, unshifted.
 Weigh: TypeAlias = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
-# Where a shifted score leaves the scale of probabilities, its logarithm bends into a signed one.
+# Where a shifted score is close to 0 or below, its logarithm is continued by a signed one.
 TINY_SIGMOID = 1e-4
 TINY_SOFTMAX = 1e-6
 
 
-def sigmoid_weigh(normalized: bool, scale: float) -> Weigh:
-    """DeepSeek-V3's rule: sigmoid scores of the chosen, divided by their sum if ``normalized``, times ``scale``."""
-
-    def weigh(g: Tensor, mask: Tensor, logits: Tensor, most: int) -> Tensor:
-        gates = g * torch.sigmoid(logits)
-        if normalized:
-            gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
-        return gates * scale
-
-    return weigh
+def sigmoid_weigh(g: Tensor, mask: Tensor, logits: Tensor, most: int, *, normalized: bool, scale: float) -> Tensor:
+    """DeepSeek-V3's rule: sigmoid scores of the chosen experts, divided by their sum if ``normalized``, scaled."""
+    gates = g * torch.sigmoid(logits)
+    return (divided_by_sum(gates) if normalized else gates) * scale
 
 
-def clamped_weigh(least: float) -> Weigh:
-    """ERNIE's rule: softmax probabilities of the chosen, divided by their sum but by no less than ``least``."""
-
-    def weigh(g: Tensor, mask: Tensor, logits: Tensor, most: int) -> Tensor:
-        gates = g * torch.softmax(logits, -1)
-        return gates / gates.sum(-1, keepdim=True).clamp(min=least)
-
-    return weigh
+def clamped_weigh(g: Tensor, mask: Tensor, logits: Tensor, most: int, *, least: float) -> Tensor:
+    """ERNIE's rule: softmax probabilities of the chosen experts, divided by their sum, or by ``least`` if larger."""
+    gates = g * torch.softmax(logits, -1)
+    return gates / gates.sum(-1, keepdim=True).clamp(min=least)
 
 
-def successive_weigh(jitter: float) -> Weigh:
-    """Phi-MoE's rule (SparseMixer-v2, arXiv:2409.12136): the chosen in turn, the largest first.
+def successive_weigh(g: Tensor, mask: Tensor, logits: Tensor, most: int, *, jitter: float) -> Tensor:
+    """Phi-MoE's rule (SparseMixer-v2, arXiv:2409.12136): the chosen experts in turn, the largest first.
 
-    Each is weighed by the softmax over the experts not taken before it, of which those are left out that fall short of
-    the largest by more than ``2 * jitter`` in relative terms. A chosen expert itself is never left out.
+    Each is weighted by a softmax over the experts not taken before it, without those that are smaller than the largest
+    by more than ``2 * jitter`` in relative terms. A chosen expert itself always takes part.
     """
-
-    def weigh(g: Tensor, mask: Tensor, logits: Tensor, most: int) -> Tensor:
-        chosen = torch.where(mask, logits.detach(), -torch.inf)
-        taken = torch.zeros_like(mask)
-        weights = torch.zeros_like(logits)
-        for _ in range(most):
-            here = F.one_hot(chosen.argmax(-1), logits.shape[-1]).bool() & mask & ~taken
-            near = _near(logits.detach(), taken, jitter) | here
-            share = torch.softmax(torch.where(near & ~taken, logits, -torch.inf), -1)
-            weights = torch.where(here, share, weights)
-            taken = taken | here
-            chosen = torch.where(here, -torch.inf, chosen)
-        return g * weights
-
-    return weigh
+    chosen = torch.where(mask, logits.detach(), -torch.inf)
+    taken = torch.zeros_like(mask)
+    weights = torch.zeros_like(logits)
+    for _ in range(most):
+        here = F.one_hot(chosen.argmax(-1), logits.shape[-1]).bool() & mask & ~taken
+        near = _near(logits.detach(), taken, jitter) | here
+        share = torch.softmax(torch.where(near & ~taken, logits, -torch.inf), -1)
+        weights = torch.where(here, share, weights)
+        taken = taken | here
+        chosen = torch.where(here, -torch.inf, chosen)
+    return g * weights
 
 
 def _near(logits: Tensor, taken: Tensor, jitter: float) -> Tensor:
-    """[T, E] bool, the experts close enough to the largest that is not taken."""
+    """[T, E] bool, the experts close enough to the largest one not taken."""
     largest = torch.where(taken, -torch.inf, logits).amax(-1, keepdim=True)
     return (largest - logits) / torch.maximum(logits.abs(), largest) <= 2 * jitter
 
 
 def shifted_sigmoid(logits: Tensor, bias: Tensor) -> Tensor:
-    """[T, E] logits whose order is that of sigmoid(logits) + bias, and which are the logits where there is no bias.
+    """[T, E] logits in the order of sigmoid(logits) + bias; the logits themselves if all biases are equal.
 
-    logit(sigmoid(x) + b), that is: the coin of an expert lands on sigmoid(x) + b. What all biases have in common does
-    not choose, and is taken away first; beyond probabilities log p becomes asinh(p / 2 tiny), which goes on increasing.
-    The gradient is that of a constant shift.
+    They are logit(sigmoid(x) + b), so that sigmoid(x) + b is the probability of an expert's coin. The mean of the
+    biases does not affect the choice, and is subtracted first. For p outside (0, 1), log p becomes asinh(p / 2 tiny),
+    which is increasing everywhere. The gradient is that of a constant shift.
     """
     share = torch.sigmoid(logits.detach()) + (bias - bias.mean())
     coin = _signed_log(share, TINY_SIGMOID) - _signed_log(1 - share, TINY_SIGMOID)
@@ -85,14 +73,14 @@ def shifted_sigmoid(logits: Tensor, bias: Tensor) -> Tensor:
 
 
 def shifted_softmax(logits: Tensor, bias: Tensor) -> Tensor:
-    """[T, E] logits whose order is that of softmax(logits) + bias; as :func:`shifted_sigmoid`."""
+    """[T, E] logits in the order of softmax(logits) + bias; see :func:`shifted_sigmoid`."""
     share = torch.softmax(logits.detach(), -1) + (bias - bias.mean())
     normalizer = torch.logsumexp(logits.detach(), -1, keepdim=True)
     return _shifted(logits, _signed_log(share, TINY_SOFTMAX) + normalizer, bias)
 
 
 def _signed_log(share: Tensor, tiny: float) -> Tensor:
-    """log(share) for shares well above ``tiny``, up to a constant; odd, and increasing everywhere."""
+    """log(share) for shares well above ``tiny``, up to a constant; increasing everywhere."""
     return torch.asinh(share / (2 * tiny)) + math.log(tiny)
 
 
