@@ -21,7 +21,8 @@ from circuitroute._validate import as_int, int_at_least
 from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Constraint
 from circuitroute.keys import fold_in, random_key
-from circuitroute.routing.choice import decide
+from circuitroute.routing import choice
+from circuitroute.routing.choice import Decide, as_share, as_temperature
 from circuitroute.routing.decision import Routing
 from circuitroute.routing.estimators import Estimator, as_estimator
 from circuitroute.routing.weights import weigh
@@ -44,6 +45,7 @@ class Decider:
         estimator: as in :func:`circuitroute.route`.
         seed: keys are ``cr.random_key(seed, step, layer, token)``, see :func:`begin_step`; None draws from torch's
             global generator, which activation checkpointing restores only with ``preserve_rng_state=True``.
+        decide, temperature: of decisions in training, as in :func:`circuitroute.route`; attributes that may be set.
 
     Attributes:
         slots: the largest number of experts that the constraint allows, but at least 1.
@@ -61,9 +63,13 @@ class Decider:
         *,
         estimator: str | Estimator = "simple",
         seed: int | None = None,
+        decide: Decide | float | None = None,
+        temperature: float = 1.0,
     ) -> None:
         self.circuit = compile_constraint(constraint, int_at_least("num_experts", num_experts, 1))
         self.estimator = as_estimator(estimator)
+        as_share(decide, estimator)
+        self.decide, self.temperature = decide, as_temperature(temperature, torch.Size())
         self.seed = None if seed is None else as_int("seed", seed)
         self.slots = max(1, self.circuit.max_count)
         self.fixed_count = self.circuit.min_count == self.circuit.max_count
@@ -124,7 +130,8 @@ class Decider:
         """
         for_choice = logits if shift is None else logits + shift.detach().to(logits.dtype)
         key = self.keys(token) if training else None
-        decision = decide(for_choice, self.circuit, share=1.0 if training else 0.0, key=key)
+        share = as_share(self.decide, self.estimator) if training else 0.0
+        decision = choice.decide(for_choice, self.circuit, share=share, key=key, temperature=self.temperature)
         gates = weigh(decision, combine=weights, estimator=self.estimator, logits=logits)
         gates = (divided_by_sum(gates) if renormalize else gates) * scale
         gates = torch.where(decision.mask & (gates == 0), torch.finfo(gates.dtype).tiny, gates)

@@ -25,6 +25,7 @@ from circuitroute.integrations.hosted import GROUP_LIMIT, Decider, Weights, refu
 from circuitroute.integrations.hosted import begin_step as begin_step
 from circuitroute.integrations.hosted import recorded_routings as recorded_routings
 from circuitroute.routing import losses
+from circuitroute.routing.choice import Decide
 from circuitroute.routing.decision import Routing
 from circuitroute.routing.estimators import Estimator
 
@@ -49,15 +50,21 @@ REPLACED = {
 
 
 def router(
-    constraint: Constraint, *, estimator: str | Estimator = "simple", seed: int | None = None
+    constraint: Constraint,
+    *,
+    estimator: str | Estimator = "simple",
+    seed: int | None = None,
+    decide: Decide | float | None = None,
+    temperature: float = 1.0,
 ) -> Callable[..., CircuitRouter]:
     """The router class for ``MoESubmodules(router=...)``, with a constraint in place of top-k.
 
     Args:
         constraint: what is allowed, over the E experts.
-        estimator, seed: see :class:`~circuitroute.integrations.hosted.Decider`.
+        estimator, seed, decide, temperature: see :class:`~circuitroute.integrations.hosted.Decider`.
     """
-    return partial(CircuitRouter, constraint=constraint, estimator=estimator, seed=seed)
+    options = {"estimator": estimator, "seed": seed, "decide": decide, "temperature": temperature}
+    return partial(CircuitRouter, constraint=constraint, **options)
 
 
 class CircuitRouter(TopKRouter):
@@ -70,7 +77,7 @@ class CircuitRouter(TopKRouter):
     Args:
         config: Megatron's; ``moe_router_topk`` must be the constraint's largest count, which dispatchers allocate for.
         pg_collection: Megatron's process groups.
-        constraint, estimator, seed: see :class:`~circuitroute.integrations.hosted.Decider`.
+        constraint, options: see :class:`~circuitroute.integrations.hosted.Decider`.
 
     Raises:
         InfeasibleError: no subset of the experts satisfies the constraint.
@@ -85,10 +92,9 @@ class CircuitRouter(TopKRouter):
         pg_collection: Any = None,
         *,
         constraint: Constraint,
-        estimator: str | Estimator = "simple",
-        seed: int | None = None,
+        **options: Any,
     ) -> None:
-        decider = Decider(constraint, config.num_moe_experts, estimator=estimator, seed=seed)
+        decider = Decider(constraint, config.num_moe_experts, **options)
         _check(config, decider)
         super().__init__(config, pg_collection)
         self.decider = decider

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from circuitroute.constraints import Constraint
 from circuitroute.integrations.hosted import GROUP_LIMIT, Decider, one_per_layer, refuse_replaced
 from circuitroute.integrations.hosted import begin_step as begin_step
 from circuitroute.integrations.hosted import recorded_routings as recorded_routings
+from circuitroute.routing.choice import Decide
 from circuitroute.routing.estimators import Estimator
 
 try:
@@ -59,11 +60,20 @@ class CircuitRouter(TokenChoiceTopKRouter):
         constraint: Constraint
         estimator: str | Estimator = "simple"
         seed: int | None = None
+        decide: Decide | float | None = None
+        temperature: float = 1.0
 
     def __init__(self, config: Config) -> None:
         refuse_replaced(config, REPLACED)
         super().__init__(config)
-        self.decider = Decider(config.constraint, config.num_experts, estimator=config.estimator, seed=config.seed)
+        self.decider = Decider(
+            config.constraint,
+            config.num_experts,
+            estimator=config.estimator,
+            seed=config.seed,
+            decide=config.decide,
+            temperature=config.temperature,
+        )
         if config.top_k != self.decider.slots:
             raise ValueError(
                 f"top_k={config.top_k}: {config.constraint!r} needs {self.decider.slots} slots per token; make the "
@@ -112,9 +122,7 @@ class CircuitRouter(TokenChoiceTopKRouter):
         return logits_BLE if logits_BLE.dtype == torch.float64 else logits_BLE.float()
 
 
-def circuit_moe(
-    config: Any, constraint: Constraint, *, estimator: str | Estimator = "simple", seed: int | None = None
-) -> Any:
+def circuit_moe(config: Any, constraint: Constraint, **options: Any) -> Any:
     """The config of a mixture-of-experts layer, with a constraint in place of top-k.
 
     For a factory of torchtitan's ``@override(target=MoE.Config)``; :func:`convert` applies it to a whole model.
@@ -122,7 +130,8 @@ def circuit_moe(
     Args:
         config: a ``MoE.Config``, or that of a subclass; not changed.
         constraint: what is allowed, over its experts.
-        estimator, seed: see :class:`~circuitroute.integrations.hosted.Decider`.
+        options: ``estimator``, ``seed``, ``decide`` and ``temperature`` of
+            :class:`~circuitroute.integrations.hosted.Decider`.
 
     Returns:
         A config of the same kind, whose layer counts the sampled experts as load, and no unused slots.
@@ -135,9 +144,8 @@ def circuit_moe(
     if not isinstance(config, MoE.Config):
         raise TypeError(f"config is a {type(config).__qualname__}: expected the MoE.Config of a layer")
     refuse_replaced(config.router, REPLACED)
-    options: dict[str, Any] = {"constraint": constraint, "estimator": estimator, "seed": seed}
-    slots = Decider(num_experts=config.num_experts, **options).slots  # bad options raise here, before anything is built
-    router = derive(config.router, CircuitRouter.Config, top_k=slots, **options)
+    slots = Decider(constraint, config.num_experts, **options).slots  # bad options raise here, before anything is built
+    router = derive(config.router, CircuitRouter.Config, top_k=slots, constraint=constraint, **options)
     experts = config.routed_experts
     dispatcher = derive(experts.token_dispatcher, type(experts.token_dispatcher), top_k=slots)
     routed = derive(experts, type(experts), token_dispatcher=dispatcher)
@@ -147,16 +155,15 @@ def circuit_moe(
 def convert(
     model: Any,
     constraint: Constraint | Sequence[Constraint],
-    *,
-    estimator: str | Estimator = "simple",
-    seed: int | None = None,
+    **options: Any,
 ) -> int:
     """Replace top-k by a constraint in all mixture-of-experts layers of a model's config, which is changed.
 
     Args:
         model: a config that contains such layers, before ``build()``.
         constraint: one for all layers, or one per layer, in order.
-        estimator, seed: see :class:`~circuitroute.integrations.hosted.Decider`.
+        options: ``estimator``, ``seed``, ``decide`` and ``temperature`` of
+            :class:`~circuitroute.integrations.hosted.Decider`.
 
     Returns:
         How many layers there are.
@@ -169,8 +176,7 @@ def convert(
     if not found:
         raise ValueError(f"model ({type(model).__qualname__}) has no mixture-of-experts layer: nothing to convert")
     rules = one_per_layer(constraint, len(found))
-    converted = partial(circuit_moe, estimator=estimator, seed=seed)
-    new = [converted(config, rule) for (_, config, _, _), rule in zip(found, rules, strict=True)]
+    new = [circuit_moe(config, rule, **options) for (_, config, _, _), rule in zip(found, rules, strict=True)]
     for (name, _, parent, place), config in zip(found, new, strict=True):
         if parent is None:
             raise ValueError(f"model is the layer {name!r} itself: use circuit_moe(), which returns a new config")

@@ -6,6 +6,7 @@ Legend: T tokens, E experts.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,6 +43,21 @@ class Handle:
     def budget(self) -> Budget | None:
         """The budget over the layers, ``model.circuitroute_budget``, or None."""
         return None if self._session.walk is None else self._session.walk.budget
+
+    @property
+    def temperature(self) -> float:
+        """What router logits are divided by for decisions; a schedule may set it, and a saved model keeps it.
+
+        Raises:
+            ValueError: set to a number that is not positive.
+        """
+        return self._session.options.temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        self._session.options = replace(self._session.options, temperature=value)
+        settings: dict[str, Any] = getattr(self.model.config, SETTINGS)
+        settings["temperature"] = self.temperature
 
     def set_step(self, step: int | Tensor, token_offset: int | Tensor = 0) -> None:
         """Set the training step: with a seed, token i draws with ``cr.random_key(seed, step, layer, i)``.

@@ -20,6 +20,7 @@ from circuitroute.integrations.transformers.settings import SETTINGS, Eval, Opti
 from circuitroute.integrations.transformers.walk import Walk
 from circuitroute.layers.budget import Budget
 from circuitroute.layers.budget_router import BudgetRouter
+from circuitroute.routing.choice import Decide
 from circuitroute.routing.estimators import Estimator
 from circuitroute.routing.weights import Combine
 
@@ -33,6 +34,8 @@ def patch(
     padding: Padding = "auto",
     eval: Eval = "auto",
     seed: int | None = None,
+    decide: Decide | float | None = None,
+    temperature: float = 1.0,
 ) -> Handle:
     """Let circuitroute route the mixture-of-experts layers of a transformers model, in place.
 
@@ -59,6 +62,8 @@ def patch(
             best subset of that size, whatever the model's own rule.
         seed: of the sampling keys, see :meth:`Handle.set_step`; None draws from torch's global generator, which
             activation checkpointing restores unless ``preserve_rng_state=False``.
+        decide: how, in training, see :func:`circuitroute.route`; with a budget ``"mode"`` is the rule of evaluation.
+        temperature: of decisions in training, see :func:`circuitroute.route`; :attr:`Handle.temperature` changes it.
 
     Raises:
         ValueError: the model is already patched, or has no mixture-of-experts layers; constraints that do not fit
@@ -69,7 +74,7 @@ def patch(
         ImportError: transformers is missing or too old.
     """
     transformers()
-    options = Options(combine, estimator, padding, eval, seed)
+    options = Options(combine, estimator, padding, eval, seed, decide, temperature)
     if next(patched_routers(model), None) is not None:
         raise ValueError(f"model={type(model).__name__} is patched already: call unpatch() of its handle first")
     layers = find_layers(model)

@@ -27,7 +27,7 @@ from circuitroute.integrations.transformers.families import Family
 from circuitroute.integrations.transformers.settings import Options
 from circuitroute.integrations.transformers.walk import Walk, in_backward
 from circuitroute.keys import random_key
-from circuitroute.routing.choice import Rule, decide
+from circuitroute.routing.choice import Rule, as_share, decide
 from circuitroute.routing.decision import Decision, Routing, chosen_first
 from circuitroute.routing.weights import estimated_mask, weigh
 
@@ -120,12 +120,13 @@ class Plan:
     def _decide(
         self, router: nn.Module, logits: Tensor, replay: Tensor | None, rule: Rule, count_potential: Tensor | None
     ) -> Routing:
-        choice = self.family.choice(router, logits)
+        choice, options = self.family.choice(router, logits), self.session.options
         decision = decide(
             choice,
             self.circuit,
-            share=1.0 if router.training else 0.0,
+            share=as_share(options.decide, options.estimator) if router.training else 0.0,
             rule=rule,
+            temperature=options.temperature,
             key=self.session.keys(self.layer, len(logits), logits.device) if router.training else None,
             replay=replay,
             count_potential=count_potential,

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
-from circuitroute._validate import as_int, one_of
+from torch import Size
+
+from circuitroute._validate import as_int, as_number, one_of
 from circuitroute.constraints import Constraint
 from circuitroute.integrations.transformers.experts import Padding
 from circuitroute.interop.reprs import parse_constraint
-from circuitroute.routing.estimators import Estimator, as_estimator
+from circuitroute.routing.choice import Decide, as_share, as_temperature
+from circuitroute.routing.estimators import Estimator
 from circuitroute.routing.weights import Combine, as_combine
 
 Eval: TypeAlias = Literal["auto", "mode"]
@@ -29,11 +32,14 @@ class Options:
     padding: Padding = "auto"
     eval: Eval = "auto"
     seed: int | None = None
+    decide: Decide | float | None = None
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         if self.combine is not None:
             as_combine(self.combine)
-        as_estimator(self.estimator)
+        as_share(self.decide, self.estimator)
+        object.__setattr__(self, "temperature", as_temperature(as_number("temperature", self.temperature), Size()))
         one_of("padding", self.padding, get_args(Padding))
         one_of("eval", self.eval, get_args(Eval))
         if self.seed is not None:
