@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import circuitroute as cr
+from circuitroute._files import sealed
 from circuitroute.routing import replay
 from circuitroute.routing.replay import LayerRecord, RoutingRecord, importance_ratio, mismatch, path_log_prob
 
@@ -192,7 +193,7 @@ def test_no_damage_goes_unnoticed(tmp_path):
     damaged = [sound[:i] + bytes([sound[i] ^ 1]) + sound[i + 1 :] for i in range(0, len(sound), 3)]
     for content in (*damaged, sound[:-1], sound[:100], sound + b"\n", b"", b"PK"):
         path.write_bytes(content)
-        with pytest.raises(cr.CircuitFileError, match=r"r\.npz is no routing record that can be read: it is"):
+        with pytest.raises(cr.CircuitFileError, match=r"r\.npz is no routing record.* its checksum is wrong"):
             RoutingRecord.load(path)
 
 
@@ -249,6 +250,11 @@ def test_whatever_is_in_a_sealed_file_is_checked(tmp_path):
     np.savez(plain, **sound)
     path.write_bytes(plain.getvalue())
     with pytest.raises(cr.CircuitFileError, match="checksum is wrong or missing"):
+        RoutingRecord.load(path)
+    array = io.BytesIO()
+    np.save(array, sound["layer_0"])
+    path.write_bytes(sealed(array.getvalue()))
+    with pytest.raises(cr.CircuitFileError, match="it is not an archive"):
         RoutingRecord.load(path)
     with pytest.raises(FileNotFoundError):
         RoutingRecord.load(tmp_path / "none.npz")

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import json
 import math
 import os
@@ -28,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from circuitroute._files import replace_file
+from circuitroute._files import replace_file, sealed, unsealed
 from circuitroute.circuit import Compiled, Graph, NodeKind, Parts
 from circuitroute.circuit.graph import count_range, model_count
 from circuitroute.circuit.verify.conflicts import UnverifiedError
@@ -41,7 +40,7 @@ from circuitroute.interop.text import kind_of
 
 MAGIC = b"circuitroute circuit "
 VERSION = 1
-_SEAL = b"sha256 "
+_SEAL = b"sha256 ", b"\n"
 _ARRAYS = {"kind": "<u1", "variable": "<i4", "first": "<i8", "left": "<i4", "right": "<i4"}
 # Count potentials are compared modulo this prime, at a random point.
 _PRIME = (1 << 61) - 1
@@ -87,8 +86,7 @@ def _content(circuit: Compiled) -> bytes:
     for name, dtype in _ARRAYS.items():
         data = np.ascontiguousarray(getattr(graph, name), dtype=dtype).tobytes()
         lines.append(name.encode() + b" " + base64.b64encode(data))
-    body = b"\n".join(lines) + b"\n"
-    return body + _SEAL + hashlib.sha256(body).hexdigest().encode() + b"\n"
+    return sealed(b"\n".join([*lines, b""]), *_SEAL)
 
 
 # ---------------------------------------------------------------------------------------------- loading
@@ -119,12 +117,11 @@ def _verified_lines(path: Path, data: bytes) -> list[bytes]:
                 "update circuitroute, or save the circuit again with this one"
             )
         raise CircuitFileError(f"{path} is damaged: its first line gives no version")
-    at = data.rfind(b"\n" + _SEAL) + 1
-    seal = _SEAL + hashlib.sha256(data[:at]).hexdigest().encode() + b"\n"
-    if at == 0 or data[at:] != seal:
-        raise CircuitFileError(f"{path} is damaged: its checksum is wrong or missing; get or save it again")
-    lines = data[: at - 1].split(b"\n")
-    if len(lines) != 2 + len(_ARRAYS):
+    try:
+        *lines, last = unsealed(data, *_SEAL).split(b"\n")
+    except ValueError as error:
+        raise CircuitFileError(f"{path} is damaged: {error}") from None
+    if last or len(lines) != 2 + len(_ARRAYS):
         raise CircuitFileError(f"{path} has {len(lines)} lines before its checksum, expected {2 + len(_ARRAYS)}")
     return lines
 

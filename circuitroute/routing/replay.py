@@ -9,7 +9,6 @@ those very decisions from ``Routing.log_prob``.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
@@ -26,7 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from circuitroute._files import replace_file
+from circuitroute._files import replace_file, sealed, unsealed
 from circuitroute._validate import int_at_least
 from circuitroute.errors import CircuitFileError
 from circuitroute.inference.distribution import cannot_look
@@ -41,7 +40,7 @@ VERSION = 1
 _KIND = "circuitroute routing record"
 # The dtypes of indices, narrowest first, and how many values each tells apart.
 _WIDTHS = ((torch.uint8, 1 << 8), (torch.int16, 1 << 15), (torch.int32, 1 << 31))
-_SEAL, _DIGITS = b"sha256 ", 64
+_SEAL = b"sha256 "
 
 
 @dataclass(frozen=True, eq=False)
@@ -471,20 +470,17 @@ def _fraction(part: int, whole: int) -> float:
 
 def _sealed(arrays: dict[str, Array]) -> bytes:
     """A NumPy archive whose comment is the checksum of all bytes before the checksum's digits."""
-    content = io.BytesIO()
+    content, digits = io.BytesIO(), len(sealed(b""))
     np.savez(content, **arrays)  # type: ignore[arg-type]  # no array is called allow_pickle
     with zipfile.ZipFile(content, "a") as archive:
-        archive.comment = _SEAL + b"0" * _DIGITS
-    body = content.getvalue()[:-_DIGITS]
-    return body + hashlib.sha256(body).hexdigest().encode()
+        archive.comment = _SEAL + b"0" * digits
+    return sealed(content.getvalue()[:-digits])
 
 
 def _unsealed(data: bytes) -> dict[str, Array]:
-    if data[:2] != b"PK":
-        raise ValueError("it is no archive")
-    body, digits = data[:-_DIGITS], data[-_DIGITS:]
-    if not body.endswith(_SEAL) or digits != hashlib.sha256(body).hexdigest().encode():
-        raise ValueError("it is damaged, or something else: its checksum is wrong or missing; get or save it again")
+    body = unsealed(data)
+    if not (body.startswith(b"PK") and body.endswith(_SEAL)):
+        raise ValueError("it is not an archive with its checksum as the comment")
     with np.load(io.BytesIO(data), allow_pickle=False) as archive:
         return {name: archive[name] for name in archive.files}
 
