@@ -5,12 +5,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from circuitroute.engines import cost
-from circuitroute.inference.circuit import scientific
+from circuitroute.inference.circuit import describe
 
 from .facts import Facts
 
-LONGEST = 10**15  # model counts from here on are abbreviated
 BAR = 30  # characters of the longest bar
 PREDICTED = ("nodes", "edges", "width")
 
@@ -37,34 +35,17 @@ def print_tables(facts: Facts) -> None:
 
 
 def circuit_table(facts: Facts) -> Any:
-    """A rich.table.Table of names and values."""
-    circuit, estimate, told = facts.circuit, cost(facts.circuit), facts.predicted
+    """A rich.table.Table of labels and values."""
     table = _table("The circuit")
     table.add_column("", no_wrap=True)
     table.add_column("", overflow="fold")
-    count = circuit.model_count()
-    expected = {name: "" if told is None else f" (predicted {getattr(told, name):,})" for name in PREDICTED}
+    told = facts.predicted
+    expected = {} if told is None else {name: f" (predicted {getattr(told, name):,})" for name in PREDICTED}
+    for label, value in describe(facts.circuit, facts.device).items():
+        table.add_row(label, value + expected.get(label, ""))
     seconds = "" if told is None else f" (predicted {told.seconds:.2g})"
-    for name, value in (
-        ("constraint", repr(circuit.constraint)),
-        ("variables", f"{circuit.n:,}"),
-        ("models", f"{count:,}" if count < LONGEST else f"about {scientific(count)}"),
-        ("counts", f"{circuit.min_count} to {circuit.max_count}"),
-        ("nodes", f"{circuit.num_nodes:,}{expected['nodes']}"),
-        ("edges", f"{circuit.num_edges:,}{expected['edges']}"),
-        ("depth", f"{circuit.depth}"),
-        ("width", f"{circuit.width:,}{expected['width']}"),
-        ("seconds to compile", f"{facts.seconds:.2g}{seconds}"),
-        ("op", circuit.op),
-        (f"engine on {facts.device}", circuit.engine_for(facts.device)),
-        (
-            "multiply-adds per token",
-            f"{estimate.multiply_adds:,} (marginals), {estimate.backward:,} (their gradient)",
-        ),
-        ("bytes per token", f"{estimate.bytes_moved:,} (logits in, marginals out, float32)"),
-        ("predicted share of a router", f"{facts.share:.2%} of its arithmetic"),
-    ):
-        table.add_row(name, value)
+    table.add_row("seconds to compile", f"{facts.seconds:.2g}{seconds}")
+    table.add_row("predicted share of a router", f"{facts.share:.2%} of its arithmetic")
     return table
 
 
