@@ -34,6 +34,11 @@ class Split:
     left_scope: int
     right_scope: int
 
+    @property
+    def halves(self) -> tuple[tuple[IntArray, int], tuple[IntArray, int]]:
+        """The factors on either side, and the scope they are over."""
+        return (self.left, self.left_scope), (self.right, self.right_scope)
+
 
 def count_up(sizes: IntArray) -> IntArray:
     """0, 1, ..., sizes[0] - 1, 0, 1, ..., sizes[1] - 1, and so on."""
