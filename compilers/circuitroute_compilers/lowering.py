@@ -1,4 +1,4 @@
-"""Constraint -> plan: sizes checked, groups resolved, ranges over one scope joined, rules gathered into formulas.
+"""Constraint -> Plan: sizes checked, groups resolved, counts of one scope joined, rules gathered into formulas.
 
 Legend: a *scope* is a tuple of the n variables a constraint speaks of, in its own order.
 """
@@ -224,3 +224,23 @@ def _(constraint: ActiveGroups, scope: Indices) -> Plan:
     low, high = constraint.at_least, len(groups) if constraint.at_most is None else constraint.at_most
     allows: Callable[[int], bool] = range(low, high + 1).__contains__
     return Number(active, allows, tuple(AtLeast(1).over(group) for group in groups))
+
+
+def only_counts(constraint: Constraint, n: int) -> list[int] | None:
+    """The allowed counts, increasing, if the constraint comes down to a count of all variables."""
+    found = _count_set(constraint, n)
+    return None if found is None else sorted(found)
+
+
+def _count_set(constraint: Constraint, n: int) -> set[int] | None:
+    if isinstance(constraint, Not):
+        inner = _count_set(constraint.part, n)
+        return None if inner is None else set(range(n + 1)) - inner
+    if isinstance(constraint, (And, Or)):
+        parts = [_count_set(part, n) for part in constraint.parts]
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts):
+            return None
+        return set.intersection(*known) if isinstance(constraint, And) else set.union(*known)
+    count, over = count_of(constraint, n)
+    return None if count is None or len(over) != n else set(allowed_counts(count, n))

@@ -1,4 +1,4 @@
-"""How many states a term has on each block of a tree, counted part by part instead of together.
+"""Term and tree -> profile: how many states the term has on each block, counted part by part without building.
 
 A part is of interest on the blocks that hold some of its scope but not all, and on the one that completes it. There its
 own states are counted: those of counts in closed form, those of other machines by merging them, up to a limit of work.
@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from circuitroute.constraints import Cost, State
+from circuitroute_compilers.graph import distinct, leaf_states
 from circuitroute_compilers.lowering import Capped
-from circuitroute_compilers.machine import distinct, leaf_states
 from circuitroute_compilers.terms import FALSE, FREE, TRUE, Complement, HowMany, Machine, Scope, Term, variables
-from circuitroute_compilers.vtree import Vtree, nodes
+from circuitroute_compilers.trees import Vtree, nodes
 
 # Merges tried per tree node; of machines with more states only bounds are known.
 MERGES_PER_NODE = 20_000
@@ -222,18 +222,32 @@ class _Done:
 
 def _joint(term: HowMany, here: Sequence[Profile], done: _Done, halves: Sequence[Profile], assignments: int) -> Profile:
     """The profile of several parts on one block, ``here`` being those that straddle it or are completed by it."""
-    all_must, any_may = term.all_must, all(term.verdicts[1:])
-    rest = len(term.terms) - done.count
-    tallies = sum(len(set(term.verdicts[h : h + rest + 1])) > 1 for h in range(done.least, done.most + 1))
-    listed = [p for p in here if p.open]
-    alternatives = math.prod(p.open + (p.true and not any_may) + (p.false and not all_must) for p in listed)
-    pairs = math.prod(half.live for half in halves) if halves else 0
-    if all_must and halves:
-        pairs = min(pairs, math.prod(p.pairs for p in here))
+    most = min(_joint_pairs(term, here, halves), assignments) if halves else assignments
+    last = done.count == len(term.terms)
     return Profile(
-        open=min(tallies * alternatives, assignments, pairs if halves else assignments),
-        true=not rest or not all_must,
-        false=not rest or not any_may or any(p.false for p in here),
-        pairs=min(pairs, assignments),
+        open=min(_undecided(term, done) * _combinations(term, here), most),
+        true=last or not term.all_must,
+        false=last or not term.one_suffices or any(p.false for p in here),
+        pairs=most if halves else 0,
         exact=len(here) == 1 and here[0].exact and not done.count,
     )
+
+
+def _undecided(term: HowMany, done: _Done) -> int:
+    """How many tallies of the completed parts leave the verdict to the others."""
+    rest = len(term.terms) - done.count
+    outcomes = (term.verdicts[held : held + rest + 1] for held in range(done.least, done.most + 1))
+    return sum(len(set(verdicts)) > 1 for verdicts in outcomes)
+
+
+def _combinations(term: HowMany, here: Sequence[Profile]) -> int:
+    """How many combinations of states the open parts can be in without deciding the term on their own."""
+    return math.prod(
+        p.open + (p.true and not term.one_suffices) + (p.false and not term.all_must) for p in here if p.open
+    )
+
+
+def _joint_pairs(term: HowMany, here: Sequence[Profile], halves: Sequence[Profile]) -> int:
+    """How many pairs of states of the halves are live: of a conjunction, those that are live to every part."""
+    pairs = math.prod(half.live for half in halves)
+    return min(pairs, math.prod(p.pairs for p in here)) if term.all_must else pairs

@@ -10,9 +10,10 @@ from __future__ import annotations
 import enum
 import functools
 import operator
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Generator, Hashable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice, product
 from typing import NamedTuple, Protocol, TypeAlias, cast
 
 from circuitroute.constraints import Constraint, State
@@ -161,8 +162,13 @@ class HowMany:
 
     @cached_property
     def all_must(self) -> bool:
-        """Whether this is a conjunction."""
+        """Whether one term that fails decides: this is a conjunction."""
         return not any(self.verdicts[:-1])
+
+    @cached_property
+    def one_suffices(self) -> bool:
+        """Whether one term that holds decides: this is a disjunction."""
+        return all(self.verdicts[1:])
 
     @cached_property
     def _of_variable(self) -> dict[int, tuple[int, ...]]:
@@ -222,3 +228,46 @@ class HowMany:
 def variables(scope: Scope) -> list[int]:
     """The variables of a scope, increasing."""
     return [v for v in range(scope.bit_length()) if scope >> v & 1]
+
+
+# ---------------------------------------------------------------------------------------------- a check of machines
+
+# States kept per block, and how many triples of them are compared.
+STATES_KEPT = 5
+MAX_CHECKED = 20_000
+_States: TypeAlias = list[State]
+
+
+def check_associative(machine: Machine) -> None:
+    """Raise ValueError naming three states that two bracketings merge differently, if any are met.
+
+    Blocks are merged in balance, as circuits are built, with a few of the states met kept per block.
+    """
+    constraint = machine.constraint
+    for a, b, c in islice(_neighbours(constraint, 0, len(machine.indices)), MAX_CHECKED):
+        one = _merged(constraint, _merged(constraint, a, b), c)
+        other = _merged(constraint, a, _merged(constraint, b, c))
+        if one != other:
+            raise ValueError(
+                f"{constraint!r}: merge is not associative: merge(merge({a!r}, {b!r}), {c!r}) is {one!r}, "
+                f"but merge({a!r}, merge({b!r}, {c!r})) is {other!r}; the result must not depend on the tree"
+            )
+
+
+def _neighbours(
+    constraint: Constraint, low: int, high: int
+) -> Generator[tuple[State, ...], None, tuple[_States, tuple[_States, ...]]]:
+    """Triples of neighbouring states below variables low to high; returns states of that block, and of its halves."""
+    if high - low == 1:
+        return [state for state in constraint.leaf(low) if state is not None], ()
+    middle = (low + high + 1) // 2
+    left, quarters = yield from _neighbours(constraint, low, middle)
+    right, _ = yield from _neighbours(constraint, middle, high)
+    if quarters:
+        yield from product(*quarters, right)
+    merged = [_merged(constraint, a, b) for a, b in product(left, right)]
+    return [state for state in dict.fromkeys(merged) if state is not None][:STATES_KEPT], (left, right)
+
+
+def _merged(constraint: Constraint, a: State | None, b: State | None) -> State | None:
+    return None if a is None or b is None else constraint.merge(a, b)

@@ -24,7 +24,7 @@ from circuitroute import CircuitTooLargeError, Constraint, InfeasibleError
 from circuitroute.circuit import Graph, NodeKind
 from circuitroute.constraints import State
 from circuitroute_compilers.terms import FALSE, Term
-from circuitroute_compilers.vtree import Vtree, nodes
+from circuitroute_compilers.trees import Vtree, nodes
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]

@@ -1,4 +1,4 @@
-"""What a circuit will cost, before it is built: the tree is chosen by it, and refusals are explained with it.
+"""Plan -> tree and term: of a few candidates the one whose circuit is predicted to cost least.
 
 Sizes are those of the states that can be reached, counted part by part (see ``profile``): usually more than the
 circuit has, which leaves out what no completion accepts and joins what no completion tells apart.
@@ -13,11 +13,10 @@ from circuitroute import CircuitTooLargeError, Constraint
 from circuitroute.compilation import Prediction
 from circuitroute.constraints import Cost
 from circuitroute_compilers.lowering import Capped
-from circuitroute_compilers.order import candidates
 from circuitroute_compilers.plans import Number, Plan, Proposition, along, simple_parts
 from circuitroute_compilers.profile import UNTOUCHED, Profiles, Tree, profiles, together
 from circuitroute_compilers.terms import HowMany, Machine, Scope, Term
-from circuitroute_compilers.vtree import Vtree, depth, keeps_order, met, natural
+from circuitroute_compilers.trees import Vtree, candidates, depth, keeps_order, met, natural
 
 # Building takes about this long.
 SECONDS_PER_EDGE = 4e-6
