@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
-import numpy as np
-
 from circuitroute.circuit.graph import Graph, NodeKind
 from circuitroute.circuit.verify.bitsets import Pool
 from circuitroute.errors import CircuitTooLargeError
@@ -160,18 +158,9 @@ class Builder:
         top = self.product(self.node(root, origin), self.free(missing), origin)
         kept = self._below(top)
         place = dict(zip(kept, range(len(kept)), strict=True))
-        elements = [(place[a], place[b]) for node in kept for a, b in self._elements[node]]
-        sizes = [len(self._elements[node]) for node in kept]
-        pairs = np.array(elements, dtype=np.int32).reshape(-1, 2)
-        graph = Graph(
-            n=self.n,
-            kind=np.array([self._kind[node] for node in kept], dtype=np.uint8),
-            variable=np.array([self._variable[node] for node in kept], dtype=np.int32),
-            first=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
-            left=pairs[:, 0].copy(),
-            right=pairs[:, 1].copy(),
-        )
-        return graph, [self.origin[node] for node in kept]
+        elements = [[(place[a], place[b]) for a, b in self._elements[node]] for node in kept]
+        kinds, variables = [self._kind[node] for node in kept], [self._variable[node] for node in kept]
+        return Graph.of(self.n, kinds, variables, elements), [self.origin[node] for node in kept]
 
     def _below(self, top: int) -> list[int]:
         """The nodes that ``top`` is made of, children first; itself last."""
