@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-# Okabe and Ito's colours, told apart under every common colour blindness; markers for print.
+# Okabe and Ito's colours, distinct under every common colour blindness; markers for print.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 DPI = 150
@@ -206,7 +206,7 @@ def _integer_ticks(axis: Any, size: int) -> None:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """A figure of its own: no pyplot, so neither its backend nor its list of open figures is touched."""
+    """A figure made without pyplot, whose backend and list of open figures stay untouched."""
     try:
         figure = import_module("matplotlib.figure")
     except ImportError as error:
@@ -216,7 +216,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def _save(figure: Any, path: str | os.PathLike[str]) -> Path:
-    """As SVG where the name says so, otherwise as PNG."""
+    """As SVG if the path ends in .svg, otherwise as PNG."""
     target = Path(path)
     if target.suffix.lower() != ".svg":
         figure.savefig(target, dpi=DPI, format="png")

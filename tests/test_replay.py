@@ -228,15 +228,15 @@ def test_whatever_is_in_a_sealed_file_is_checked(tmp_path):
     wrong = {
         "it is of kind 'model'": arrays_of(record, kind="model"),
         "it is of version 2, and this circuitroute reads version 1: update it": arrays_of(record, version=2),
-        "layer_0 holds no indices of 2 experts": arrays_of(record, experts=[2]),
-        "layer_0 holds no bits of 12 experts": arrays_of(record, forms=["bits"]),
+        "layer_0 does not hold indices of 2 experts": arrays_of(record, experts=[2]),
+        "layer_0 does not hold bits of 12 experts": arrays_of(record, forms=["bits"]),
         "form 'list'": arrays_of(record, forms=["list"]),
         "experts=0": arrays_of(record, experts=[0]),
         "argument": arrays_of(record, experts=[12, 12]),
         "it lacks the array 'header'": {"layer_0": sound["layer_0"]},
         "it lacks the array 'layer_0'": {"header": sound["header"]},
         "has shape": {**sound, "layer_0": sound["layer_0"][:, 0]},
-        "holds no indices": {**sound, "layer_0": sound["layer_0"].astype(np.int16) - 1},
+        "does not hold indices": {**sound, "layer_0": sound["layer_0"].astype(np.int16) - 1},
         "log_probs has shape": {**sound, "log_probs": np.zeros(3, dtype=np.float32)},
         "Object arrays cannot be loaded": {**sound, "layer_0": np.array([[object()]])},
     }

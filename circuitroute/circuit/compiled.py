@@ -1,4 +1,4 @@
-"""What everything below :class:`circuitroute.Circuit` needs to know of one.
+"""What everything below :class:`circuitroute.Circuit` needs to know about one.
 
 Engines, evidence, distributions and file formats take anything of this shape; the class itself stands above them all,
 since it can be called, drawn and saved.
@@ -62,22 +62,22 @@ class Compiled(Protocol):
 
     @property
     def handle(self) -> str:
-        """A name for this very object in this process."""
+        """A name for this object in this process."""
         ...
 
 
 def name(circuit: Compiled) -> str:
-    """A new handle, under which :func:`of_handle` finds the circuit for as long as it is alive."""
+    """A new handle, by which :func:`of_handle` finds the circuit while it is alive."""
     handle = f"circuit {next(_numbers)}"
     _alive[handle] = circuit
     return handle
 
 
 def of_handle(handle: str) -> Compiled:
-    """The circuit of that handle.
+    """The circuit with that handle.
 
     Raises:
-        KeyError: there is no such circuit (any more): traced programs need theirs to be kept alive.
+        KeyError: there is no such circuit, or it is gone: traced programs need theirs to be kept alive.
     """
     try:
         return _alive[handle]

@@ -57,7 +57,7 @@ class Graph:
     Attributes:
         n: number of variables.
         kind: [M] uint8, a :class:`NodeKind` each.
-        variable: [M] int32, the literal's variable, -1 where the node is no literal.
+        variable: [M] int32, the literal's variable, -1 for other nodes.
         first: [M + 1] int64; the elements of node i are ``first[i]`` to ``first[i + 1]``.
         left, right: [E] int32, the factors of each element; both smaller than the element's sum.
     """

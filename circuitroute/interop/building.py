@@ -1,4 +1,4 @@
-"""Graphs from the nodes of foreign circuits: products of two, smooth sums, no dead branches.
+"""Graphs from the nodes of foreign circuits: binary products, smooth sums, no dead branches.
 
 Legend: a *value* is what a foreign node became: None for false, a node, or the two factors of a product that no node
 was made for (an element of a sum needs none).
@@ -28,7 +28,7 @@ class Builder:
     Args:
         n: number of variables.
         max_nodes: the largest circuit to build.
-        source: what is read, for messages.
+        source: the name of what is read, for messages.
 
     Attributes:
         scope: the variables below each node, as bit sets.
@@ -114,7 +114,7 @@ class Builder:
         return self._add(NodeKind.SUM, -1, elements, self.scope[left] | self.scope[right], origin)
 
     def disjunction(self, values: Sequence[Value], origin: int) -> Value:
-        """The sum of any number of values, made smooth: what one of them does not mention, it leaves free."""
+        """The sum of any number of values, made smooth: variables that a value does not mention are free in it."""
         alive = [value for value in values if value is not None]
         if len(alive) < 2:
             return alive[0] if alive else None

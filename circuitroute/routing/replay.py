@@ -508,7 +508,7 @@ def _array(arrays: dict[str, Array], name: str) -> Array:
 
 
 def _checked_layer(name: str, array: Array, experts: int, form: Form) -> LayerRecord:
-    """A layer from a file whose checksum is right: by whatever wrote it, is it one?"""
+    """A layer of a file whose checksum is right, though anyone may have written it: checked."""
     experts = int_at_least("experts", experts, 1)
     if array.ndim != 2 or form not in get_args(Form):
         raise ValueError(f"{name} has shape {array.shape} and form {form!r}")
@@ -519,7 +519,7 @@ def _checked_layer(name: str, array: Array, experts: int, form: Form) -> LayerRe
         low, high = (int(data.min()), int(data.max())) if data.numel() else (0, 0)
         fits = data.dtype in [dtype for dtype, _ in _WIDTHS] and low >= 0 and high <= experts
     if not fits:
-        raise ValueError(f"{name} holds no {form} of {experts} experts")
+        raise ValueError(f"{name} does not hold {form} of {experts} experts")
     return LayerRecord(experts, form, data)
 
 

@@ -75,7 +75,7 @@ def _chosen(constraint: Constraint, n: int, max_nodes: int) -> Choice:
 
 
 def _simplest(constraint: Constraint, n: int, counts: list[int] | None) -> Constraint:
-    """One count over all variables, however it was said, as such; anything else as it is."""
+    """A constraint that amounts to one count over all variables as that count; any other unchanged."""
     if counts == []:
         raise InfeasibleError(f"{constraint!r} over {n} variables: none of the counts 0 to {n} is allowed")
     return constraint if counts is None or isinstance(constraint, Count) else CountIn(counts)
@@ -85,7 +85,7 @@ def _simplest(constraint: Constraint, n: int, counts: list[int] | None) -> Const
 
 
 def _contradiction(constraint: Constraint, n: int) -> str | None:
-    """The smallest set of parts of a conjunction that nothing satisfies, in words."""
+    """A sentence that names the smallest set of contradictory parts of a conjunction; None if none is found."""
     parts = joined(flattened(constraint, n), n)
     tried = (some for size in range(1, len(parts)) for some in combinations(parts, size))
     for some in islice(tried, MAX_BLAMED):

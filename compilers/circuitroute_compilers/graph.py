@@ -1,14 +1,14 @@
-"""Term -> circuit: merge states up a tree, tell apart only what matters, write the arrays.
+"""Term and tree -> Graph: merge states up the tree, distinguish only what matters, write the arrays.
 
 Legend: a *block* is the set of variables under one tree node; its *states* are what the term can reach on it; a
 *table* lists, for two sibling blocks, every live pair (a, b) and the state it merges into; a *class* is a set of states
-that no completion tells apart.
+that every completion treats alike.
 
 Blocks with equal state lists share one table, so a machine that treats all variables alike, such as a count,
 merges each pair of states once per tree level and not once per tree node. Three passes: up (states and
 tables), down (classes), and emission of one sum per class. The second makes the circuit the smallest that the tree
-allows, whatever way the constraint was said and however many states its machines went through: it is the minimisation
-of a deterministic automaton (Moore 1956) carried over to trees, where a state's context is its siblings.
+allows, however the constraint was written and however many states its machines have: it is the minimisation of a
+deterministic automaton (Moore 1956) carried over to trees, where a state's context is its siblings.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class _Table:
 
 @dataclass(frozen=True, eq=False)
 class _Classes:
-    """The class of each state of a block, -1 for one that no completion accepts, and the first state of each class."""
+    """The class of each state of a block, -1 if no completion accepts it, and whether it is the first of its class."""
 
     of: IntArray
     first: BoolArray
@@ -89,7 +89,7 @@ class _Block:
 
 
 class UnhashableStateError(Exception):
-    """A state cannot be hashed; carries Python's own words."""
+    """A state cannot be hashed; carries Python's message."""
 
 
 def distinct(states: Sequence[State]) -> tuple[State, ...]:
@@ -147,7 +147,7 @@ class _Builder:
         width = len(self.states[block.states])
         self.width = max(self.width, width)
         self._reachable += width
-        # Unpruned states bound the useful ones from above; stop early only when hopelessly over.
+        # Only some of the reachable states are useful, so the limit leaves room.
         if self._reachable > most_states(self.max_nodes, self.n):
             raise self._too_large(f"at least {self._reachable} reachable states")
 
@@ -216,7 +216,7 @@ class _Builder:
 
 
 def most_states(max_nodes: int, n: int) -> int:
-    """How many reachable states are built before giving up; a part of them will turn out to be of no use."""
+    """How many reachable states are built before giving up; some of them will turn out to be useless."""
     return 4 * max_nodes + 4 * n
 
 
@@ -226,7 +226,7 @@ def most_pairs(max_nodes: int) -> int:
 
 
 def _split(table: _Table, whole: IntArray, shape: tuple[int, int]) -> tuple[_Classes, _Classes, int]:
-    """Classes of the halves: two states are alike if with every sibling they lead to the same class, or nowhere."""
+    """Classes of the halves: states are alike if they lead to the same class, or nowhere, with every sibling."""
     live = whole[table.result] >= 0
     rows, columns, result = table.left[live], table.right[live], whole[table.result[live]]
     left, right = _alike(rows, columns, result, shape[0]), _alike(columns, rows, result, shape[1])
@@ -286,7 +286,7 @@ class _Emitter:
         """One sum per class, made of the pairs of classes that lead there; returns the nodes."""
         table, left, right = block.inner()
         owner = block.classes.of[table.result]
-        # Of states that are alike the first speaks for all.
+        # The first state of a class stands for all of it.
         order = np.flatnonzero((owner >= 0) & left.classes.first[table.left] & right.classes.first[table.right])
         order = order[np.argsort(owner[order], kind="stable")]
         sizes = np.bincount(owner[order])

@@ -1,4 +1,4 @@
-"""Plans: what constraints become before the order of variables is known. Given an order, a plan becomes a term."""
+"""Plan: what a constraint becomes before the order of the variables is known. Plan and order -> term: :func:`along`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from circuitroute_compilers.terms import Complement, HowMany, Machine, Scope, Te
 
 @dataclass(frozen=True)
 class Proposition:
-    """All of ``formulas`` hold; they hang together by shared variables, and came from ``constraint``."""
+    """All of ``formulas``, which are connected by shared variables and came from ``constraint``, hold."""
 
     constraint: Constraint
     formulas: tuple[Formula, ...]

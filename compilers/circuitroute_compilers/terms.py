@@ -1,4 +1,4 @@
-"""Terms: what constraints become before they are built, state machines that know their scopes.
+"""Term: what a plan becomes once the order of the variables is known, a state machine that knows its scope.
 
 A term's state on a block of variables is FREE while the block holds none of its scope, TRUE or FALSE once the block
 holds all of it, and anything hashable in between. Collapsing finished scopes to one of three constants is what
@@ -22,7 +22,7 @@ Scope: TypeAlias = int  # a bit per variable
 
 
 class Constant(enum.Enum):
-    """States that need no machine."""
+    """States without a machine behind them."""
 
     FREE = enum.auto()
     TRUE = enum.auto()
@@ -144,7 +144,7 @@ class HowMany:
     """``allows`` the number of ``terms`` that hold; And and Or are the cases "all" and "at least one".
 
     The state tallies the terms that hold and fail, and lists the states of the others by index. Only terms whose
-    scope is complete are counted; one that is decided early stays listed, since other blocks may still speak of it.
+    scope is complete are counted; one that is decided early stays listed, since other blocks may share its scope.
     The state becomes a constant as soon as no outcome of the undecided ones can change the verdict.
     """
 
@@ -157,7 +157,7 @@ class HowMany:
 
     @cached_property
     def verdicts(self) -> tuple[bool, ...]:
-        """What ``allows`` says of 0, 1, ... terms that hold."""
+        """Whether 0, 1, ... terms that hold are allowed."""
         return tuple(self.allows(j) for j in range(len(self.terms) + 1))
 
     @cached_property

@@ -1,7 +1,7 @@
 """Trees over the variables, along which states are merged: what they are, and which are worth considering.
 
-A scope that is a subtree of its own is forgotten as soon as it is complete; one that is torn apart must be remembered
-on both sides. So scopes that nest or are disjoint (groups inside layers inside a network) become subtrees, the smallest
+A scope that is a subtree is forgotten as soon as it is complete; one that is torn apart must be remembered on both
+sides. So scopes that nest or are disjoint (groups inside layers inside a network) become subtrees, the smallest
 first, and what is left is merged in balance. That tree is the only candidate where no scopes cut across one another.
 Where some do, the order of variables decides the width: candidates come from the natural order, from a narrow band of
 the incidence graph of variables and scopes (reverse Cuthill-McKee 1969), and from a tree decomposition of the graph of
@@ -139,7 +139,7 @@ def _narrow_band(scopes: Sequence[Scope], n: int) -> list[int]:
     import networkx as nx
 
     graph: Any = nx.Graph()
-    for scope, members in enumerate(scopes, start=n):  # numbers, since the order of ties hangs on their hashes
+    for scope, members in enumerate(scopes, start=n):  # numbers, since their hashes break ties
         graph.add_edges_from((scope, v) for v in variables(members))
     ordered = [v for v in nx.utils.reverse_cuthill_mckee_ordering(graph) if v < n]
     return ordered + sorted(set(range(n)) - set(ordered))

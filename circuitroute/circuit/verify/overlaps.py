@@ -7,9 +7,9 @@ of their elements can. So the question whether two nodes *overlap* is passed dow
 first, and right halves only for what overlaps on the left: the primes of a sentential decision diagram exclude one
 another, and its subs are never compared.
 
-Where all nodes of a scope exclude one another, as the states of a machine do, nothing need be asked: such scopes are
-recognised from the literals up by sorting their elements. And where the left factors of a sum are very many, they are
-compared by their models instead (:mod:`.worlds`).
+Where all nodes of a scope exclude one another, as the states of a machine do, there is nothing to ask: such scopes are
+recognised from the literals up by sorting their elements. Where a sum has very many left factors, these are compared by
+their models instead (:mod:`.worlds`).
 
 Legend: E elements of one scope, P pairs.
 """

@@ -65,7 +65,7 @@ class Worlds:
         for scope in upward:
             if sizes[scope] <= MAX_VARIABLES:
                 split = splits[scope]
-                # Too many are never listed, so it does not matter how many more there are.
+                # Beyond the limit they are not listed, so the exact number does not matter.
                 products = np.minimum(self._count[split.left] * self._count[split.right], MAX_LISTED + 1)
                 np.add.at(self._count, split.owner, products)
                 self._count[split.owner] = np.minimum(self._count[split.owner], MAX_LISTED + 1)

@@ -1,4 +1,4 @@
-"""What there is to say about a circuit, as data."""
+"""The facts about a circuit, as data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from circuitroute.circuit.verify.properties import node_scopes
 from circuitroute.compilation import Prediction
 from circuitroute.engines import cost
 
-# Longer ints can be neither printed nor read back as JSON (the limit of Python's own conversions).
+# Python neither prints nor parses much longer ints.
 LONGEST_INT = 4000
 
 
@@ -38,11 +38,11 @@ class Facts:
     """A circuit and its predicted share of a router's arithmetic.
 
     Attributes:
-        circuit: what was compiled.
-        seconds: how long that took.
-        predicted: what was expected of it; None where the compiler cannot tell.
+        circuit: the compiled constraint.
+        seconds: how long compiling took.
+        predicted: its predicted size; None if the compiler does not predict.
         hidden: size of the router's input.
-        device: where the engine was asked for.
+        device: the device that the engine is chosen for.
         levels: from the literals up.
     """
 
@@ -65,7 +65,7 @@ class Facts:
 
     @property
     def share(self) -> float:
-        """The circuit's part of both."""
+        """The circuit's share of both together."""
         return self.multiply_adds / (self.multiply_adds + self.router_multiply_adds)
 
     def to_json(self) -> dict[str, Any]:

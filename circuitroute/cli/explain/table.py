@@ -1,4 +1,4 @@
-"""The facts as tables to read, in the terminal."""
+"""The facts as tables in the terminal."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def print_tables(facts: Facts) -> None:
     """The circuit, its levels, and what the prediction is made of."""
     console = _optional("rich.console").Console(highlight=False, markup=False)
     if not console.is_terminal:
-        console.width = max(console.width, 120)  # nothing is gained by folding a table in a file
+        console.width = max(console.width, 120)  # do not fold tables in files
     console.print(circuit_table(facts))
     console.print(level_table(facts))
     console.print(prediction(facts), soft_wrap=True)
@@ -63,7 +63,7 @@ def level_table(facts: Facts) -> Any:
 
 
 def prediction(facts: Facts) -> str:
-    """What is predicted from what."""
+    """What the predictions are based on."""
     sizes = "" if facts.predicted is None else "\nSizes in brackets were predicted before building, as upper bounds."
     ours, linear = f"{facts.multiply_adds:,}", f"{facts.router_multiply_adds:,}"
     return (
