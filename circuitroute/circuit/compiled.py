@@ -33,37 +33,30 @@ class Compiled(Protocol):
     @property
     def n(self) -> int:
         """Number of variables N."""
-        ...
 
     @property
     def constraint(self) -> Constraint:
         """What was compiled."""
-        ...
 
     @property
     def graph(self) -> Graph:
         """The arrays."""
-        ...
 
     @property
     def counts(self) -> tuple[int, ...] | None:
         """The allowed counts of a pure count constraint over all variables, increasing; None otherwise."""
-        ...
 
     @property
     def max_count(self) -> int:
         """The largest number of variables any allowed subset selects (K)."""
-        ...
 
     @property
     def engine(self) -> str | None:
         """The name of a forced engine, or None to choose by device."""
-        ...
 
     @property
     def handle(self) -> str:
         """A name for this object in this process."""
-        ...
 
 
 def name(circuit: Compiled) -> str:

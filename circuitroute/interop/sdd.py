@@ -71,8 +71,8 @@ class _Vtree:
         return start <= self.span[other][0] and self.span[other][1] <= stop
 
 
-def _sized(file: TextFile, kind: str) -> tuple[list[Line], Line, int]:
-    """The lines after the header, the header, and the number in it."""
+def _sized(file: TextFile, kind: str) -> tuple[list[Line], Line]:
+    """The lines after the header, and the header."""
     lines = file.lines()
     header = next(lines, None)
     if header is None or header.words[0] != kind.encode():
@@ -82,11 +82,11 @@ def _sized(file: TextFile, kind: str) -> tuple[list[Line], Line, int]:
     if len(numbers) != 1 or numbers[0] != len(rest) or not rest:
         expected = f"{kind} {max(len(rest), 1)}, the number of nodes (is the file complete?)"
         raise file.error(header.number, b" ".join(header.words), expected)
-    return rest, header, numbers[0]
+    return rest, header
 
 
 def _read_vtree(file: TextFile) -> _Vtree:
-    lines, header, _ = _sized(file, "vtree")
+    lines, header = _sized(file, "vtree")
     variable: dict[int, int] = {}
     halves: dict[int, tuple[int, int]] = {}
     parent: dict[int, int] = {}

@@ -116,7 +116,8 @@ def diagrams(constraint: Constraint, formulas: Sequence[Formula], order: Sequenc
                 "was tried; split the formula into smaller ones, or raise max_nodes"
             ) from None
         joined.take(root, set(formula.variables))
-    return [_diagram(constraint, bdd, root, names, level_of) for root, names in joined.found]
+    orders = [(root, sorted(names, key=level_of.__getitem__)) for root, names in joined.found]
+    return [Diagram(constraint, bdd, root, tuple(order), tuple(level_of[v] for v in order)) for root, order in orders]
 
 
 class _Joined:
@@ -150,8 +151,3 @@ class _Joined:
             self._work -= self._bdd.made - before
         small = self._bdd.made - self._began <= JOINED_NODES or len(self._bdd.below(both)) <= JOINED_NODES
         return both if small else None
-
-
-def _diagram(constraint: Constraint, bdd: Bdd, root: int, names: set[int], level_of: dict[int, int]) -> Diagram:
-    order = sorted(names, key=level_of.__getitem__)
-    return Diagram(constraint, bdd, root, tuple(order), tuple(level_of[v] for v in order))

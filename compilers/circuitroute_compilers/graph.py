@@ -258,8 +258,8 @@ class _Emitter:
         self._kind: list[IntArray] = []
         self._variable: list[IntArray] = []
         self._sizes: list[IntArray] = []
-        self._left: list[IntArray] = []
-        self._right: list[IntArray] = []
+        self._left = [np.zeros(0, dtype=np.int64)]
+        self._right = [np.zeros(0, dtype=np.int64)]
         self._true: int | None = None
 
     def emit(self) -> Graph:
@@ -272,14 +272,13 @@ class _Emitter:
                 halves = [node_of_class.pop(id(half)) for half in block.halves]
                 node_of_class[id(block)] = self._inner(block, *halves)
         first = np.concatenate([[0], np.cumsum(np.concatenate(self._sizes))])
-        empty = [np.zeros(0, dtype=np.int64)]
         return Graph(
             n=self._builder.n,
             kind=np.concatenate(self._kind).astype(np.uint8),
             variable=np.concatenate(self._variable).astype(np.int32),
             first=first.astype(np.int64),
-            left=np.concatenate(self._left or empty).astype(np.int32),
-            right=np.concatenate(self._right or empty).astype(np.int32),
+            left=np.concatenate(self._left).astype(np.int32),
+            right=np.concatenate(self._right).astype(np.int32),
         )
 
     def _inner(self, block: _Block, left_nodes: IntArray, right_nodes: IntArray) -> IntArray:
@@ -292,8 +291,7 @@ class _Emitter:
         sizes = np.bincount(owner[order])
         self._left.append(left_nodes[left.classes.of[table.left[order]]])
         self._right.append(right_nodes[right.classes.of[table.right[order]]])
-        first = self._add(np.full(len(sizes), int(NodeKind.SUM)), np.full(len(sizes), -1), sizes)
-        return first + np.arange(len(sizes))
+        return self._add(NodeKind.SUM, -1, sizes)
 
     def _leaf(self, block: _Block) -> IntArray:
         """Emit the useful literals of one variable, those of one class as a sum; returns a node per class."""
@@ -303,22 +301,22 @@ class _Emitter:
         for kind, state in zip((NodeKind.ABSENT, NodeKind.PRESENT), both, strict=True):
             found = int(block.classes.of[states.index(state)]) if state is not FALSE else -1
             if found >= 0:
-                node = self._add(np.array([int(kind)]), np.array([block.tree.first]), np.array([0]))
-                literals[found].append(node)
+                literals[found] += self._add(kind, block.tree.first, [0]).tolist()
         return np.array([some[0] if len(some) == 1 else self._either(some) for some in literals], dtype=np.int64)
 
     def _either(self, literals: list[int]) -> int:
         """The sum of both literals of a variable that is left free."""
         if self._true is None:
-            self._true = self._add(np.array([int(NodeKind.TRUE)]), np.array([-1]), np.array([0]))
+            self._true = int(self._add(NodeKind.TRUE, -1, [0])[0])
         self._left.append(np.array(literals))
         self._right.append(np.array([self._true, self._true]))
-        return self._add(np.array([int(NodeKind.SUM)]), np.array([-1]), np.array([2]))
+        return int(self._add(NodeKind.SUM, -1, [2])[0])
 
-    def _add(self, kind: IntArray, variable: IntArray, sizes: IntArray) -> int:
+    def _add(self, kind: NodeKind, variable: int, sizes: Sequence[int] | IntArray) -> IntArray:
+        """Nodes of one kind with so many elements each; the elements are added by the caller."""
         first = self._count
-        self._kind.append(kind)
-        self._variable.append(variable)
-        self._sizes.append(sizes)
-        self._count += len(kind)
-        return first
+        self._count += len(sizes)
+        self._kind.append(np.full(len(sizes), int(kind)))
+        self._variable.append(np.full(len(sizes), variable))
+        self._sizes.append(np.asarray(sizes))
+        return np.arange(first, self._count)

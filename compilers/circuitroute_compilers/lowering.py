@@ -26,7 +26,7 @@ from circuitroute.constraints import (
     Over,
     State,
 )
-from circuitroute_compilers.plans import Negation, Number, Plan, all_of, any_of
+from circuitroute_compilers.plans import Negation, Number, Plan, number
 from circuitroute_compilers.rules import check_indices, formula_of, propositions, torn_counts
 from circuitroute_compilers.terms import Machine
 
@@ -117,7 +117,8 @@ def _(constraint: And, scope: Indices) -> Plan:
     plans += propositions(rules, scope)
     if not plans:  # rules that are always true
         return lower(AtLeast(0), scope)
-    return all_of(*zip(*plans, strict=True))
+    each, names = zip(*plans, strict=True)
+    return number(each, names, allows=len(plans).__eq__)
 
 
 @lower.register
@@ -184,7 +185,7 @@ def _(constraint: Or, scope: Indices) -> Plan:
             reasons.append(str(error))
     if not plans:
         raise InfeasibleError(f"{constraint!r}: no alternative is possible: {'; '.join(reasons)}")
-    return any_of(plans, names)
+    return number(plans, names, allows=(0).__lt__)
 
 
 @lower.register

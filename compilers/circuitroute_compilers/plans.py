@@ -55,14 +55,9 @@ class Number:
 Plan: TypeAlias = Machine | Proposition | Negation | Number
 
 
-def all_of(plans: Sequence[Plan], names: Sequence[Constraint]) -> Plan:
-    """The conjunction."""
-    return plans[0] if len(plans) == 1 else Number(tuple(plans), len(plans).__eq__, tuple(names))
-
-
-def any_of(plans: Sequence[Plan], names: Sequence[Constraint]) -> Plan:
-    """The disjunction."""
-    return plans[0] if len(plans) == 1 else Number(tuple(plans), (0).__lt__, tuple(names))
+def number(plans: Sequence[Plan], names: Sequence[Constraint], allows: Callable[[int], bool]) -> Plan:
+    """``allows`` the number of ``plans`` that hold; of a single plan, which must hold, the plan itself."""
+    return plans[0] if len(plans) == 1 else Number(tuple(plans), allows, tuple(names))
 
 
 def simple_parts(plan: Plan) -> Iterator[Machine | Proposition]:

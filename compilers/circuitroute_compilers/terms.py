@@ -38,23 +38,18 @@ class Term(Protocol):
     @property
     def scope(self) -> Scope:
         """The variables it depends on."""
-        ...
 
     def leaf(self, var: int) -> tuple[State, State]:
         """States of a variable when (absent, present)."""
-        ...
 
     def merge(self, left: State, right: State) -> State:
         """State of two disjoint blocks together."""
-        ...
 
     def settle(self, state: State, block: Scope) -> State:
         """The state on a block, collapsed to a constant if the block decides the term."""
-        ...
 
     def signature(self, block: Scope) -> Hashable:
         """What :meth:`settle` depends on besides the state: blocks of equal signature settle alike."""
-        ...
 
 
 def settled(left: State, right: State) -> State | None:

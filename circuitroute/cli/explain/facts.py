@@ -16,6 +16,7 @@ from circuitroute.engines import cost
 
 # Python neither prints nor parses much longer ints.
 LONGEST_INT = 4000
+PREDICTED = ("nodes", "edges", "width", "seconds")
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Facts:
             "depth": circuit.depth,
             "width": circuit.width,
             "seconds_to_compile": self.seconds,
-            "predicted": self._predicted(),
+            "predicted": self.predicted and {name: getattr(self.predicted, name) for name in PREDICTED},
             "levels": [vars(level) for level in self.levels],
             "op": circuit.op,
             "device": self.device,
@@ -97,11 +98,6 @@ class Facts:
             "router_multiply_adds_per_token": self.router_multiply_adds,
             "predicted_share_of_router": self.share,
         }
-
-    def _predicted(self) -> dict[str, float] | None:
-        if self.predicted is None:
-            return None
-        return {name: getattr(self.predicted, name) for name in ("nodes", "edges", "width", "seconds")}
 
 
 def facts_of(circuit: cr.Circuit, seconds: float, predicted: Prediction | None, hidden: int) -> Facts:
