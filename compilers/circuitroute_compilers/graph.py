@@ -254,10 +254,9 @@ class _Emitter:
 
     def __init__(self, builder: _Builder) -> None:
         self._builder = builder
-        self._count = 0
-        self._kind: list[IntArray] = []
-        self._variable: list[IntArray] = []
-        self._sizes: list[IntArray] = []
+        self._kind: list[int] = []
+        self._variable: list[int] = []
+        self._sizes: list[int] = []
         self._left = [np.zeros(0, dtype=np.int64)]
         self._right = [np.zeros(0, dtype=np.int64)]
         self._true: int | None = None
@@ -271,12 +270,11 @@ class _Emitter:
             else:
                 halves = [node_of_class.pop(id(half)) for half in block.halves]
                 node_of_class[id(block)] = self._inner(block, *halves)
-        first = np.concatenate([[0], np.cumsum(np.concatenate(self._sizes))])
         return Graph(
             n=self._builder.n,
-            kind=np.concatenate(self._kind).astype(np.uint8),
-            variable=np.concatenate(self._variable).astype(np.int32),
-            first=first.astype(np.int64),
+            kind=np.array(self._kind, dtype=np.uint8),
+            variable=np.array(self._variable, dtype=np.int32),
+            first=np.cumsum([0, *self._sizes], dtype=np.int64),
             left=np.concatenate(self._left).astype(np.int32),
             right=np.concatenate(self._right).astype(np.int32),
         )
@@ -291,7 +289,7 @@ class _Emitter:
         sizes = np.bincount(owner[order])
         self._left.append(left_nodes[left.classes.of[table.left[order]]])
         self._right.append(right_nodes[right.classes.of[table.right[order]]])
-        return self._add(NodeKind.SUM, -1, sizes)
+        return self._add(NodeKind.SUM, -1, sizes.tolist()) + np.arange(len(sizes))
 
     def _leaf(self, block: _Block) -> IntArray:
         """Emit the useful literals of one variable, those of one class as a sum; returns a node per class."""
@@ -301,22 +299,21 @@ class _Emitter:
         for kind, state in zip((NodeKind.ABSENT, NodeKind.PRESENT), both, strict=True):
             found = int(block.classes.of[states.index(state)]) if state is not FALSE else -1
             if found >= 0:
-                literals[found] += self._add(kind, block.tree.first, [0]).tolist()
+                literals[found].append(self._add(kind, block.tree.first, [0]))
         return np.array([some[0] if len(some) == 1 else self._either(some) for some in literals], dtype=np.int64)
 
     def _either(self, literals: list[int]) -> int:
         """The sum of both literals of a variable that is left free."""
         if self._true is None:
-            self._true = int(self._add(NodeKind.TRUE, -1, [0])[0])
+            self._true = self._add(NodeKind.TRUE, -1, [0])
         self._left.append(np.array(literals))
         self._right.append(np.array([self._true, self._true]))
-        return int(self._add(NodeKind.SUM, -1, [2])[0])
+        return self._add(NodeKind.SUM, -1, [2])
 
-    def _add(self, kind: NodeKind, variable: int, sizes: Sequence[int] | IntArray) -> IntArray:
-        """Nodes of one kind with so many elements each; the elements are added by the caller."""
-        first = self._count
-        self._count += len(sizes)
-        self._kind.append(np.full(len(sizes), int(kind)))
-        self._variable.append(np.full(len(sizes), variable))
-        self._sizes.append(np.asarray(sizes))
-        return np.arange(first, self._count)
+    def _add(self, kind: NodeKind, variable: int, sizes: list[int]) -> int:
+        """Nodes of one kind with so many elements each, which the caller adds; returns the first node."""
+        first = len(self._kind)
+        self._kind += [int(kind)] * len(sizes)
+        self._variable += [variable] * len(sizes)
+        self._sizes += sizes
+        return first
