@@ -102,6 +102,8 @@ class _Reader:
     def _operator(self, token: str) -> _Taker:
         strength = _SIGNS[token][0] if token in _SIGNS and token != "~" else 0
         while self._pending and _SIGNS.get(self._pending[-1][0], (0,))[0] >= max(strength, 1):
+            if token in ("|", "^", "&") and self._pending[-1][0] == token:
+                return self._operand  # one more of the same
             self._complete()
         if strength:
             self._pending.append((token, len(self._operands) - 1))

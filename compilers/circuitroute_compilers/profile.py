@@ -223,11 +223,11 @@ class _Done:
 def _joint(term: HowMany, here: Sequence[Profile], done: _Done, halves: Sequence[Profile], assignments: int) -> Profile:
     """The profile of several parts on one block; ``here`` are those that straddle it or are completed by it."""
     most = min(_joint_pairs(term, here, halves), assignments) if halves else assignments
-    last = done.count == len(term.terms)
+    complete = done.count == len(term.terms)
     return Profile(
         open=min(_undecided(term, done) * _combinations(term, here), most),
-        true=last or not term.all_must,
-        false=last or not term.one_suffices or any(p.false for p in here),
+        true=complete or not term.all_must,
+        false=complete or not term.one_suffices or any(p.false for p in here),
         pairs=most if halves else 0,
         exact=len(here) == 1 and here[0].exact and not done.count,
     )
