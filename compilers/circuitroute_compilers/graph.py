@@ -129,7 +129,7 @@ class _Builder:
         self._reachable = 0
 
     def up(self, tree: Vtree) -> None:
-        """The blocks of a tree, halves before wholes."""
+        """Find the states of every block, halves before wholes."""
         block_of: dict[int, _Block] = {}
         for node in nodes(tree):
             if node.halves is None:
@@ -178,7 +178,7 @@ class _Builder:
         return _Table(array[:, 0], array[:, 1], array[:, 2], self._intern(states))
 
     def down(self) -> None:
-        """Give every block its classes, from the root, all of whose states are accepted, to the variables."""
+        """Find the classes of every block, from the root, whose only state is accepted, down to the variables."""
         for block in reversed(self.blocks):
             if block.halves is None:
                 self.nodes += self._leaf_nodes(block)
@@ -189,7 +189,7 @@ class _Builder:
             self.edges += edges
 
     def _halves(self, table: _Table, left: _Block, right: _Block, whole: _Classes) -> tuple[_Classes, _Classes, int]:
-        """The classes of two halves, and the number of elements that the whole's sums have."""
+        """The classes of two halves, and how many elements the sums of the whole have."""
         key = (id(table), whole.of.tobytes())
         if key not in self._split:
             shape = (len(self.states[left.states]), len(self.states[right.states]))
