@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-# Okabe and Ito's colours, told apart under every common colour blindness; markers for print.
+# Okabe and Ito's colours, distinct under every common colour blindness; markers for print.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 DPI = 150
+_BARS = {"linewidth": 1, "capsize": 2}
 Array = npt.ArrayLike
 
 
@@ -28,21 +29,14 @@ def validation_curves(
     ylabel: str = "validation loss",
     title: str | None = None,
 ) -> Path:
-    """One line per name, name -> (steps, values). Raises ValueError when there is none or lengths differ."""
+    """One line per name, name -> (steps, values). Raises ValueError when there are none or lengths differ."""
     _require_some(curves, "curves")
     figure = new_figure(7.0, 4.2)
     axes = figure.subplots()
     for i, (name, (steps, values)) in enumerate(curves.items()):
         if len(steps) != len(values):
             raise ValueError(f"curves[{name!r}] has {len(steps)} steps and {len(values)} values")
-        axes.plot(
-            steps,
-            values,
-            label=name,
-            color=COLORS[i % len(COLORS)],
-            marker=MARKERS[i % len(MARKERS)],
-            markersize=4,
-        )
+        axes.plot(steps, values, markersize=4, **_style(i, name))
     axes.set(xlabel="training step", ylabel=ylabel, title=title or "")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
@@ -54,7 +48,7 @@ def utilization_heatmaps(
 ) -> Path:
     """One panel per name, name -> [L, E], the fraction of tokens that use each expert, on one colour scale.
 
-    Raises ValueError when there is none or one is not a matrix.
+    Raises ValueError when it is empty or one is not a matrix.
     """
     _require_some(utilization, "utilization")
     panels_LE = {name: np.asarray(values, dtype=float) for name, values in utilization.items()}
@@ -77,10 +71,9 @@ def utilization_heatmaps(
 
 
 def executed_histogram(counts: Mapping[str, Array], path: str | os.PathLike[str], *, title: str | None = None) -> Path:
-    """How many experts tokens execute, a group of bars per count: name -> [K + 1], the tokens with 0, 1, ...,
-    K.
+    """How many experts tokens execute, a group of bars per count: name -> [K + 1], the tokens with 0, 1, ..., K.
 
-    Raises ValueError when there is none or one is not a vector of non-negative numbers with a positive sum.
+    Raises ValueError when there are none or one is not a vector of non-negative numbers with a positive sum.
     """
     _require_some(counts, "counts")
     shares = {name: _shares(name, values) for name, values in counts.items()}
@@ -93,11 +86,7 @@ def executed_histogram(counts: Mapping[str, Array], path: str | os.PathLike[str]
     used = [np.flatnonzero(share_K) for share_K in shares.values()]
     axes.set_xlim(max(-0.5, min(u[0] for u in used) - 1.5), max(u[-1] for u in used) + 1.5)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(
-        xlabel="experts executed",
-        ylabel="fraction of tokens",
-        title=title or "Executed experts per token",
-    )
+    axes.set(xlabel="experts executed", ylabel="fraction of tokens", title=title or "Executed experts per token")
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.legend(frameon=False)
@@ -114,7 +103,7 @@ def pareto(
 ) -> Path:
     """Points with error bars, those of one name connected: name -> (x [P], y [P], spread of x [P], spread of y [P]).
 
-    A spread that is not known is NaN, and is not drawn. Raises ValueError when there is none or lengths differ.
+    An unknown spread is NaN and is not drawn. Raises ValueError when there are none or lengths differ.
     """
     _require_some(fronts, "fronts")
     figure = new_figure(7.0, 4.6)
@@ -125,20 +114,8 @@ def pareto(
             raise ValueError(f"fronts[{name!r}] must be four vectors of one length: x, y and their spreads")
         order = np.argsort(columns[0], kind="stable")
         x_P, y_P, x_spread_P, y_spread_P = (column[order] for column in columns)
-        axes.errorbar(
-            x_P,
-            y_P,
-            xerr=np.nan_to_num(x_spread_P),
-            yerr=np.nan_to_num(y_spread_P),
-            label=name,
-            color=COLORS[i % len(COLORS)],
-            marker=MARKERS[i % len(MARKERS)],
-            markersize=5,
-            linewidth=1,
-            elinewidth=1,
-            capsize=2,
-            alpha=0.9,
-        )
+        spreads = {"xerr": np.nan_to_num(x_spread_P), "yerr": np.nan_to_num(y_spread_P)}
+        axes.errorbar(x_P, y_P, **spreads, **_BARS, markersize=5, elinewidth=1, alpha=0.9, **_style(i, name))
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title or "")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
@@ -146,14 +123,11 @@ def pareto(
 
 
 def experts_per_layer(
-    panels: Mapping[str, Mapping[str, Sequence[Array]]],
-    path: str | os.PathLike[str],
-    *,
-    title: str | None = None,
+    panels: Mapping[str, Mapping[str, Sequence[Array]]], path: str | os.PathLike[str], *, title: str | None = None
 ) -> Path:
     """How many experts each layer executes, one panel per first name: panel -> name -> (mean [L], spread [L]).
 
-    A spread that is not known is NaN, and is not drawn. Raises ValueError when there is none or lengths differ.
+    An unknown spread is NaN and is not drawn. Raises ValueError when there are none or lengths differ.
     """
     _require_some(panels, "panels")
     figure = new_figure(1.0 + 3.6 * len(panels), 3.8)
@@ -165,17 +139,7 @@ def experts_per_layer(
                 raise ValueError(f"panels[{panel!r}][{name!r}] must be two vectors of one length: means and spreads")
             # Side by side, since routers without a choice all have the same numbers.
             places = np.arange(mean_L.size) + (i - (len(layers) - 1) / 2) * 0.6 / len(layers)
-            axes.errorbar(
-                places,
-                mean_L,
-                yerr=np.nan_to_num(spread_L),
-                label=name,
-                color=COLORS[i % len(COLORS)],
-                marker=MARKERS[i % len(MARKERS)],
-                markersize=4,
-                linewidth=1,
-                capsize=2,
-            )
+            axes.errorbar(places, mean_L, yerr=np.nan_to_num(spread_L), **_BARS, markersize=4, **_style(i, name))
         axes.set(title=panel, xlabel="layer")
         axes.set_ylim(bottom=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -188,16 +152,13 @@ def experts_per_layer(
 
 
 def budget_use(
-    panels: Mapping[str, tuple[int, Mapping[str, Array]]],
-    path: str | os.PathLike[str],
-    *,
-    title: str | None = None,
+    panels: Mapping[str, tuple[int, Mapping[str, Array]]], path: str | os.PathLike[str], *, title: str | None = None
 ) -> Path:
     """What tokens use of a budget: panel -> (budget, name -> [K + 1], the tokens that use 0, 1, ..., K experts in all).
 
     One column per panel with a line at its budget, one row per name; tokens above the budget have another colour, and
-    their share is written down. Raises ValueError when there is none, panels have other names, or one is not a vector
-    of non-negative numbers with a positive sum.
+    their share is written beside them. Raises ValueError when there are none, names differ between panels, or one is
+    not a vector of non-negative numbers with a positive sum.
     """
     _require_some(panels, "panels")
     names = list(next(iter(panels.values()))[1])
@@ -228,6 +189,10 @@ def budget_use(
     return _save(figure, path)
 
 
+def _style(i: int, name: str) -> dict[str, Any]:
+    return {"label": name, "color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
+
+
 def _shares(name: str, values: Array) -> npt.NDArray[np.float64]:
     values_K = np.asarray(values, dtype=np.float64)
     if values_K.ndim != 1 or not np.all(values_K >= 0) or values_K.sum() <= 0:
@@ -241,19 +206,17 @@ def _integer_ticks(axis: Any, size: int) -> None:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """A figure of its own: no pyplot, so neither its backend nor its list of open figures is touched."""
+    """A figure made without pyplot, whose backend and list of open figures stay untouched."""
     try:
         figure = import_module("matplotlib.figure")
     except ImportError as error:
-        raise ImportError(
-            f"circuitroute.plots needs matplotlib ({error}): pip install 'circuitroute[plot]'",
-            name="matplotlib",
-        ) from error
+        remedy = f"circuitroute.plots needs matplotlib ({error}): pip install 'circuitroute[plot]'"
+        raise ImportError(remedy, name="matplotlib") from error
     return figure.Figure(figsize=(width, height), layout="constrained")
 
 
 def _save(figure: Any, path: str | os.PathLike[str]) -> Path:
-    """As SVG where the name says so, otherwise as PNG."""
+    """As SVG if the path ends in .svg, otherwise as PNG."""
     target = Path(path)
     if target.suffix.lower() != ".svg":
         figure.savefig(target, dpi=DPI, format="png")
