@@ -59,7 +59,7 @@ from circuitroute.routing.controllers import CountController as CountController
 from circuitroute.routing.decision import Routing as Routing
 from circuitroute.routing.decision import SoftRouting as SoftRouting
 from circuitroute.routing.estimators import Estimator as Estimator
-from circuitroute.routing.replay import RoutingRecord as RoutingRecord
+from circuitroute.routing.records import RoutingRecord as RoutingRecord
 from circuitroute.routing.route import route as route
 from circuitroute.routing.soft_topk import soft_topk as soft_topk
 

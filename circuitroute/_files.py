@@ -1,7 +1,8 @@
-"""Writing files so that no reader ever meets half of one."""
+"""Files that are whole: written in one step, and sealed with the SHA-256 of their content."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 from pathlib import Path
@@ -25,3 +26,20 @@ def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def sealed(body: bytes, label: bytes = b"", end: bytes = b"") -> bytes:
+    """``body`` and its SHA-256 in hexadecimal, between ``label`` and ``end``."""
+    return body + label + hashlib.sha256(body).hexdigest().encode() + end
+
+
+def unsealed(data: bytes, label: bytes = b"", end: bytes = b"") -> bytes:
+    """The body of what :func:`sealed` made.
+
+    Raises:
+        ValueError: a byte was changed, lost or added, or it never was sealed.
+    """
+    body = data[: -len(sealed(b"", label, end))]
+    if sealed(body, label, end) != data:
+        raise ValueError("its checksum is wrong or missing; get or save it again")
+    return body

@@ -28,7 +28,7 @@ from circuitroute.inference.circuit import Circuit
 
 @dataclass(frozen=True)
 class Prediction:
-    """What compiling a constraint will take, told before anything is built.
+    """The size of a constraint's circuit and the time to compile it, estimated without building.
 
     Attributes:
         width: the most states at one node of the tree of variables.
@@ -120,10 +120,10 @@ def compile(constraint: Constraint, n: int, max_nodes: int = 1_000_000) -> Circu
 
 
 def predict(constraint: Constraint, n: int) -> Prediction | None:
-    """What compiling ``constraint`` over ``n`` variables will take, or None if its compiler cannot tell.
+    """The size of a constraint's circuit over ``n`` variables, estimated without building; None if its compiler cannot.
 
     Raises:
-        InfeasibleError: no subset of ``n`` variables satisfies the constraint, where that shows without building.
+        InfeasibleError: no subset of ``n`` variables satisfies the constraint, if that can be seen without building.
         UnsupportedConstraintError: no compiler is registered for the constraint's type.
     """
     n = int_at_least("n", n, 1)
@@ -195,7 +195,7 @@ def _load_plugins() -> None:
 
 
 def unsupported(constraint: Constraint) -> UnsupportedConstraintError:
-    """The error for a constraint that nothing registered can compile, or not as a part: says exactly what to write."""
+    """The error for a constraint that cannot be compiled, or not as part of another: says exactly what to write."""
     name = type(constraint).__qualname__
     if any(base in _compilers for base in type(constraint).__mro__ if base is not Constraint):
         return UnsupportedConstraintError(

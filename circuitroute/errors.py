@@ -1,13 +1,13 @@
-"""Errors specific to circuitroute; all derive from :class:`CircuitRouteError`.
+"""The errors specific to circuitroute; all derive from :class:`CircuitRouteError`.
 
-Bad arguments raise plain ``ValueError`` / ``TypeError``, as anywhere in Python.
+Bad arguments raise plain ``ValueError`` / ``TypeError``, as usual in Python.
 """
 
 from __future__ import annotations
 
 
 class CircuitRouteError(Exception):
-    """Base class of all errors specific to circuitroute."""
+    """Base class of circuitroute's own errors."""
 
 
 class InfeasibleError(CircuitRouteError, ValueError):
@@ -31,4 +31,4 @@ class CircuitFileError(CircuitRouteError, ValueError):
 
 
 class EngineError(CircuitRouteError, ValueError):
-    """The engine asked for does not exist, or cannot run this circuit here; says why."""
+    """The requested engine does not exist or cannot run this circuit here; says why."""

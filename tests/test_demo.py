@@ -17,14 +17,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from language_model import checkpoint, corpus, process, progress, trainee, training
+from language_model import checkpoint, corpus, figures, process, progress, trainee, training
 from language_model.config import ROUTERS, DemoConfig, DemoError
 from language_model.model import build_model
 from language_model.process import Interrupted
 from language_model.training import Event
 
 import circuitroute as cr
-from circuitroute import plots
 from circuitroute.cli.main import main
 
 ROOT = Path(__file__).parents[1]
@@ -502,11 +501,13 @@ def test_a_damaged_checkpoint_stops_the_command(
 def test_figures_leave_pyplot_alone(tmp_path: Path) -> None:
     program = (
         "import sys\n"
-        "from circuitroute import plots\n"
-        f"print(plots.utilization_heatmaps({{'a': [[0.5] * 16] * 4}}, {str(tmp_path / 'map.png')!r}))\n"
+        "from language_model import figures\n"
+        f"print(figures.utilization_heatmaps({{'a': [[0.5] * 16] * 4}}, {str(tmp_path / 'map.png')!r}))\n"
         "print('matplotlib.pyplot' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT / "examples", capture_output=True, text=True, check=True
+    )
     assert done.stdout.splitlines() == [str(tmp_path / "map.png"), "False"]
     assert min(png_size(tmp_path / "map.png")) > 200
 
@@ -514,11 +515,11 @@ def test_figures_leave_pyplot_alone(tmp_path: Path) -> None:
 def test_figures_refuse_what_they_cannot_draw(tmp_path: Path) -> None:
     path = tmp_path / "figure.png"
     with pytest.raises(ValueError, match="curves is empty"):
-        plots.validation_curves({}, path)
+        figures.validation_curves({}, path)
     with pytest.raises(ValueError, match="2 steps and 1 values"):
-        plots.validation_curves({"a": ([1, 2], [1.0])}, path)
+        figures.validation_curves({"a": ([1, 2], [1.0])}, path)
     with pytest.raises(ValueError, match=r"shape \[layers, experts\]"):
-        plots.utilization_heatmaps({"a": [1.0, 2.0]}, path)
+        figures.utilization_heatmaps({"a": [1.0, 2.0]}, path)
     with pytest.raises(ValueError, match="not all 0"):
-        plots.executed_histogram({"a": [0, 0]}, path)
+        figures.executed_histogram({"a": [0, 0]}, path)
     assert not path.exists()

@@ -197,7 +197,7 @@ def test_more_variables_are_left_free(nnf):
     with pytest.raises(ValueError, match="n=0: must be at least 1"):
         nnf(ONE_OF_THREE_D4, n=0)
     for text in ("t 1 0\n", "nnf 1 0 0\nA 0\n"):
-        with pytest.raises(ValueError, match=r"n=None: .* speaks of no variable"):
+        with pytest.raises(ValueError, match=r"n=None: .* mentions no variables"):
             nnf(text)
 
 
@@ -378,8 +378,8 @@ def test_what_cannot_be_verified_is_refused_and_says_so(nnf):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is no circuit in the format of c2d .* an empty file"),
-        ("c only a comment\n", "is no circuit"),
+        ("", "is not a circuit in the format of c2d .* an empty file"),
+        ("c only a comment\n", "is not a circuit"),
         ("p cnf 3 1\n1 2 3 0\n", "a CNF"),
         (TWO_PAIRS_SDD, r"an SDD \(read it with cr.read_sdd\)"),
         ("circuitroute circuit 1\n", r"a saved circuit \(read it with cr.load\)"),
@@ -432,10 +432,10 @@ def test_malformed_nnf_files(nnf, text, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "circuit.sdd is no SDD: it looks like an empty file"),
-        (ONE_OF_THREE_C2D, "is no SDD: .* c2d's format"),
-        (ONE_OF_THREE_D4, "is no SDD: .* d4's format"),
-        (BALANCED, "is no SDD: .* a vtree"),
+        ("", "circuit.sdd is not an SDD: it looks like an empty file"),
+        (ONE_OF_THREE_C2D, "is not an SDD: .* c2d's format"),
+        (ONE_OF_THREE_D4, "is not an SDD: .* d4's format"),
+        (BALANCED, "is not an SDD: .* a vtree"),
         ("sdd 0\n", r"line 1: found 'sdd 0', expected sdd 1"),
         ("sdd 2\nT 0\n", r"line 1: found 'sdd 2', expected sdd 1, the number of nodes \(is the file complete\?\)"),
         ("sdd x\nT 0\n", "line 1: found 'x'"),
@@ -463,7 +463,7 @@ def test_malformed_sdd_files(sdd, text, message):
 @pytest.mark.parametrize(
     ("vtree", "message"),
     [
-        (TWO_PAIRS_SDD, "circuit.vtree is no vtree: it looks like an SDD"),
+        (TWO_PAIRS_SDD, "circuit.vtree is not a vtree: it looks like an SDD"),
         ("vtree 2\nL 0 1\n", "line 1: found 'vtree 2', expected vtree 1"),
         ("vtree 1\nL 0 0\n", "line 2: found 'L 0 0'"),
         ("vtree 1\nL 0 2\n", "line 2: found 'L 0 2'"),
@@ -472,7 +472,7 @@ def test_malformed_sdd_files(sdd, text, message):
         ("vtree 2\nL 0 1\nL 2 2\n", "line 1: found '2 roots"),
         ("vtree 2\nL 0 1\nI 1 0 5\n", "line 3: found 'half 5'"),
         ("vtree 2\nL 0 1\nI 1 0 0\n", "line 3: found 'I 1 0 0'"),
-        ("vtree 5\nL 0 1\nL 2 2\nI 1 0 2\nL 4 3\nI 3 0 4\n", "line 6: found 'half 0', expected .* no half of another"),
+        ("vtree 5\nL 0 1\nL 2 2\nI 1 0 2\nL 4 3\nI 3 0 4\n", "line 6: found 'half 0', expected .* not half of another"),
         ("vtree 1\nX 0 1\n", "line 2: found 'X 0 1'"),
     ],
 )

@@ -190,7 +190,11 @@ def test_constants():
         (lambda: cr.Logic("Not(x0, x1)"), ValueError, "Not takes 1 operands, not 2"),
         (lambda: cr.Logic("x01"), ValueError, "expected a variable or a formula, not 'x01'"),
         (lambda: cr.Logic("exit()"), ValueError, "not 'exit'"),
-        (lambda: cr.Logic("(" * 5000), ValueError, "nested too deeply"),
+        (lambda: cr.Logic("(" * 5000), ValueError, "it ends too early, at position 5000"),
+        (lambda: cr.Logic("x0, x1"), ValueError, "',' is one too many, at position 2"),
+        (lambda: cr.Logic("(x0, x1)"), ValueError, r"expected '\)', not ','"),
+        (lambda: cr.Logic("ITE"), ValueError, r"'\(' is missing, at position 3"),
+        (lambda: cr.Logic("x0\u00a0| x1"), ValueError, "has no meaning in a formula, at position 2"),
         (lambda: cr.variables(0), ValueError, "n=0: must be at least 1"),
         (lambda: cr.variables("3"), TypeError, "n='3'"),
         (lambda: cr.Logic(x[3]).over([0, 1]), ValueError, "uses x3, so at least 4 indices"),
@@ -228,6 +232,17 @@ def test_formulas_of_many_parts_and_of_shared_parts():
         chain = sympy.ITE(x[i % 12], chain, sympy.Not(chain, evaluate=False))
     assert len(cr.Logic(chain).formula.steps) < 200
     assert cr.compile(cr.Logic(chain), 12).model_count() > 0
+
+
+def test_text_is_read_at_any_depth_and_length():
+    deep = cr.Logic("x0 >> (x1 >> (" * 3000 + "x2" + "))" * 3000)
+    assert eval(repr(deep), vars(cr)) == deep
+    assert len(deep.formula.steps) == 6003
+    nested = "ITE(x0, x1, " * 3000 + "x2" + ")" * 3000
+    assert len(cr.Logic(nested).formula.steps) == 3003
+    assert cr.Logic("~" * 3001 + "x0") == cr.Logic("~x0")
+    several = " >> ".join(f"x{i}" for i in range(4000))
+    assert len(cr.Logic(several).formula.steps) == 7999
 
 
 def test_a_formula_that_is_too_large_is_refused_and_named():

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import runpy
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 import circuitroute as cr
-from circuitroute.routing import replay
+from circuitroute._files import sealed
+from circuitroute.routing import records
 from circuitroute.routing.replay import LayerRecord, RoutingRecord, importance_ratio, mismatch, path_log_prob
 
 ROOT = Path(__file__).parent.parent
@@ -124,9 +126,9 @@ def test_minibatches_are_gathered(tokens):
 
 def test_records_are_equal_if_their_decisions_are():
     record = record_of()
-    bits = RoutingRecord([LayerRecord(12, "bits", replay._pack(mask)) for mask in record.masks()], record.log_probs)
+    bits = RoutingRecord([LayerRecord(12, "bits", records._pack(mask)) for mask in record.masks()], record.log_probs)
     indices = RoutingRecord(
-        [LayerRecord(12, "indices", replay._indices(mask, 7).to(torch.int16)) for mask in record.masks()],
+        [LayerRecord(12, "indices", records._indices(mask, 7).to(torch.int16)) for mask in record.masks()],
         record.log_probs,
     )
     assert record == bits == indices
@@ -192,8 +194,30 @@ def test_no_damage_goes_unnoticed(tmp_path):
     damaged = [sound[:i] + bytes([sound[i] ^ 1]) + sound[i + 1 :] for i in range(0, len(sound), 3)]
     for content in (*damaged, sound[:-1], sound[:100], sound + b"\n", b"", b"PK"):
         path.write_bytes(content)
-        with pytest.raises(cr.CircuitFileError, match=r"r\.npz is not a readable routing record: it is"):
+        with pytest.raises(cr.CircuitFileError, match=r"r\.npz is not a readable .* its checksum is wrong"):
             RoutingRecord.load(path)
+
+
+def test_a_hostile_record_takes_no_more_memory_than_its_file(tmp_path):
+    """A valid checksum says nothing about who wrote a file: it may promise arrays that it does not hold."""
+    path = tmp_path / "r.npz"
+    header = np.frombuffer(json.dumps({"kind": records._KIND, "version": 1}).encode(), dtype=np.uint8)
+    compressed = io.BytesIO()
+    np.savez_compressed(compressed, header=header, layer_0=np.zeros((1 << 20, 8), dtype=np.uint8))
+    with zipfile.ZipFile(compressed, "a") as archive:
+        archive.comment = records._SEAL + b"0" * 64
+    path.write_bytes(sealed(compressed.getvalue()[:-64]))
+    with pytest.raises(cr.CircuitFileError, match="compressed"):
+        RoutingRecord.load(path)
+    promised = io.BytesIO()
+    np.lib.format.write_array_header_1_0(promised, {"descr": "|u1", "fortran_order": False, "shape": (1 << 40,)})
+    short = io.BytesIO()
+    with zipfile.ZipFile(short, "w") as archive:
+        archive.writestr("header.npy", promised.getvalue())
+        archive.comment = records._SEAL + b"0" * 64
+    path.write_bytes(sealed(short.getvalue()[:-64]))
+    with pytest.raises(cr.CircuitFileError, match="not a readable routing record"):
+        RoutingRecord.load(path)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -212,7 +236,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def arrays_of(record, **changes):
-    header = {"kind": replay._KIND, "version": 1, "experts": [12], "forms": ["indices"], **changes}
+    header = {"kind": records._KIND, "version": 1, "experts": [12], "forms": ["indices"], **changes}
     return {
         "layer_0": record.layers[0].data.numpy(),
         "header": np.frombuffer(json.dumps(header).encode(), dtype=np.uint8),
@@ -227,28 +251,33 @@ def test_whatever_is_in_a_sealed_file_is_checked(tmp_path):
     wrong = {
         "it is of kind 'model'": arrays_of(record, kind="model"),
         "it is of version 2, and this circuitroute reads version 1: update it": arrays_of(record, version=2),
-        "layer_0 holds no indices of 2 experts": arrays_of(record, experts=[2]),
-        "layer_0 holds no bits of 12 experts": arrays_of(record, forms=["bits"]),
+        "layer_0 does not hold indices of 2 experts": arrays_of(record, experts=[2]),
+        "layer_0 does not hold bits of 12 experts": arrays_of(record, forms=["bits"]),
         "form 'list'": arrays_of(record, forms=["list"]),
         "experts=0": arrays_of(record, experts=[0]),
         "argument": arrays_of(record, experts=[12, 12]),
         "it lacks the array 'header'": {"layer_0": sound["layer_0"]},
         "it lacks the array 'layer_0'": {"header": sound["header"]},
         "has shape": {**sound, "layer_0": sound["layer_0"][:, 0]},
-        "holds no indices": {**sound, "layer_0": sound["layer_0"].astype(np.int16) - 1},
+        "does not hold indices": {**sound, "layer_0": sound["layer_0"].astype(np.int16) - 1},
         "log_probs has shape": {**sound, "log_probs": np.zeros(3, dtype=np.float32)},
         "Object arrays cannot be loaded": {**sound, "layer_0": np.array([[object()]])},
     }
-    path.write_bytes(replay._sealed(sound))
+    path.write_bytes(records._sealed(sound))
     assert RoutingRecord.load(path) == RoutingRecord(record.layers[:1])
     for message, arrays in wrong.items():
-        path.write_bytes(replay._sealed(arrays))
+        path.write_bytes(records._sealed(arrays))
         with pytest.raises(cr.CircuitFileError, match=message):
             RoutingRecord.load(path)
     plain = io.BytesIO()
     np.savez(plain, **sound)
     path.write_bytes(plain.getvalue())
     with pytest.raises(cr.CircuitFileError, match="checksum is wrong or missing"):
+        RoutingRecord.load(path)
+    array = io.BytesIO()
+    np.save(array, sound["layer_0"])
+    path.write_bytes(sealed(array.getvalue()))
+    with pytest.raises(cr.CircuitFileError, match="it is not an archive"):
         RoutingRecord.load(path)
     with pytest.raises(FileNotFoundError):
         RoutingRecord.load(tmp_path / "none.npz")
@@ -332,11 +361,11 @@ def test_mismatch_counts_subsets_slots_and_tokens():
     b = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]]).bool()
     found = mismatch([a, a], [b, a])
     assert (found.subsets, found.slots, found.tokens) == (2 / 8, 3 / 21, 2 / 4)
-    assert mismatch([a, a], [a, a]) == replay.Mismatch(0.0, 0.0, 0.0)
+    assert mismatch([a, a], [a, a]) == cr.replay.Mismatch(0.0, 0.0, 0.0)
     assert mismatch(a, RoutingRecord.of(b)).subsets == 2 / 4
-    assert mismatch(a[:0], b[:0]) == mismatch(a[3:], b[3:]) == replay.Mismatch(0.0, 0.0, 0.0)
+    assert mismatch(a[:0], b[:0]) == mismatch(a[3:], b[3:]) == cr.replay.Mismatch(0.0, 0.0, 0.0)
     routings = routings_of(cr.Exactly(2), 8)
-    assert mismatch(routings, RoutingRecord.of(routings)) == replay.Mismatch(0.0, 0.0, 0.0)
+    assert mismatch(routings, RoutingRecord.of(routings)) == cr.replay.Mismatch(0.0, 0.0, 0.0)
 
 
 # ---------------------------------------------------------------------------------------------- errors

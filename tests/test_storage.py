@@ -224,7 +224,7 @@ def test_every_truncation_and_every_addition_is_noticed(path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "is no saved circuit: it looks like an empty file"),
+        (b"", "is not a saved circuit: it looks like an empty file"),
         (b"nnf 1 0 1\nL 1\n", r"it looks like an NNF circuit in c2d's format \(read it with cr.read_nnf\)"),
         (b"o 1 0\nt 2 0\n1 2 0\n", "it looks like an NNF circuit in d4's format"),
         (b"c a comment\nsdd 1\nT 0\n", "it looks like an SDD"),

@@ -17,6 +17,7 @@ from language_model import (
     config,
     corpus,
     evaluation,
+    figures,
     process,
     progress,
     study,
@@ -30,7 +31,6 @@ from language_model.process import Interrupted
 from language_model.study_report import row_of, summarise
 from language_model.training import Event
 
-from circuitroute import plots
 from circuitroute.cli.main import main
 from tests.test_demo import TINY, Watcher, assert_same_run, never, png_size, results
 
@@ -516,13 +516,13 @@ def test_summaries_are_what_one_computes_by_hand() -> None:
 
 NAN = math.nan
 DRAW: dict[str, Callable[[Path], Path]] = {
-    "pareto": lambda path: plots.pareto(
+    "pareto": lambda path: figures.pareto(
         {"a": ([2, 1], [1.0, 2.0], [0, 0.1], [NAN, 0.1]), "b": ([1], [1], [0], [0])}, path
     ),
-    "experts_per_layer": lambda path: plots.experts_per_layer(
+    "experts_per_layer": lambda path: figures.experts_per_layer(
         {"k = 2": {"a": ([1, 3], [0.1, NAN])}, "k = 4": {"a": ([4, 4], [0, 0])}}, path
     ),
-    "budget_use": lambda path: plots.budget_use(
+    "budget_use": lambda path: figures.budget_use(
         {"k = 1": (2, {"a": [0, 1, 3], "b": [0, 0, 2, 2]}), "k = 2": (4, {"a": [0, 0, 0, 0, 1], "b": [0, 0, 5]})}, path
     ),
 }
@@ -539,13 +539,13 @@ def test_figures_are_drawn_as_png_or_svg(name: str, tmp_path: Path) -> None:
 def test_figures_refuse_what_they_cannot_draw(tmp_path: Path) -> None:
     path = tmp_path / "figure.png"
     with pytest.raises(ValueError, match="fronts is empty"):
-        plots.pareto({}, path)
+        figures.pareto({}, path)
     with pytest.raises(ValueError, match="four vectors of one length"):
-        plots.pareto({"a": ([1, 2], [1.0], [0], [0])}, path)
+        figures.pareto({"a": ([1, 2], [1.0], [0], [0])}, path)
     with pytest.raises(ValueError, match="two vectors of one length"):
-        plots.experts_per_layer({"k": {"a": ([1, 2], [0.0])}}, path)
+        figures.experts_per_layer({"k": {"a": ([1, 2], [0.0])}}, path)
     with pytest.raises(ValueError, match="must all have the same names: a"):
-        plots.budget_use({"x": (1, {"a": [1]}), "y": (1, {"b": [1]})}, path)
+        figures.budget_use({"x": (1, {"a": [1]}), "y": (1, {"b": [1]})}, path)
     with pytest.raises(ValueError, match="not all 0"):
-        plots.budget_use({"x": (1, {"a": [0, 0]})}, path)
+        figures.budget_use({"x": (1, {"a": [0, 0]})}, path)
     assert not path.exists()

@@ -9,12 +9,11 @@ import sys
 from dataclasses import dataclass
 
 import pytest
-from circuitroute_compilers import builtin, machine, prediction
+from circuitroute_compilers import builtin, choice, graph
 from circuitroute_compilers.diagram import diagrams
 from circuitroute_compilers.lowering import lower
-from circuitroute_compilers.order import candidates
 from circuitroute_compilers.plans import along
-from circuitroute_compilers.vtree import depth, leaf, linear, met, natural, nodes
+from circuitroute_compilers.trees import candidates, depth, leaf, linear, met, natural, nodes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -101,11 +100,11 @@ def _row_by_row():
 @pytest.mark.parametrize("constraint", [EXCLUSIONS & cr.Exactly(4), WINDOWS], ids=["exclusions", "windows"])
 def test_the_chosen_tree_is_the_cheapest_of_those_predicted_and_beats_the_usual_one(constraint):
     plan = lower(constraint, tuple(range(64)))
-    chosen = prediction.choose(constraint, plan, 64, 10**6)
-    usual = next(candidates([part.scope for part in prediction.simple_parts(plan)], 64))
+    chosen = choice.choose(constraint, plan, 64, 10**6)
+    usual = next(candidates([part.scope for part in choice.simple_parts(plan)], 64))
     with pytest.raises(cr.CircuitTooLargeError):
-        machine.build_graph(constraint, along(plan, met(usual), 10**6), usual, 2_000)
-    built = machine.build_graph(constraint, chosen.term, chosen.tree, 2_000)
+        graph.build_graph(constraint, along(plan, met(usual), 10**6), usual, 2_000)
+    built = graph.build_graph(constraint, chosen.term, chosen.tree, 2_000)
     assert built.num_nodes <= chosen.prediction.nodes
 
 
@@ -139,8 +138,8 @@ def test_trees_may_be_deep():
     assert depth(tree) == 1499
     assert depth(natural(1500)) == 11
     term = lower(cr.Exactly(1), tuple(range(1500)))
-    graph = machine.build_graph(cr.Exactly(1), term, tree, 10**6)
-    assert cr.Circuit(graph, cr.Exactly(1)).model_count() == 1500
+    circuit = graph.build_graph(cr.Exactly(1), term, tree, 10**6)
+    assert cr.Circuit(circuit, cr.Exactly(1)).model_count() == 1500
     chain = both([cr.Logic(f"x{i} >> x{(i + 1) % 700}") for i in range(700)])
     assert cr.compile(chain, 700).model_count() == 2
 
@@ -220,7 +219,7 @@ def test_what_cannot_fit_is_refused_before_it_is_built(monkeypatch):
     monkeypatch.setattr(builtin, "build_graph", None)
     with pytest.raises(cr.CircuitTooLargeError) as caught:
         cr.compile(cr.Exactly(100), 1000, max_nodes=1000)
-    for words in ("at least ", "max_nodes=1000", "estimated width 101", "Exactly(100) costs most: lower its largest"):
+    for words in ("at least ", "max_nodes=1000", "width 101", "Exactly(100) costs most: lower its largest"):
         assert words in str(caught.value)
 
 

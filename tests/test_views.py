@@ -179,32 +179,52 @@ def test_draw_names_literals_counts_and_scopes(tmp_path: Path) -> None:
 def test_layout(constraint: cr.Constraint, n: int) -> None:
     """Every node but the constant once; edges between neighbouring rows; room between neighbours."""
     graph = cr.compile(constraint, n).graph
-    layout = drawing._layout(graph)
-    drawn = [item for row in layout.rows for item in row]
-    assert len(set(drawn)) == len(drawn)
-    assert {item for item in drawn if item < graph.num_nodes} == set(np.flatnonzero(graph.kind != NodeKind.TRUE))
-    for r, row in enumerate(layout.rows):
-        assert (np.diff(layout.x[row]) >= drawing.NARROW - 1e-9).all()
-        for item in row:
-            assert layout.row[item] == r
-            assert all(layout.row[child] == r - 1 for child in layout.lower[item])
-    for row in layout.rows:
-        scopes = [scope for scope, _ in itertools.groupby(row, key=layout.scope.__getitem__)]
+    view, rows = drawing.layout(cr.compile(constraint, n))
+    drawn = [item for row in rows for item in row]
+    assert len(set(drawn)) == len(drawn) == len(view)
+    nodes = {item for item in drawn if isinstance(item, int)}
+    assert nodes == set(np.flatnonzero(graph.kind != NodeKind.TRUE))
+    for row in rows:
+        assert (np.diff([view.nodes[item]["x"] for item in row]) >= drawing.NARROW - 1e-9).all()
+        assert len({view.nodes[item]["y"] for item in row}) == 1
+        scopes = [scope for scope, _ in itertools.groupby(row, key=view.nodes.data("scope").__getitem__)]
         assert len(set(scopes)) == len(scopes), "nodes over the same variables stand together"
+    for upper, lower in view.edges:
+        assert view.nodes[upper]["y"] == view.nodes[lower]["y"] + 1
+    assert not any(kind == "bend" for _, kind in view.nodes.data("kind")), "compiled circuits follow one tree"
+
+
+def test_layout_bends_lines_across_rows() -> None:
+    """(x0 & ~x1) & x2 | (x1 & ~x2) & x0: x0 is a factor of the root's products and of what they multiply."""
+    literals = [(0, True), (1, False), (1, True), (2, False), (2, True)]
+    kinds = [*(NodeKind.PRESENT if present else NodeKind.ABSENT for _, present in literals), *[NodeKind.SUM] * 3]
+    graph = Graph(
+        n=3,
+        kind=np.array(kinds, dtype=np.uint8),
+        variable=np.array([*(variable for variable, _ in literals), -1, -1, -1], dtype=np.int32),
+        first=np.array([0, 0, 0, 0, 0, 0, 1, 2, 4]),
+        left=np.array([0, 2, 5, 6], dtype=np.int32),
+        right=np.array([1, 3, 4, 0], dtype=np.int32),
+    )
+    view, rows = drawing.layout(Circuit(graph, cr.Exactly(2)))
+    assert [len(row) for row in rows] == [1, 2, 4, 3, 4]
+    assert all(view.nodes[upper]["y"] == view.nodes[lower]["y"] + 1 for upper, lower in view.edges)
+    assert sum(kind == "bend" for _, kind in view.nodes.data("kind")) == 2
 
 
 def test_ordering_removes_crossings() -> None:
-    """Two sums over x0, x1 given the wrong way round."""
-    layout = drawing._Layout([0, 0, 1, 1], [1, 2, 3, 3], [[], [], [1], [0]])
-    rows = [[0, 1], [2, 3]]
-    assert drawing._crossings(rows, layout.lower) == 1
-    drawing._sort(rows[1], rows[0], layout.lower, [(0.0, 3)] * 4)
-    assert rows[1] == [3, 2]
-    assert drawing._crossings(rows, layout.lower) == 0
+    """Two sums over x0, x1 that are met the wrong way round."""
+    view = networkx.DiGraph([("c", 1), ("c", 2), ("a", "x0"), ("b", "x1"), (1, "b"), (2, "a")])
+    for item in view:
+        view.nodes[item].update(kind="sum", scope=3)
+    view.nodes["x0"]["scope"], view.nodes["x1"]["scope"] = 1, 2
+    rows: list[list[Any]] = [["c"], [1, 2], ["a", "b"], ["x0", "x1"]]
+    drawing._place(view, rows, [0, 1])
+    assert (rows[1], rows[2]) in [([1, 2], ["b", "a"]), ([2, 1], ["a", "b"])]
 
 
-def test_spread_is_least_squares() -> None:
-    places = drawing._spread(np.array([0.0, 0.0, 5.0]), np.array([1.0, 1.0]))
+def test_spread_keeps_order_and_room_near_the_wanted_places() -> None:
+    places = drawing.spread(np.array([0.0, 0.0, 5.0]), np.array([1.0, 1.0]))
     np.testing.assert_allclose(places, [-0.5, 0.5, 5.0])
 
 

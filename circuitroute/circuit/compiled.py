@@ -1,4 +1,4 @@
-"""What everything below :class:`circuitroute.Circuit` needs to know of one.
+"""What everything below :class:`circuitroute.Circuit` needs to know about one.
 
 Engines, evidence, distributions and file formats take anything of this shape; the class itself stands above them all,
 since it can be called, drawn and saved.
@@ -33,51 +33,44 @@ class Compiled(Protocol):
     @property
     def n(self) -> int:
         """Number of variables N."""
-        ...
 
     @property
     def constraint(self) -> Constraint:
         """What was compiled."""
-        ...
 
     @property
     def graph(self) -> Graph:
         """The arrays."""
-        ...
 
     @property
     def counts(self) -> tuple[int, ...] | None:
         """The allowed counts of a pure count constraint over all variables, increasing; None otherwise."""
-        ...
 
     @property
     def max_count(self) -> int:
         """The largest number of variables any allowed subset selects (K)."""
-        ...
 
     @property
     def engine(self) -> str | None:
         """The name of a forced engine, or None to choose by device."""
-        ...
 
     @property
     def handle(self) -> str:
-        """A name for this very object in this process."""
-        ...
+        """A name for this object in this process."""
 
 
 def name(circuit: Compiled) -> str:
-    """A new handle, under which :func:`of_handle` finds the circuit for as long as it is alive."""
+    """A new handle, by which :func:`of_handle` finds the circuit while it is alive."""
     handle = f"circuit {next(_numbers)}"
     _alive[handle] = circuit
     return handle
 
 
 def of_handle(handle: str) -> Compiled:
-    """The circuit of that handle.
+    """The circuit with that handle.
 
     Raises:
-        KeyError: there is no such circuit (any more): traced programs need theirs to be kept alive.
+        KeyError: there is no such circuit, or it is gone: traced programs need theirs to be kept alive.
     """
     try:
         return _alive[handle]

@@ -33,13 +33,22 @@ def most_elements_split(graph: Graph) -> int:
 
 def split_by_count(graph: Graph) -> Graph:
     """The same subsets from nodes of definite count: node v becomes one node per count its subsets have."""
-    split = _Split()
+    kinds: list[int] = []
+    variables: list[int] = []
+    elements: list[Pairs] = []
+
+    def add(kind: int, variable: int, pairs: Pairs) -> int:
+        kinds.append(kind)
+        variables.append(variable)
+        elements.append(pairs)
+        return len(kinds) - 1
+
     parts: list[dict[int, int]] = []  # of every node: count -> new node
     first, left, right = graph.first.tolist(), graph.left.tolist(), graph.right.tolist()
     root = graph.num_nodes - 1
     for node, (kind, variable) in enumerate(zip(graph.kind.tolist(), graph.variable.tolist(), strict=True)):
         if kind != NodeKind.SUM:
-            parts.append({int(kind == NodeKind.PRESENT): split.add(kind, variable, [])})
+            parts.append({int(kind == NodeKind.PRESENT): add(kind, variable, [])})
             continue
         by_count: dict[int, Pairs] = defaultdict(list)
         for e in range(first[node], first[node + 1]):
@@ -47,35 +56,7 @@ def split_by_count(graph: Graph) -> Graph:
                 for j, b in parts[right[e]].items():
                     by_count[i + j].append((a, b))
         if node == root:
-            split.add(kind, variable, [pair for count in sorted(by_count) for pair in by_count[count]])
+            add(kind, variable, [pair for count in sorted(by_count) for pair in by_count[count]])
         else:
-            parts.append({count: split.add(kind, variable, pairs) for count, pairs in sorted(by_count.items())})
-    return split.graph(graph.n)
-
-
-class _Split:
-    """The nodes written so far."""
-
-    def __init__(self) -> None:
-        self._kind: list[int] = []
-        self._variable: list[int] = []
-        self._first = [0]
-        self._pairs: Pairs = []
-
-    def add(self, kind: int, variable: int, pairs: Pairs) -> int:
-        self._kind.append(kind)
-        self._variable.append(variable)
-        self._pairs += pairs
-        self._first.append(len(self._pairs))
-        return len(self._kind) - 1
-
-    def graph(self, n: int) -> Graph:
-        pairs = np.array(self._pairs, dtype=np.int32).reshape(-1, 2)
-        return Graph(
-            n=n,
-            kind=np.array(self._kind, dtype=np.uint8),
-            variable=np.array(self._variable, dtype=np.int32),
-            first=np.array(self._first, dtype=np.int64),
-            left=pairs[:, 0].copy(),
-            right=pairs[:, 1].copy(),
-        )
+            parts.append({count: add(kind, variable, pairs) for count, pairs in sorted(by_count.items())})
+    return Graph.of(graph.n, kinds, variables, elements)

@@ -11,7 +11,7 @@ structured circuits: the memory an evaluation needs is one value per node, never
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -57,7 +57,7 @@ class Graph:
     Attributes:
         n: number of variables.
         kind: [M] uint8, a :class:`NodeKind` each.
-        variable: [M] int32, the literal's variable, -1 where the node is no literal.
+        variable: [M] int32, the literal's variable, -1 for other nodes.
         first: [M + 1] int64; the elements of node i are ``first[i]`` to ``first[i + 1]``.
         left, right: [E] int32, the factors of each element; both smaller than the element's sum.
     """
@@ -68,6 +68,21 @@ class Graph:
     first: IntArray
     left: npt.NDArray[np.int32]
     right: npt.NDArray[np.int32]
+
+    @staticmethod
+    def of(
+        n: int, kinds: Sequence[int], variables: Sequence[int], elements: Sequence[Sequence[tuple[int, int]]]
+    ) -> Graph:
+        """The graph whose node i is of kind ``kinds[i]``, with its elements as pairs (left, right)."""
+        pairs = np.array([pair for some in elements for pair in some], dtype=np.int32).reshape(-1, 2)
+        return Graph(
+            n=n,
+            kind=np.array(kinds, dtype=np.uint8),
+            variable=np.array(variables, dtype=np.int32),
+            first=np.cumsum([0, *map(len, elements)], dtype=np.int64),
+            left=pairs[:, 0].copy(),
+            right=pairs[:, 1].copy(),
+        )
 
     def __post_init__(self) -> None:
         for array in (self.kind, self.variable, self.first, self.left, self.right):

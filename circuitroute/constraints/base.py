@@ -62,7 +62,7 @@ class Constraint:
         return Not.of(self)
 
     def __bool__(self) -> bool:
-        """There is none: ``a and b`` would silently be ``b``.
+        """Always an error: ``a and b`` would silently be ``b``.
 
         Raises:
             TypeError: always.
@@ -76,7 +76,7 @@ class Constraint:
 
         Raises:
             TypeError: an index is not an integer.
-            ValueError: an index is negative or given twice, or there is none.
+            ValueError: no indices, a negative one, or one given twice.
         """
         return Over(self, index_tuple("indices", indices))
 
@@ -85,7 +85,7 @@ class Constraint:
 class Over(Constraint):
     """``constraint`` on the variables ``indices`` only; made by :meth:`Constraint.over`.
 
-    Like the other composed constraints it has no machine of its own: compilers take it apart.
+    Like the other composed constraints it has no machine: compilers take it apart.
     """
 
     constraint: Constraint

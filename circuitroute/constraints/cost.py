@@ -15,7 +15,7 @@ class Cost(Constraint):
 
     Args:
         costs: non-negative integers, one per variable of the scope.
-        at_most, at_least: limits of the sum; at least one of them (``at_least=0`` is one like any other).
+        at_most, at_least: limits of the sum; give one or both (``at_least=0`` counts as given).
 
     Raises:
         ValueError: no or negative costs, no limit, or limits the wrong way round.
@@ -44,7 +44,7 @@ class Cost(Constraint):
 
     def _capped(self, cost: int) -> State | None:
         if self.at_most is None:
-            return min(cost, self.at_least)  # beyond the lower limit all sums are alike
+            return min(cost, self.at_least)  # all sums beyond the lower limit are equivalent
         return None if cost > self.at_most else cost
 
     def leaf(self, var: int) -> tuple[State | None, State | None]:

@@ -41,13 +41,20 @@ class Count(Constraint):
 
 
 @dataclass(frozen=True, repr=False)
-class Exactly(Count):
-    """Exactly ``k`` variables are selected."""
+class _CountOfK(Count):
+    """Allows counts by how they compare with ``k``."""
 
     k: int
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "k", int_at_least("k", self.k, 0))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.k})"
+
+
+class Exactly(_CountOfK):
+    """Exactly ``k`` variables are selected."""
 
     @property
     def largest(self) -> int:
@@ -56,18 +63,9 @@ class Exactly(Count):
     def allows(self, count: int) -> bool:
         return count == self.k
 
-    def __repr__(self) -> str:
-        return f"Exactly({self.k})"
 
-
-@dataclass(frozen=True, repr=False)
-class AtMost(Count):
+class AtMost(_CountOfK):
     """At most ``k`` variables are selected."""
-
-    k: int
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "k", int_at_least("k", self.k, 0))
 
     @property
     def largest(self) -> int:
@@ -76,18 +74,9 @@ class AtMost(Count):
     def allows(self, count: int) -> bool:
         return count <= self.k
 
-    def __repr__(self) -> str:
-        return f"AtMost({self.k})"
 
-
-@dataclass(frozen=True, repr=False)
-class AtLeast(Count):
+class AtLeast(_CountOfK):
     """At least ``k`` variables are selected."""
-
-    k: int
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "k", int_at_least("k", self.k, 0))
 
     @property
     def largest(self) -> None:
@@ -95,9 +84,6 @@ class AtLeast(Count):
 
     def allows(self, count: int) -> bool:
         return count >= self.k
-
-    def __repr__(self) -> str:
-        return f"AtLeast({self.k})"
 
 
 @dataclass(frozen=True, repr=False)

@@ -1,7 +1,7 @@
 """Propositional formulas as plain data: steps in order, each an operator on earlier ones.
 
-Steps rather than a tree: what a formula shares is kept once, and nothing here recurses over it. Formulas compare as
-they are written, up to the order and nesting of "and", "or", "xor" and "equivalent".
+Steps rather than a tree: shared parts are kept once, and nothing here recurses. Formulas compare as they are written,
+up to the order and nesting of "and", "or", "xor" and "equivalent".
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-# What each operator says of the values of its operands.
+# The value of each operator, given those of its operands.
 MEANING: dict[str, Callable[[Sequence[bool]], bool]] = {
     "true": lambda _: True,
     "false": lambda _: False,
@@ -44,7 +44,7 @@ class Formula:
 
     @cached_property
     def variables(self) -> tuple[int, ...]:
-        """The variables it speaks of, increasing."""
+        """The variables in it, increasing."""
         return tuple(sorted(step.operands[0] for step in self.steps if step.operator == "var"))
 
     def scopes(self) -> tuple[int, ...]:
@@ -73,7 +73,7 @@ class Formula:
         return writer.formula(writer.copy(self, indices))
 
     def conjuncts(self) -> tuple[Formula, ...]:
-        """Formulas that together say the same: the outermost conjunction taken apart, however it is written."""
+        """Formulas whose conjunction is this one: the outermost conjunction taken apart, however it is written."""
         writer = Writer()
         found: list[int] = []
         waiting = [writer.copy(self)]
@@ -86,7 +86,7 @@ class Formula:
 
 
 def _parts(writer: Writer, top: int) -> list[int]:
-    """The steps that a conjunction, a negated disjunction or a negated implication is made of; none for any other."""
+    """The parts of a conjunction, a negated disjunction or a negated implication; none of anything else."""
     operator, operands = writer.steps[top]
     if operator == "and":
         return list(operands)
@@ -105,8 +105,8 @@ def combined(operator: str, formulas: Iterable[Formula]) -> Formula:
 
 
 class Writer:
-    """Writes steps in a normal form: each once, nested uses of one associative operator flattened, operands of an
-    operator that does not care for their order sorted by the variables in them."""
+    """Writes steps in a normal form: each once, nested uses of one associative operator flattened, operands
+    sorted by the variables in them where their order does not matter."""
 
     def __init__(self) -> None:
         self.steps: list[Step] = []

@@ -18,7 +18,7 @@ class Groups:
     """A partition of the variables: ``Groups(8)`` equal contiguous groups, or ``Groups([[0, 1], [2, 3, 4]])``.
 
     Raises:
-        ValueError: no group, an empty one, groups that overlap, or that leave out a variable below their largest.
+        ValueError: no groups, an empty one, groups that overlap, or a variable in none of them.
     """
 
     groups: int | tuple[tuple[int, ...], ...]

@@ -46,7 +46,7 @@ class Logic(Constraint):
             False, or a text of the form that ``repr`` shows, such as ``"x3 >> x5"``.
 
     Raises:
-        ValueError: a symbol that is not one of x0, x1, ..., or a text that is no formula.
+        ValueError: a symbol that is not one of x0, x1, ..., or a text that is not a formula.
         TypeError: not a Boolean of these operators: a number, an equation, an inequality.
     """
 
@@ -59,7 +59,7 @@ class Logic(Constraint):
 
     @classmethod
     def of(cls, formula: Formula) -> Logic:
-        """The constraint of a formula that is there already."""
+        """The constraint that a formula holds."""
         made = cls.__new__(cls)
         object.__setattr__(made, "formula", formula)
         return made

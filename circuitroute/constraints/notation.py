@@ -1,32 +1,37 @@
 """Formulas as text, as Python would write them over variables x0, x1, ...: ``~x0 & (x1 >> x2)``, ``ITE(x0, x1, x2)``.
 
-Read by a parser of its own, with Python's precedences; nothing is ever evaluated, and only the words below exist.
+Python's precedences, but not Python's parser: ``ast`` gives up at 200 nested parentheses or some 3000 operators in a
+row, and formulas are longer than that. Nothing is ever evaluated, and only the words below exist.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 from circuitroute.constraints.formula import Formula, Writer
 
-# Words for operators: the number of operands each takes (None: any), and how it is written in steps.
-_CALLS: dict[str, tuple[int | None, str]] = {
-    "And": (None, "and"),
-    "Or": (None, "or"),
-    "Xor": (None, "xor"),
-    "Nand": (None, "not and"),
-    "Nor": (None, "not or"),
-    "Xnor": (None, "not xor"),
-    "Equivalent": (None, "equivalent"),
-    "Not": (1, "not"),
-    "Implies": (2, "implies"),
-    "ITE": (3, "ite"),
+# Words for operators, and what they are in steps: "not and" is the negation of the conjunction.
+_CALLS = {
+    "And": "and",
+    "Or": "or",
+    "Xor": "xor",
+    "Nand": "not and",
+    "Nor": "not or",
+    "Xnor": "not xor",
+    "Equivalent": "equivalent",
+    "Not": "not",
+    "Implies": "implies",
+    "ITE": "ite",
 }
-# From the loosest to the tightest, as in Python; "<<" is an implication backwards.
-_INFIX = {"|": (1, "or"), "^": (2, "xor"), "&": (3, "and"), ">>": (4, "implies"), "<<": (4, "implies")}
-_SIGNS = {"or": " | ", "xor": " ^ ", "and": " & ", "implies": " >> "}
-_TOKEN = re.compile(r"\s*(?:([A-Za-z_]\w*)|(>>|<<|[&|^~(),]))", re.ASCII)
+_SIZES = {"Not": 1, "Implies": 2, "ITE": 3}  # the number of operands; the others take any
+# Signs, from the loosest to the tightest, as in Python; "<<" is an implication backwards.
+_SIGNS = {"|": (1, "or"), "^": (2, "xor"), "&": (3, "and"), "<<": (4, "implies"), ">>": (4, "implies"), "~": (5, "not")}
+_INFIX = {operator: f" {sign} " for sign, (_, operator) in _SIGNS.items() if sign != "~"}
+_TOKEN = re.compile(r"\s*(?:([A-Za-z_]\w*|>>|<<|[&|^~(),]|\Z)|(\S+))", re.ASCII)
 VARIABLE = re.compile(r"x(0|[1-9][0-9]*)", re.ASCII)
+_Taker: TypeAlias = Callable[[str], Any]  # takes a token and returns what takes the next one
 
 
 def written(formula: Formula) -> str:
@@ -37,10 +42,10 @@ def written(formula: Formula) -> str:
             texts.append(f"x{operands[0]}")
             continue
         parts = [texts[i] for i in operands]
-        if operator in _SIGNS or operator == "not":
-            loose = [formula.steps[i].operator in _SIGNS for i in operands]
+        if operator in _INFIX or operator == "not":
+            loose = [formula.steps[i].operator in _INFIX for i in operands]
             inside = [f"({part})" if wrap else part for part, wrap in zip(parts, loose, strict=True)]
-            texts.append(f"~{inside[0]}" if operator == "not" else _SIGNS[operator].join(inside))
+            texts.append(f"~{inside[0]}" if operator == "not" else _INFIX[operator].join(inside))
         elif operator in ("true", "false"):
             texts.append(operator.capitalize())
         else:
@@ -52,105 +57,82 @@ def read(text: str) -> Formula:
     """The formula a text stands for.
 
     Raises:
-        ValueError: the text is no formula; says what was met where.
+        ValueError: the text is not a formula; says what was found where.
     """
-    try:
-        return _Reader(text).whole()
-    except RecursionError:
-        raise ValueError(f"expr={_shortened(text)}: nested too deeply to be read") from None
-
-
-def _shortened(text: str) -> str:
-    return repr(text if len(text) <= 80 else f"{text[:77]}...")
+    return _Reader(text).whole()
 
 
 class _Reader:
-    """Precedence climbing over the tokens of a text."""
+    """Operator precedence with a stack, since formulas may be nested deeper than Python calls functions."""
 
     def __init__(self, text: str) -> None:
         self._text = text
         self._at = 0
         self._writer = Writer()
-        self._token = self._next()
-
-    def _next(self) -> str:
-        """The token after the current position; "" at the end."""
-        self._start = self._at
-        if not self._text[self._at :].strip():
-            return ""
-        found = _TOKEN.match(self._text, self._at)
-        if found is None:
-            rest = self._text[self._at :].lstrip()
-            self._start = len(self._text) - len(rest)
-            raise self._wrong(f"{rest.split()[0][:20]!r} has no meaning in a formula")
-        self._start, self._at = found.start(1) if found[1] else found.start(2), found.end()
-        return found[1] or found[2]
-
-    def _wrong(self, what: str) -> ValueError:
-        return ValueError(
-            f"expr={_shortened(self._text)}: {what}, at position {self._start}; write variables x0, x1, ... with "
-            f"~ & ^ | >>, True, False and {', '.join(_CALLS)}"
-        )
-
-    def _take(self, wanted: str = "") -> str:
-        taken = self._token
-        if wanted and taken != wanted:
-            raise self._wrong(f"expected {wanted!r}, not {taken!r}" if taken else f"{wanted!r} is missing")
-        self._token = self._next()
-        return taken
+        self._operands: list[int] = []
+        # Signs, calls and "(" that are not complete, and how many operands there are before their first.
+        self._pending: list[tuple[str, int]] = []
 
     def whole(self) -> Formula:
-        top = self._infix(1)
-        if self._token:
-            raise self._wrong(f"{self._token!r} is one too many")
-        return self._writer.formula(top)
+        take: _Taker = self._operand
+        for found in _TOKEN.finditer(self._text.rstrip()):
+            self._at = found.start(found.lastindex or 0)
+            if found[2]:
+                raise self._wrong(f"{found[2][:20]!r} has no meaning in a formula")
+            take = take(found[1])
+        return self._writer.formula(self._operands[0])
 
-    def _infix(self, lowest: int) -> int:
-        """Operands joined by operators that bind at least as tightly as ``lowest``; equal ones from left to right."""
-        left = self._operand()
-        while _INFIX.get(self._token, (0, ""))[0] >= lowest:
-            sign = self._take()
-            strength, operator = _INFIX[sign]
-            right = self._infix(strength + 1)
-            left = self._writer.add(operator, [right, left] if sign == "<<" else [left, right])
-        return left
+    def _operand(self, token: str) -> _Taker:
+        if token in ("~", "(") or token in _CALLS:
+            self._pending.append((token, len(self._operands)))
+            return self._parenthesis if token in _CALLS else self._operand
+        if variable := VARIABLE.fullmatch(token):
+            self._operands.append(self._writer.variable(int(variable[1])))
+        elif token in ("True", "False"):
+            self._operands.append(self._writer.add(token.lower(), []))
+        else:
+            raise self._wrong(f"expected a variable or a formula, not {token!r}" if token else "it ends too early")
+        return self._operator
 
-    def _operand(self) -> int:
-        if self._token == "~":
-            self._take()
-            return self._writer.add("not", [self._operand()])
-        if self._token == "(":
-            self._take()
-            inside = self._infix(1)
-            self._take(")")
-            return inside
-        return self._word()
+    def _parenthesis(self, token: str) -> _Taker:
+        if token != "(":
+            raise self._wrong(f"expected '(', not {token!r}" if token else "'(' is missing")
+        return self._operand
 
-    def _word(self) -> int:
-        word = self._token
-        variable = VARIABLE.fullmatch(word)
-        if not variable and word not in _CALLS and word not in ("True", "False"):
-            raise self._wrong(f"expected a variable or a formula, not {word!r}" if word else "it ends too early")
-        self._take()
-        if variable:
-            return self._writer.variable(int(variable[1]))
-        return self._call(word) if word in _CALLS else self._writer.add(word.lower(), [])
+    def _operator(self, token: str) -> _Taker:
+        strength = _SIGNS[token][0] if token in _SIGNS and token != "~" else 0
+        while self._pending and _SIGNS.get(self._pending[-1][0], (0,))[0] >= max(strength, 1):
+            if token in ("|", "^", "&") and self._pending[-1][0] == token:
+                return self._operand  # one more of the same
+            self._complete()
+        if strength:
+            self._pending.append((token, len(self._operands) - 1))
+            return self._operand
+        opened = self._pending[-1][0] if self._pending else ""
+        if token == "," and opened in _CALLS:
+            return self._operand
+        if token == ")" and opened:
+            self._complete()
+        elif token or opened:
+            wrong = f"expected ')', not {token!r}" if opened else f"{token!r} is one too many"
+            raise self._wrong(wrong if token else "')' is missing")
+        return self._operator
 
-    def _call(self, name: str) -> int:
-        self._take("(")
-        operands = [self._infix(1)]
-        while self._token == ",":
-            self._take()
-            operands.append(self._infix(1))
-        wanted, written_as = _CALLS[name]
-        if wanted is not None and len(operands) != wanted:
-            raise self._wrong(f"{name} takes {wanted} operands, not {len(operands)}")
-        self._take(")")
-        return apply(self._writer, written_as, operands)
+    def _complete(self) -> None:
+        """Put the step of the last pending operator in the place of its operands."""
+        name, start = self._pending.pop()
+        operands = self._operands[start:]
+        if name == "(":
+            return
+        if len(operands) != _SIZES.get(name, len(operands)):
+            raise self._wrong(f"{name} takes {_SIZES[name]} operands, not {len(operands)}")
+        negated, _, operator = (_CALLS.get(name) or _SIGNS[name][1]).rpartition(" ")
+        step = self._writer.add(operator, reversed(operands) if name == "<<" else operands)
+        self._operands[start:] = [self._writer.add("not", [step]) if negated else step]
 
-
-def apply(writer: Writer, operators: str, operands: list[int]) -> int:
-    """One or two operators on operands: "not and" is the negation of the conjunction."""
-    negated, _, operator = operators.rpartition(" ")
-    top = writer.add(operator, operands)
-    return writer.add("not", [top]) if negated else top
+    def _wrong(self, what: str) -> ValueError:
+        shown = self._text if len(self._text) <= 80 else f"{self._text[:77]}..."
+        return ValueError(
+            f"expr={shown!r}: {what}, at position {self._at}; write variables x0, x1, ... with "
+            f"~ & ^ | >>, True, False and {', '.join(_CALLS)}"
+        )

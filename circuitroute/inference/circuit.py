@@ -163,25 +163,9 @@ class Circuit:
 
     def summary(self) -> str:
         """Sizes, depth, model count, op, engine, and the cost per token in multiply-adds and bytes."""
-        estimate = engines.cost(self)
-        count = self.model_count()
-        shown = str(count) if count < 10**15 else f"about {scientific(count)}"
-        rows = [
-            ("constraint", repr(self.constraint)),
-            ("variables", f"{self.n}"),
-            ("models", shown),
-            ("counts", f"{self.min_count} to {self.max_count}"),
-            ("nodes", f"{self.num_nodes}"),
-            ("edges", f"{self.num_edges}"),
-            ("depth", f"{self.depth}"),
-            ("width", f"{self.width}"),
-            ("op", self.op),
-            ("engine on cpu", self.engine_for("cpu")),
-            ("multiply-adds per token", f"{estimate.multiply_adds} (marginals), {estimate.backward} (their gradient)"),
-            ("bytes per token", f"{estimate.bytes_moved} (logits in, marginals out, float32)"),
-        ]
-        pad = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{pad}}  {value}" for name, value in rows)
+        rows = describe(self)
+        pad = max(map(len, rows))
+        return "\n".join(f"{label:<{pad}}  {value}" for label, value in rows.items())
 
     def draw(self, path: str | os.PathLike[str]) -> Path:
         """Draw a small circuit, level by level, to a .png, .svg or .pdf file; see :mod:`circuitroute.interop.drawing`.
@@ -267,6 +251,25 @@ class Circuit:
 
     def __deepcopy__(self, memo: object) -> Circuit:
         return self  # immutable; modules that hold one are copied often
+
+
+def describe(circuit: Circuit, device: str = "cpu") -> dict[str, str]:
+    """What :meth:`Circuit.summary` and ``circuitroute explain`` say about a circuit: label -> value."""
+    estimate, count = engines.cost(circuit), circuit.model_count()
+    return {
+        "constraint": repr(circuit.constraint),
+        "variables": f"{circuit.n:,}",
+        "models": f"{count:,}" if count < 10**15 else f"about {scientific(count)}",
+        "counts": f"{circuit.min_count} to {circuit.max_count}",
+        "nodes": f"{circuit.num_nodes:,}",
+        "edges": f"{circuit.num_edges:,}",
+        "depth": f"{circuit.depth:,}",
+        "width": f"{circuit.width:,}",
+        "op": circuit.op,
+        f"engine on {device}": circuit.engine_for(device),
+        "multiply-adds per token": f"{estimate.multiply_adds:,} (marginals), {estimate.backward:,} (their gradient)",
+        "bytes per token": f"{estimate.bytes_moved:,} (logits in, marginals out, float32)",
+    }
 
 
 def scientific(count: int) -> str:

@@ -1,1 +1,1 @@
-"""Circuits from and to other forms: files of our own, other compilers' files, networkx, sympy."""
+"""Circuits from and to other forms: saved circuits, other compilers' files, networkx, sympy, pictures."""

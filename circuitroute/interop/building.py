@@ -1,4 +1,4 @@
-"""Graphs from the nodes of foreign circuits: products of two, smooth sums, no dead branches.
+"""Graphs from the nodes of foreign circuits: binary products, smooth sums, no dead branches.
 
 Legend: a *value* is what a foreign node became: None for false, a node, or the two factors of a product that no node
 was made for (an element of a sum needs none).
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TypeAlias
-
-import numpy as np
 
 from circuitroute.circuit.graph import Graph, NodeKind
 from circuitroute.circuit.verify.bitsets import Pool
@@ -30,7 +28,7 @@ class Builder:
     Args:
         n: number of variables.
         max_nodes: the largest circuit to build.
-        source: what is read, for messages.
+        source: the name of what is read, for messages.
 
     Attributes:
         scope: the variables below each node, as bit sets.
@@ -116,7 +114,7 @@ class Builder:
         return self._add(NodeKind.SUM, -1, elements, self.scope[left] | self.scope[right], origin)
 
     def disjunction(self, values: Sequence[Value], origin: int) -> Value:
-        """The sum of any number of values, made smooth: what one of them does not mention, it leaves free."""
+        """The sum of any number of values, made smooth: variables that a value does not mention are free in it."""
         alive = [value for value in values if value is not None]
         if len(alive) < 2:
             return alive[0] if alive else None
@@ -160,18 +158,9 @@ class Builder:
         top = self.product(self.node(root, origin), self.free(missing), origin)
         kept = self._below(top)
         place = dict(zip(kept, range(len(kept)), strict=True))
-        elements = [(place[a], place[b]) for node in kept for a, b in self._elements[node]]
-        sizes = [len(self._elements[node]) for node in kept]
-        pairs = np.array(elements, dtype=np.int32).reshape(-1, 2)
-        graph = Graph(
-            n=self.n,
-            kind=np.array([self._kind[node] for node in kept], dtype=np.uint8),
-            variable=np.array([self._variable[node] for node in kept], dtype=np.int32),
-            first=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
-            left=pairs[:, 0].copy(),
-            right=pairs[:, 1].copy(),
-        )
-        return graph, [self.origin[node] for node in kept]
+        elements = [[(place[a], place[b]) for a, b in self._elements[node]] for node in kept]
+        kinds, variables = [self._kind[node] for node in kept], [self._variable[node] for node in kept]
+        return Graph.of(self.n, kinds, variables, elements), [self.origin[node] for node in kept]
 
     def _below(self, top: int) -> list[int]:
         """The nodes that ``top`` is made of, children first; itself last."""

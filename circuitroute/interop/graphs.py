@@ -38,15 +38,8 @@ def to_networkx(circuit: Compiled) -> Any:
     for parent, element, left, right in elements(graph):
         counts = (fewest[left] + fewest[right], most[left] + most[right])
         product = ("product", element)
-        view.add_node(
-            product,
-            kind="product",
-            level=levels[parent],
-            count_range=counts,
-            element=element,
-            left=left,
-            right=right,
-        )
+        where = {"level": levels[parent], "element": element, "left": left, "right": right}
+        view.add_node(product, kind="product", count_range=counts, **where)
         view.add_edges_from([(parent, product), (product, left), (product, right)])
     return view
 

@@ -1,4 +1,4 @@
-"""Constraints that are only known by where they came from: a circuit in a file, or text nobody here can read back."""
+"""Constraints known only by their origin: a circuit in a file, or a repr that cannot be read back."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from circuitroute.constraints import Constraint
 
 @dataclass(frozen=True)
 class Imported(Constraint):
-    """What a circuit read from a file says; equal for files of equal content.
+    """The constraint of a circuit read from a file; equal for files of equal content.
 
-    It has no compiler: the circuit is all that is known of it.
+    It has no compiler: only the circuit is known.
 
     Attributes:
         format: "c2d", "d4" or "sdd".
@@ -26,7 +26,7 @@ class Imported(Constraint):
 class Opaque(Constraint):
     """The constraint of a loaded circuit that could not be rebuilt, such as one of a user's own class.
 
-    It has no compiler: the circuit beside it is all that can be used.
+    It has no compiler: only its circuit can be used.
 
     Attributes:
         text: the ``repr`` of the constraint when it was saved.

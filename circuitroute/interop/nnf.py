@@ -1,7 +1,7 @@
 """Circuits that c2d, dsharp, d4 and their like write: deterministic decomposable negation normal form (d-DNNF).
 
 c2d's format (Darwiche, New advances in compiling CNF to decomposable negation normal form, 2004; dsharp and miniC2D
-write it, too) has a node per line, children first, numbered from 0, the last one being the root::
+write it too) has a node per line, children first, numbered from 0, the last one being the root::
 
     nnf 3 2 1           nodes, edges, variables
     L -1                a literal
@@ -81,7 +81,7 @@ def _label(file: TextFile, node: _Node) -> str:
 def _variables(file: TextFile, nnf: _Nnf, n: int | None) -> int:
     if n is None:
         if nnf.variables == 0:
-            raise ValueError(f"n=None: {file.path} speaks of no variable; give the number of variables n")
+            raise ValueError(f"n=None: {file.path} mentions no variables; give their number n")
         return nnf.variables
     if int_at_least("n", n, 1) < nnf.variables:
         raise ValueError(f"n={n}: {file.path} has {nnf.variables} variables; leave out n or give a larger one")
@@ -94,7 +94,7 @@ def _parse(file: TextFile) -> _Nnf:
         return _parse_c2d(file)
     if first is not None and first.words[0] in _NAMES:
         return _parse_d4(file)
-    raise file.wrong("circuit in the format of c2d (nnf ...) or d4 (o 1 0 ...)")
+    raise file.wrong("a circuit in the format of c2d (nnf ...) or d4 (o 1 0 ...)")
 
 
 # ---------------------------------------------------------------------------------------------- c2d

@@ -14,15 +14,15 @@ from typing import Any
 from circuitroute.circuit import Compiled
 from circuitroute.circuit.graph import NodeKind
 
-# Beyond this sympy takes minutes for what the circuit's own engines do in a moment.
+# Beyond this sympy takes minutes for what the engines do in a moment.
 MAX_ELEMENTS = 2_000
 
 
 def to_sympy(circuit: Compiled) -> Any:
     """The network polynomial in the symbols ``x0, x1, ...`` (selected) and ``x0bar, x1bar, ...`` (not selected).
 
-    Shared nodes are shared subexpressions, the very same objects: ``sympy.lambdify(..., cse=True)`` keeps them so,
-    whereas printing writes them out as often as they occur.
+    Shared nodes are shared subexpressions, the same objects: ``sympy.lambdify(..., cse=True)`` keeps them shared, while
+    printing writes them out as often as they occur.
 
     Raises:
         ValueError: the circuit has more than two thousand products.

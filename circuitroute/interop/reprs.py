@@ -1,4 +1,4 @@
-"""Constraints from their repr, read and never run.
+"""Constraints from their repr, parsed and never evaluated.
 
 The text is parsed to a syntax tree, and only these forms mean anything: the built-in constraint classes called with
 literals, ``.over([...])``, and ``&``, ``|``, ``~`` between them.
@@ -62,24 +62,24 @@ def _value(node: ast.expr) -> Any:
             return _CLASSES[name](*(_value(arg) for arg in args), **named)
         case ast.Call(func=ast.Attribute(value=inner, attr="over"), args=[indices], keywords=[]):
             return _constraint(inner).over(_value(indices))
-    raise ValueError(f"{ast.dump(node)[:80]} is no part of a constraint")
+    raise ValueError(f"{ast.dump(node)[:80]} is not part of a constraint")
 
 
 def _keyword(keyword: ast.keyword) -> str:
     if keyword.arg is None:
-        raise ValueError("** is no part of a constraint")
+        raise ValueError("** is not part of a constraint")
     return keyword.arg
 
 
 def _constraint(node: ast.expr) -> Constraint:
     found = _value(node)
     if not isinstance(found, Constraint):
-        raise ValueError(f"{found!r} is no constraint")
+        raise ValueError(f"{found!r} is not a constraint")
     return found
 
 
 def _combined(node: ast.BinOp) -> Constraint:
-    """A chain of one operator, however long, without recursion along it."""
+    """A chain of one operator, without recursion along it."""
     kind = type(node.op)
     parts: list[ast.expr] = []
     rest: ast.expr = node

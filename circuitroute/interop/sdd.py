@@ -1,6 +1,6 @@
 """Sentential decision diagrams in libsdd's text formats (Darwiche, SDD: A New Canonical Representation, 2011).
 
-An SDD file has a node per line, children first, the last one being the root; its vtree is a file of its own::
+An SDD file has a node per line, children first, the last one being the root; its vtree is another file::
 
     sdd 5                           vtree 3
     L 1 0 1     id vtree literal    L 0 1       id variable
@@ -71,22 +71,22 @@ class _Vtree:
         return start <= self.span[other][0] and self.span[other][1] <= stop
 
 
-def _sized(file: TextFile, kind: str) -> tuple[list[Line], Line, int]:
-    """The lines after the header, the header, and the number in it."""
+def _sized(file: TextFile, kind: str) -> tuple[list[Line], Line]:
+    """The lines after the header, and the header."""
     lines = file.lines()
     header = next(lines, None)
     if header is None or header.words[0] != kind.encode():
-        raise file.wrong("SDD" if kind == "sdd" else "vtree")
+        raise file.wrong("an SDD" if kind == "sdd" else "a vtree")
     numbers = file.numbers(header, f"{kind} and the number of nodes")
     rest = list(lines)
     if len(numbers) != 1 or numbers[0] != len(rest) or not rest:
         expected = f"{kind} {max(len(rest), 1)}, the number of nodes (is the file complete?)"
         raise file.error(header.number, b" ".join(header.words), expected)
-    return rest, header, numbers[0]
+    return rest, header
 
 
 def _read_vtree(file: TextFile) -> _Vtree:
-    lines, header, _ = _sized(file, "vtree")
+    lines, header = _sized(file, "vtree")
     variable: dict[int, int] = {}
     halves: dict[int, tuple[int, int]] = {}
     parent: dict[int, int] = {}
@@ -98,7 +98,7 @@ def _read_vtree(file: TextFile) -> _Vtree:
             case b"I", [node, left, right] if node not in variable and node not in halves and left != right:
                 for half in (left, right):
                     if half in parent or not (half in variable or half in halves):
-                        raise file.error(line.number, f"half {half}", "a node before it that is no half of another")
+                        raise file.error(line.number, f"half {half}", "a node before it that is not half of another")
                     parent[half] = node
                 halves[node] = left, right
             case _:

@@ -1,4 +1,4 @@
-"""Circuits in files of our own: checked, versioned, free of code.
+"""Saved circuits: checked, versioned, free of code.
 
 A file is ASCII text (``docs/files.md`` specifies it byte for byte)::
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import json
 import math
 import os
@@ -28,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from circuitroute._files import replace_file
+from circuitroute._files import replace_file, sealed, unsealed
 from circuitroute.circuit import Compiled, Graph, NodeKind, Parts
 from circuitroute.circuit.graph import count_range, model_count
 from circuitroute.circuit.verify.conflicts import UnverifiedError
@@ -41,7 +40,7 @@ from circuitroute.interop.text import kind_of
 
 MAGIC = b"circuitroute circuit "
 VERSION = 1
-_SEAL = b"sha256 "
+_SEAL = b"sha256 ", b"\n"
 _ARRAYS = {"kind": "<u1", "variable": "<i4", "first": "<i8", "left": "<i4", "right": "<i4"}
 # Count potentials are compared modulo this prime, at a random point.
 _PRIME = (1 << 61) - 1
@@ -80,15 +79,14 @@ def _content(circuit: Compiled) -> bytes:
         "elements": graph.num_edges,
         "counts": None if circuit.counts is None else list(circuit.counts),
         "constraint": text,
-        # A subclass may have inherited a built-in repr, or a class of the same name one of its own.
+        # A subclass may have inherited the repr of a built-in, and a foreign class may have the same name as one.
         "builtin": type(again) is type(circuit.constraint) and again == circuit.constraint,
     }
     lines = [MAGIC + str(VERSION).encode(), json.dumps(header).encode("ascii")]
     for name, dtype in _ARRAYS.items():
         data = np.ascontiguousarray(getattr(graph, name), dtype=dtype).tobytes()
         lines.append(name.encode() + b" " + base64.b64encode(data))
-    body = b"\n".join(lines) + b"\n"
-    return body + _SEAL + hashlib.sha256(body).hexdigest().encode() + b"\n"
+    return sealed(b"\n".join([*lines, b""]), *_SEAL)
 
 
 # ---------------------------------------------------------------------------------------------- loading
@@ -103,14 +101,14 @@ def read(path: str | os.PathLike[str]) -> Parts:
         graph = _graph(header, lines[2:])
         _check_graph(graph, header)
     except (ValueError, CircuitPropertyError) as error:
-        raise CircuitFileError(f"{source} holds no valid circuit: {error}") from None
+        raise CircuitFileError(f"{source} does not hold a valid circuit: {error}") from None
     return Parts(graph, _constraint(header), header.counts)
 
 
 def _verified_lines(path: Path, data: bytes) -> list[bytes]:
     """The lines before the checksum, which is right."""
     if not data.startswith(MAGIC):
-        raise CircuitFileError(f"{path} is no saved circuit: it looks like {kind_of(data)}")
+        raise CircuitFileError(f"{path} is not a saved circuit: it looks like {kind_of(data)}")
     version = data[len(MAGIC) : len(MAGIC) + 20].split(b"\n")[0]
     if version != str(VERSION).encode():
         if version.isdigit() and int(version) > VERSION:
@@ -119,12 +117,11 @@ def _verified_lines(path: Path, data: bytes) -> list[bytes]:
                 "update circuitroute, or save the circuit again with this one"
             )
         raise CircuitFileError(f"{path} is damaged: its first line gives no version")
-    at = data.rfind(b"\n" + _SEAL) + 1
-    seal = _SEAL + hashlib.sha256(data[:at]).hexdigest().encode() + b"\n"
-    if at == 0 or data[at:] != seal:
-        raise CircuitFileError(f"{path} is damaged: its checksum is wrong or missing; get or save it again")
-    lines = data[: at - 1].split(b"\n")
-    if len(lines) != 2 + len(_ARRAYS):
+    try:
+        *lines, last = unsealed(data, *_SEAL).split(b"\n")
+    except ValueError as error:
+        raise CircuitFileError(f"{path} is damaged: {error}") from None
+    if last or len(lines) != 2 + len(_ARRAYS):
         raise CircuitFileError(f"{path} has {len(lines)} lines before its checksum, expected {2 + len(_ARRAYS)}")
     return lines
 
@@ -146,7 +143,7 @@ def _header(path: Path, line: bytes) -> _Header:
         and isinstance(given["builtin"], bool)
     ):
         raise CircuitFileError(
-            f"{path}, line 2: expected whole numbers n, nodes, elements, counts null or increasing, constraint a text, "
+            f"{path}, line 2: expected whole numbers n, nodes, elements, counts null or increasing, constraint text, "
             "builtin true or false"
         )
     return _Header(**{**given, "counts": None if counts is None else tuple(counts)})
@@ -188,7 +185,7 @@ def _check_graph(graph: Graph, header: _Header) -> None:
     _check_arrays(graph)
     if header.counts is not None and header.counts[-1] > graph.n:
         raise ValueError(f"the count {header.counts[-1]} is larger than n={graph.n}")
-    # Where no fault is found, whoever compiled it vouches for it, and the checksum for what they saved.
+    # A circuit without a known fault is taken as compiled: the checksum says that it is what was saved.
     with suppress(UnverifiedError):
         check(graph)
     if header.counts is not None:
@@ -196,7 +193,7 @@ def _check_graph(graph: Graph, header: _Header) -> None:
 
 
 def _check_arrays(graph: Graph) -> None:
-    """Kinds, variables, ranges of elements, and children before parents."""
+    """Check kinds, variables, ranges of elements, and that children come before parents."""
     kind, variable, first = graph.kind, graph.variable, graph.first
     literal = (kind == NodeKind.ABSENT) | (kind == NodeKind.PRESENT)
     sizes = np.diff(first)

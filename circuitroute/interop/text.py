@@ -20,7 +20,7 @@ _SHOWN = 40
 
 
 class Line(NamedTuple):
-    """A line that says something: its number in the file, counted from 1, and its words."""
+    """A line with content: its number in the file, counted from 1, and its words."""
 
     number: int
     words: list[bytes]
@@ -68,7 +68,7 @@ class TextFile:
 
     def wrong(self, expected: str) -> CircuitFileError:
         """The error for a file of another kind."""
-        return CircuitFileError(f"{self.path} is no {expected}: it looks like {kind_of(self.data)}")
+        return CircuitFileError(f"{self.path} is not {expected}: it looks like {kind_of(self.data)}")
 
 
 def shown(found: object) -> str:
@@ -90,7 +90,7 @@ _BEGINNINGS = (
 
 
 def kind_of(data: bytes) -> str:
-    """What a file looks like, in words."""
+    """A description of what a file looks like."""
     if not data.strip():
         return "an empty file"
     start = next((line for line in data[:4096].splitlines() if line.strip() and line.split()[0] != b"c"), b"")

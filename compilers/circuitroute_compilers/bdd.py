@@ -1,8 +1,8 @@
 """Reduced ordered binary decision diagrams (Bryant 1986), just enough of them to compile a formula.
 
 Nodes are numbers: 0 and 1 are the constants, every other one tests the variable at its ``level`` and goes ``low`` or
-``high``. Equal nodes are one node, so equal functions are equal numbers. A small one of our own, because ``dd`` cannot
-be told to stop at a number of nodes and brings dependencies along.
+``high``. Equal nodes are one node, so equal functions are equal numbers. Not the package ``dd``, which cannot stop at a
+given number of nodes and has dependencies.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Bdd:
         return len(self.level)
 
     def allow(self, nodes: int) -> None:
-        """From now on at most so many new nodes; one more raises :class:`TooManyNodesError`."""
+        """Allow this many new nodes from now on; one more raises :class:`TooManyNodesError`."""
         self._limit = len(self.level) + nodes
 
     def node(self, level: int, low: int, high: int) -> int:
-        """The node that tests ``level``, made if there is none yet and if the test matters."""
+        """The node that tests ``level``, made if it is new; ``low`` itself if the test does not matter."""
         if low == high:
             return low
         known = self._unique.get((level, low, high))
@@ -95,7 +95,7 @@ class Bdd:
         return self.ite(some, ZERO, ONE)
 
     def conjunction(self, some: Sequence[int]) -> int:
-        """And; from the last variables up, so that every step works on little."""
+        """And; from the last variables up, which keeps every step small."""
         result = ONE
         for each in sorted(set(some), key=lambda i: -self.level[i]):
             result = self.ite(each, result, ZERO)

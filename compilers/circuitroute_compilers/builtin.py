@@ -1,33 +1,43 @@
 """The built-in compiler: any constraint that is built in, defines a machine, or is composed of such.
 
-A constraint that comes down to one count over all variables gets the balanced tree of truncated convolutions of counts
-(Poisson-binomial polynomials) and, marked with its allowed counts, runs on the fused ``subset`` engines. Everything
-else is lowered to terms and merged along a tree that keeps its scopes together.
+The path of a constraint through this package, a module per step::
+
+    lowering   constraint -> Plan    sizes checked, counts of one scope joined; rules: formulas gathered
+    trees      scopes -> Vtrees      a few trees over the variables that keep scopes together
+    plans      Plan, order -> Term   a state machine that knows its scope (terms; diagram and bdd: formulas)
+    profile    Term, Vtree -> sizes  the states on each block, counted without building
+    choice     the Vtree, and with it the Term, of smallest predicted cost
+    graph      Term, Vtree -> Graph  states merged from the variables up, and written as arrays
+
+A constraint that comes down to one count over all variables takes the same path as that count: its circuit is the
+balanced tree of truncated convolutions of counts (Poisson-binomial polynomials) and, marked with its allowed counts,
+runs on the fused ``subset`` engines.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations, islice
 
 from circuitroute import Circuit, CircuitTooLargeError, Constraint, InfeasibleError, register_compiler
 from circuitroute.circuit import Graph
 from circuitroute.compilation import Prediction
-from circuitroute.constraints import And, Count, CountIn, Not, Or
-from circuitroute_compilers.associativity import check_associative
-from circuitroute_compilers.blame import contradiction, too_large
-from circuitroute_compilers.lowering import allowed_counts, count_of, lower
-from circuitroute_compilers.machine import UnhashableStateError, build_graph, most_states
+from circuitroute.constraints import And, Cost, Count, CountIn, Logic, Over
+from circuitroute_compilers.choice import Choice, choose, is_foreign
+from circuitroute_compilers.graph import UnhashableStateError, build_graph, most_states
+from circuitroute_compilers.lowering import flattened, joined, lower, only_counts
 from circuitroute_compilers.plans import simple_parts
-from circuitroute_compilers.prediction import Choice, choose, is_foreign
-from circuitroute_compilers.terms import Machine
+from circuitroute_compilers.terms import Machine, check_associative
 
 # The limit that predictions are made for: that of circuitroute.compile.
 USUAL_NODES = 1_000_000
+# How many combinations of parts are tried to name the smallest contradiction.
+MAX_BLAMED = 200
 
 
 def predict_builtin(constraint: Constraint, n: int) -> Prediction:
     """What :func:`compile_builtin` will build; see :func:`circuitroute.compilation.predict`."""
-    simple = _simplest(constraint, n, _only_counts(constraint, n))
+    simple = _simplest(constraint, n, only_counts(constraint, n))
     predicted = _chosen(simple, n, USUAL_NODES).prediction
     return replace(predicted, culprit=constraint) if predicted.culprit == simple else predicted
 
@@ -35,22 +45,22 @@ def predict_builtin(constraint: Constraint, n: int) -> Prediction:
 @register_compiler(Constraint, predict=predict_builtin)
 def compile_builtin(constraint: Constraint, n: int, max_nodes: int) -> Circuit:
     """Compile a constraint over ``n`` variables; see :func:`circuitroute.compile` for the errors."""
-    counts = _only_counts(constraint, n)
+    counts = only_counts(constraint, n)
     simple = _simplest(constraint, n, counts)
     try:
         return Circuit(_graph(simple, n, max_nodes), constraint, counts)
     except InfeasibleError as error:
-        raise InfeasibleError(contradiction(constraint, n, _is_feasible) or str(error)) from None
+        raise InfeasibleError(_contradiction(constraint, n) or str(error)) from None
 
 
 def _graph(constraint: Constraint, n: int, max_nodes: int) -> Graph:
     choice = _chosen(constraint, n, max_nodes)
     if choice.certain > most_states(max_nodes, n):
-        raise too_large(constraint, n, max_nodes, choice, f"at least {choice.certain} reachable states")
+        raise _too_large(constraint, n, max_nodes, choice, f"at least {choice.certain} reachable states")
     try:
         graph = build_graph(constraint, choice.term, choice.tree, max_nodes)
     except CircuitTooLargeError as error:
-        raise too_large(constraint, n, max_nodes, choice, str(error)) from None
+        raise _too_large(constraint, n, max_nodes, choice, str(error)) from None
     for part in simple_parts(choice.plan):
         if isinstance(part, Machine) and is_foreign(part):
             check_associative(part)
@@ -64,39 +74,60 @@ def _chosen(constraint: Constraint, n: int, max_nodes: int) -> Choice:
         raise TypeError(f"{constraint!r}: states must be hashable, such as integers and tuples ({error})") from None
 
 
-def _is_feasible(constraint: Constraint, n: int) -> bool | None:
-    """Whether any subset satisfies a constraint; None if finding out takes too large a circuit."""
-    try:
-        _graph(constraint, n, USUAL_NODES)
-    except InfeasibleError:
-        return False
-    except CircuitTooLargeError:
-        return None
-    return True
-
-
 def _simplest(constraint: Constraint, n: int, counts: list[int] | None) -> Constraint:
-    """One count over all variables, however it was said, as such; anything else as it is."""
+    """A constraint that amounts to one count over all variables as that count; any other unchanged."""
     if counts == []:
         raise InfeasibleError(f"{constraint!r} over {n} variables: none of the counts 0 to {n} is allowed")
     return constraint if counts is None or isinstance(constraint, Count) else CountIn(counts)
 
 
-def _only_counts(constraint: Constraint, n: int) -> list[int] | None:
-    """The allowed counts, increasing, if the constraint comes down to a count of all variables."""
-    found = _count_set(constraint, n)
-    return None if found is None else sorted(found)
+# ---------------------------------------------------------------------------------------------- why it cannot be built
 
 
-def _count_set(constraint: Constraint, n: int) -> set[int] | None:
-    if isinstance(constraint, Not):
-        inner = _count_set(constraint.part, n)
-        return None if inner is None else set(range(n + 1)) - inner
-    if isinstance(constraint, (And, Or)):
-        parts = [_count_set(part, n) for part in constraint.parts]
-        known = [part for part in parts if part is not None]
-        if len(known) < len(parts):
-            return None
-        return set.intersection(*known) if isinstance(constraint, And) else set.union(*known)
-    count, over = count_of(constraint, n)
-    return None if count is None or len(over) != n else set(allowed_counts(count, n))
+def _contradiction(constraint: Constraint, n: int) -> str | None:
+    """A sentence that names the smallest set of contradictory parts of a conjunction; None if none is found."""
+    parts = joined(flattened(constraint, n), n)
+    tried = (some for size in range(1, len(parts)) for some in combinations(parts, size))
+    for some in islice(tried, MAX_BLAMED):
+        if _is_impossible(And(some), n):
+            named = " and ".join(map(repr, some))
+            verb = "is impossible" if len(some) == 1 else "contradict each other"
+            return f"{named} {verb} over {n} variables, so {constraint!r} has no solution"
+    return None
+
+
+def _is_impossible(constraint: Constraint, n: int) -> bool:
+    """Whether nothing satisfies a constraint; False, too, where finding out takes too large a circuit."""
+    try:
+        _graph(constraint, n, USUAL_NODES)
+    except InfeasibleError:
+        return True
+    except CircuitTooLargeError:
+        pass
+    return False
+
+
+def _too_large(constraint: Constraint, n: int, max_nodes: int, choice: Choice, needs: str) -> CircuitTooLargeError:
+    """The error for a circuit over the limits: what it would take, which part costs most, and what would help."""
+    predicted = choice.prediction
+    return CircuitTooLargeError(
+        f"{constraint!r} over {n} variables needs {needs}, more than max_nodes={max_nodes} allows; estimated without "
+        f"building: width {_about(predicted.width)}, at most {_about(predicted.nodes)} nodes and "
+        f"{_about(predicted.edges)} elements, about {predicted.seconds:.2g} seconds. {predicted.culprit!r} costs most: "
+        f"{_remedy(predicted.culprit)}, or raise max_nodes"
+    )
+
+
+def _about(number: int) -> str:
+    return str(number) if number < 10**7 else f"10^{int(number.bit_length() * 0.30103)}"
+
+
+def _remedy(culprit: Constraint) -> str:
+    inner = culprit.constraint if isinstance(culprit, Over) else culprit
+    if isinstance(inner, Count):
+        return "lower its largest count, or give it a scope that lies inside or apart from those of the other parts"
+    if isinstance(inner, Cost):
+        return "lower its limit, use coarser costs, or give it a smaller scope"
+    if isinstance(inner, Logic):
+        return "split it into rules over fewer variables"
+    return "give its machine fewer states, or a scope that lies inside or apart from those of the other parts"

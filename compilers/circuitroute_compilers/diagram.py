@@ -1,9 +1,9 @@
-"""Formulas as state machines over a tree, by way of decision diagrams.
+"""Formulas as state machines over a tree: terms made from decision diagrams.
 
-A decision diagram (Bryant 1986) whose variables stand in the order in which the tree meets them cuts every block of the
-tree out of that order as an interval. What an assignment of the interval does to the formula is then: where each node
-at which the diagram may enter the interval leaves it again. That is the state; two intervals side by side merge by
-composition. No machine has fewer states, since different nodes are different functions of what follows.
+The variables of a decision diagram (Bryant 1986) are ordered as the tree meets them, so every block of the tree is an
+interval of that order. The state of a block says, for each node at which the diagram may enter the interval, at which
+node it leaves; two neighbouring intervals merge by composition. No machine has fewer states, since different nodes are
+different functions of what follows.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from circuitroute.constraints.formula import Formula
 from circuitroute_compilers.bdd import ONE, ZERO, Bdd, TooManyNodesError
 from circuitroute_compilers.terms import FALSE, FREE, TRUE, Scope, settled
 
-# Formulas that hold together are joined into one diagram up to this many nodes, and are machines of their own beyond.
+# Formulas that share variables become one diagram of up to this many nodes; beyond, each is a machine by itself.
 JOINED_NODES = 2_000
-# New nodes that may be made on the way, all joining together.
+# New nodes that all this joining together may make.
 JOINING_NODES = 100_000
 
 
 class Passage(NamedTuple):
-    """The state of an interval: it begins at variable number ``start`` of the diagram, and ``leaves[i]`` is where the
-    i-th node that the diagram may have reached there goes."""
+    """The state of an interval that begins at variable number ``start`` of the diagram; entered at the i-th node that
+    can be reached there, it is left at node ``leaves[i]``."""
 
     start: int
     leaves: tuple[int, ...]
@@ -88,14 +88,14 @@ class Diagram:
 
 
 def _passage(start: int, leaves: tuple[int, ...]) -> State:
-    """The state, a constant where the interval decides the formula whatever came before it."""
+    """The state; a constant if the interval decides the formula by itself."""
     if leaves.count(ZERO) == len(leaves):
         return FALSE
     return TRUE if leaves.count(ONE) == len(leaves) else Passage(start, leaves)
 
 
 def diagrams(constraint: Constraint, formulas: Sequence[Formula], order: Sequence[int], limit: int) -> list[Diagram]:
-    """Machines that together say that all ``formulas`` hold, for a tree that meets the variables in ``order``.
+    """Machines that together require all ``formulas``, for a tree that meets the variables in ``order``.
 
     Raises:
         CircuitTooLargeError: more than ``limit`` nodes of decision diagrams; names ``constraint``.
@@ -103,7 +103,7 @@ def diagrams(constraint: Constraint, formulas: Sequence[Formula], order: Sequenc
     used = {v for formula in formulas for v in formula.variables}
     level_of = {v: i for i, v in enumerate(v for v in order if v in used)}
     bdd = Bdd()
-    # From the last variables up, so that a formula meets only the top of what it is joined to.
+    # From the last variables up, so that joining a formula touches only the top of the diagram.
     first = {formula: min(level_of[v] for v in formula.variables) for formula in formulas}
     joined = _Joined(bdd)
     for formula in sorted(formulas, key=lambda f: -first[f]):
@@ -116,7 +116,8 @@ def diagrams(constraint: Constraint, formulas: Sequence[Formula], order: Sequenc
                 "was tried; split the formula into smaller ones, or raise max_nodes"
             ) from None
         joined.take(root, set(formula.variables))
-    return [_diagram(constraint, bdd, root, names, level_of) for root, names in joined.found]
+    orders = [(root, sorted(names, key=level_of.__getitem__)) for root, names in joined.found]
+    return [Diagram(constraint, bdd, root, tuple(order), tuple(level_of[v] for v in order)) for root, order in orders]
 
 
 class _Joined:
@@ -129,7 +130,7 @@ class _Joined:
         self._work = JOINING_NODES
 
     def take(self, root: int, names: set[int]) -> None:
-        """Take a formula into the last diagram, unless that would make it too large; then it begins the next one."""
+        """Add a formula to the last diagram, or begin the next one if that would be too large."""
         if self.found:
             last, known = self.found[-1]
             both = self._conjunction(last, root)
@@ -150,8 +151,3 @@ class _Joined:
             self._work -= self._bdd.made - before
         small = self._bdd.made - self._began <= JOINED_NODES or len(self._bdd.below(both)) <= JOINED_NODES
         return both if small else None
-
-
-def _diagram(constraint: Constraint, bdd: Bdd, root: int, names: set[int], level_of: dict[int, int]) -> Diagram:
-    order = sorted(names, key=level_of.__getitem__)
-    return Diagram(constraint, bdd, root, tuple(order), tuple(level_of[v] for v in order))

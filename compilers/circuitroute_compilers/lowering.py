@@ -1,6 +1,6 @@
-"""Constraint -> plan: sizes checked, groups resolved, ranges over one scope joined, rules gathered into formulas.
+"""Constraint -> Plan: sizes checked, groups resolved, counts of one scope joined, rules gathered into formulas.
 
-Legend: a *scope* is a tuple of the n variables a constraint speaks of, in its own order.
+Legend: a *scope* is a tuple of the n variables that a constraint is about, in the constraint's order.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from circuitroute.constraints import (
     Over,
     State,
 )
-from circuitroute_compilers.plans import Negation, Number, Plan, all_of, any_of
+from circuitroute_compilers.plans import Negation, Number, Plan, number
 from circuitroute_compilers.rules import check_indices, formula_of, propositions, torn_counts
 from circuitroute_compilers.terms import Machine
 
@@ -35,7 +35,7 @@ Indices = tuple[int, ...]
 
 @singledispatch
 def lower(constraint: Constraint, scope: Indices) -> Plan:
-    """The plan of a constraint over the variables ``scope``; one that defines its own machine needs no rule.
+    """The plan of a constraint over the variables ``scope``; constraints with a machine of their own need no rule here.
 
     Raises:
         ValueError: the constraint does not fit the number of variables.
@@ -68,8 +68,8 @@ def allowed_counts(constraint: Count, n: int) -> list[int]:
 
 
 class Capped(Constraint):
-    """A count that tells apart only what matters: dead beyond the largest allowed count, and not counting on where
-    all further counts are allowed (``goes_on``)."""
+    """A count that distinguishes only what matters: dead beyond the largest allowed count, and it stops counting where
+    all larger counts are allowed (``goes_on``)."""
 
     def __init__(self, constraint: Count, counts: list[int], n: int) -> None:
         self._constraint = constraint
@@ -80,7 +80,7 @@ class Capped(Constraint):
         self.goes_on = self._enough < n
 
     def state(self, count: int) -> State | None:
-        """What a block is that has ``count`` variables selected."""
+        """The state of a block with ``count`` selected variables."""
         return None if count > self._largest else min(count, self._enough)
 
     def leaf(self, var: int) -> tuple[State | None, State | None]:
@@ -115,9 +115,10 @@ def _(constraint: And, scope: Indices) -> Plan:
     rules |= torn_counts(parts, n)
     plans = [(lower(part, scope), part) for part in parts if part not in rules]
     plans += propositions(rules, scope)
-    if not plans:  # rules that say nothing
+    if not plans:  # rules that are always true
         return lower(AtLeast(0), scope)
-    return all_of(*zip(*plans, strict=True))
+    each, names = zip(*plans, strict=True)
+    return number(each, names, allows=len(plans).__eq__)
 
 
 @lower.register
@@ -126,7 +127,7 @@ def _(constraint: Logic, scope: Indices) -> Plan:
 
 
 def flattened(constraint: Constraint, n: int) -> list[Constraint]:
-    """The parts of a conjunction over n variables, those that are conjunctions themselves taken apart."""
+    """The parts of a conjunction over n variables; nested conjunctions are taken apart."""
     if isinstance(constraint, And):
         return [p for part in constraint.parts for p in flattened(part, n)]
     if isinstance(constraint, LayerBudget):
@@ -138,7 +139,7 @@ def flattened(constraint: Constraint, n: int) -> list[Constraint]:
 
 
 def joined(parts: list[Constraint], n: int) -> list[Constraint]:
-    """Counts over one scope become one count; an empty intersection is named."""
+    """The parts, with counts over the same scope joined into one; raises if nothing is in all of them."""
     counts: dict[Indices, list[Constraint]] = {}
     rest: list[Constraint] = []
     for part in parts:
@@ -180,11 +181,11 @@ def _(constraint: Or, scope: Indices) -> Plan:
         try:
             plans.append(lower(part, scope))
             names.append(part)
-        except InfeasibleError as error:  # one way out less
+        except InfeasibleError as error:  # the other alternatives may be possible
             reasons.append(str(error))
     if not plans:
         raise InfeasibleError(f"{constraint!r}: no alternative is possible: {'; '.join(reasons)}")
-    return any_of(plans, names)
+    return number(plans, names, allows=(0).__lt__)
 
 
 @lower.register
@@ -193,7 +194,7 @@ def _(constraint: Not, scope: Indices) -> Plan:
         return lower(And([constraint]), scope)
     try:
         return Negation(lower(constraint.part, scope))
-    except InfeasibleError:  # the negation of what is impossible holds always
+    except InfeasibleError:  # the negation of the impossible always holds
         return lower(AtLeast(0), scope)
 
 
@@ -224,3 +225,23 @@ def _(constraint: ActiveGroups, scope: Indices) -> Plan:
     low, high = constraint.at_least, len(groups) if constraint.at_most is None else constraint.at_most
     allows: Callable[[int], bool] = range(low, high + 1).__contains__
     return Number(active, allows, tuple(AtLeast(1).over(group) for group in groups))
+
+
+def only_counts(constraint: Constraint, n: int) -> list[int] | None:
+    """The allowed counts, increasing, if the constraint amounts to one count over all variables; else None."""
+    found = _count_set(constraint, n)
+    return None if found is None else sorted(found)
+
+
+def _count_set(constraint: Constraint, n: int) -> set[int] | None:
+    if isinstance(constraint, Not):
+        inner = _count_set(constraint.part, n)
+        return None if inner is None else set(range(n + 1)) - inner
+    if isinstance(constraint, (And, Or)):
+        parts = [_count_set(part, n) for part in constraint.parts]
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts):
+            return None
+        return set.intersection(*known) if isinstance(constraint, And) else set.union(*known)
+    count, over = count_of(constraint, n)
+    return None if count is None or len(over) != n else set(allowed_counts(count, n))

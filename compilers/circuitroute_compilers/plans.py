@@ -1,4 +1,4 @@
-"""Plans: what constraints become before the order of variables is known. Given an order, a plan becomes a term."""
+"""Plan: what a constraint becomes before the order of the variables is known. Plan and order -> term: :func:`along`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from circuitroute_compilers.terms import Complement, HowMany, Machine, Scope, Te
 
 @dataclass(frozen=True)
 class Proposition:
-    """All of ``formulas`` hold; they hang together by shared variables, and came from ``constraint``."""
+    """All of ``formulas``, which are connected by shared variables and came from ``constraint``, hold."""
 
     constraint: Constraint
     formulas: tuple[Formula, ...]
@@ -55,14 +55,9 @@ class Number:
 Plan: TypeAlias = Machine | Proposition | Negation | Number
 
 
-def all_of(plans: Sequence[Plan], names: Sequence[Constraint]) -> Plan:
-    """The conjunction."""
-    return plans[0] if len(plans) == 1 else Number(tuple(plans), len(plans).__eq__, tuple(names))
-
-
-def any_of(plans: Sequence[Plan], names: Sequence[Constraint]) -> Plan:
-    """The disjunction."""
-    return plans[0] if len(plans) == 1 else Number(tuple(plans), (0).__lt__, tuple(names))
+def number(plans: Sequence[Plan], names: Sequence[Constraint], allows: Callable[[int], bool]) -> Plan:
+    """``allows`` the number of ``plans`` that hold; of a single plan, which must hold, the plan itself."""
+    return plans[0] if len(plans) == 1 else Number(tuple(plans), allows, tuple(names))
 
 
 def simple_parts(plan: Plan) -> Iterator[Machine | Proposition]:

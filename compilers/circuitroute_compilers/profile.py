@@ -1,8 +1,8 @@
-"""How many states a term has on each block of a tree, counted part by part instead of together.
+"""Term and tree -> profile: how many states the term has on each block, counted part by part without building.
 
-A part is of interest on the blocks that hold some of its scope but not all, and on the one that completes it. There its
-own states are counted: those of counts in closed form, those of other machines by merging them, up to a limit of work.
-What several parts have together is bounded by the product of what each has, and by the number of assignments.
+A part matters on the blocks that hold some of its scope but not all, and on the one that completes it. There its states
+are counted: those of counts in closed form, those of other machines by merging them, up to a limit of work. The states
+of several parts together are bounded by the product over the parts, and by the number of assignments.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from circuitroute.constraints import Cost, State
+from circuitroute_compilers.graph import distinct, leaf_states
 from circuitroute_compilers.lowering import Capped
-from circuitroute_compilers.machine import distinct, leaf_states
 from circuitroute_compilers.terms import FALSE, FREE, TRUE, Complement, HowMany, Machine, Scope, Term, variables
-from circuitroute_compilers.vtree import Vtree, nodes
+from circuitroute_compilers.trees import Vtree, nodes
 
-# Merges tried per tree node; of machines with more states only bounds are known.
+# Merges tried per tree node; machines with more states get bounds.
 MERGES_PER_NODE = 20_000
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What a term can be on a block: in one of ``open`` undecided states, or decided. ``pairs`` of states of the halves
-    are not dead; ``exact`` if all of this is counted, not bounded."""
+    """The states of a term on a block: ``open`` undecided ones, and whether it may be ``true`` or ``false``. ``pairs``
+    of states of the halves are not dead; ``exact`` if all of this is counted, not bounded."""
 
     open: int
     true: bool = False
@@ -73,7 +73,7 @@ class Tree:
 
 
 def profiles(term: Term, tree: Tree) -> Profiles:
-    """What a term can be on the nodes of a tree that touch its scope."""
+    """The states of a term on the nodes of a tree that touch its scope."""
     match term:
         case Machine(constraint=Capped() as count):
             return _counts(count, term.scope, tree)
@@ -119,7 +119,7 @@ def _negated(inner: Profiles, tree: Tree) -> Profiles:
 
 
 def _merged(term: Term, tree: Tree) -> Profiles:
-    """States found by merging, shared between nodes as in the building of circuits; bounds where that is much work."""
+    """States found by merging, shared between nodes as when circuits are built; bounds where merging takes too long."""
     found: Profiles = {}
     states: dict[int, tuple[State, ...]] = {}
     known: dict[tuple[Hashable, ...], tuple[tuple[State, ...], Profile]] = {}
@@ -155,7 +155,7 @@ def _listed(states: Sequence[State], false: bool, pairs: int) -> Profile:
 
 
 def _bounded(term: Term, block: Scope, halves: list[Profile]) -> Profile:
-    """No more states than pairs, than assignments, and for a cost than sums below its cap."""
+    """At most as many states as pairs, as assignments and, for a cost, as sums up to its limit."""
     inside = (term.scope & block).bit_count()
     pairs = halves[0].live * halves[1].live
     most = min(pairs, 1 << inside)
@@ -167,7 +167,7 @@ def _bounded(term: Term, block: Scope, halves: list[Profile]) -> Profile:
 
 
 def together(term: HowMany, parts: Sequence[Profiles], tree: Tree) -> Profiles:
-    """Several parts at once: the product of what each can be, times how many of those completed may hold."""
+    """Several parts at once: the product of their states, times the tallies of the completed ones that hold."""
     present: dict[int, list[tuple[Term, Profile]]] = {}
     wholes: dict[int, list[Profile]] = {}
     for part, known in zip(term.terms, parts, strict=True):
@@ -187,8 +187,8 @@ def together(term: HowMany, parts: Sequence[Profiles], tree: Tree) -> Profiles:
 
 
 def _independent(here: Sequence[tuple[Term, Profile]], block: Scope) -> list[Profile]:
-    """Profiles of parts that must all hold and may vary on their own: counts of the same variables are one number,
-    dead where it is dead to any of them."""
+    """Profiles of parts that must all hold, those that vary together as one: counts of the same variables are one
+    number, dead where it is dead to any of them."""
     found: list[Profile] = []
     counts: dict[Scope, list[Profile]] = {}
     for part, profile in here:
@@ -205,7 +205,7 @@ def _independent(here: Sequence[tuple[Term, Profile]], block: Scope) -> list[Pro
 
 @dataclass(frozen=True)
 class _Done:
-    """Of the parts completed in a block: how many there are, and between what numbers hold."""
+    """How many parts are completed in a block, and the least and most of them that may hold."""
 
     count: int
     least: int
@@ -221,19 +221,33 @@ class _Done:
 
 
 def _joint(term: HowMany, here: Sequence[Profile], done: _Done, halves: Sequence[Profile], assignments: int) -> Profile:
-    """The profile of several parts on one block, ``here`` being those that straddle it or are completed by it."""
-    all_must, any_may = term.all_must, all(term.verdicts[1:])
-    rest = len(term.terms) - done.count
-    tallies = sum(len(set(term.verdicts[h : h + rest + 1])) > 1 for h in range(done.least, done.most + 1))
-    listed = [p for p in here if p.open]
-    alternatives = math.prod(p.open + (p.true and not any_may) + (p.false and not all_must) for p in listed)
-    pairs = math.prod(half.live for half in halves) if halves else 0
-    if all_must and halves:
-        pairs = min(pairs, math.prod(p.pairs for p in here))
+    """The profile of several parts on one block; ``here`` are those that straddle it or are completed by it."""
+    most = min(_joint_pairs(term, here, halves), assignments) if halves else assignments
+    complete = done.count == len(term.terms)
     return Profile(
-        open=min(tallies * alternatives, assignments, pairs if halves else assignments),
-        true=not rest or not all_must,
-        false=not rest or not any_may or any(p.false for p in here),
-        pairs=min(pairs, assignments),
+        open=min(_undecided(term, done) * _combinations(term, here), most),
+        true=complete or not term.all_must,
+        false=complete or not term.one_suffices or any(p.false for p in here),
+        pairs=most if halves else 0,
         exact=len(here) == 1 and here[0].exact and not done.count,
     )
+
+
+def _undecided(term: HowMany, done: _Done) -> int:
+    """How many tallies of the completed parts leave the verdict to the others."""
+    rest = len(term.terms) - done.count
+    outcomes = (term.verdicts[held : held + rest + 1] for held in range(done.least, done.most + 1))
+    return sum(len(set(verdicts)) > 1 for verdicts in outcomes)
+
+
+def _combinations(term: HowMany, here: Sequence[Profile]) -> int:
+    """How many combinations of states the open parts can be in without deciding the term on their own."""
+    return math.prod(
+        p.open + (p.true and not term.one_suffices) + (p.false and not term.all_must) for p in here if p.open
+    )
+
+
+def _joint_pairs(term: HowMany, here: Sequence[Profile], halves: Sequence[Profile]) -> int:
+    """How many pairs of states of the halves are live: of a conjunction, those that are live to every part."""
+    pairs = math.prod(half.live for half in halves)
+    return min(pairs, math.prod(p.pairs for p in here)) if term.all_must else pairs

@@ -1,4 +1,4 @@
-"""Constraints that are formulas: recognised, put on the variables they speak of, gathered by what they share."""
+"""Lowering, the part about formulas: recognise them, rename their variables, gather those that share variables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from circuitroute.constraints import And, Count, Logic, Not, Or, Over
 from circuitroute.constraints.formula import Formula, Writer, combined
 from circuitroute_compilers.plans import Plan, Proposition
 
-# Variables, the formulas that hang together by them, and the rules these came from.
+# Variables, the formulas connected by them, and the rules these came from.
 _Gathered: TypeAlias = tuple[set[int], list[Formula], list[Constraint]]
 
 # Counts over up to this many variables may become formulas.
@@ -26,10 +26,10 @@ def check_indices(constraint: Over, n: int) -> None:
 
 
 def formula_of(constraint: Constraint, n: int) -> Formula | None:
-    """The formula over ``n`` variables that a constraint is, or None where it is made of other things, too.
+    """The constraint as a formula over ``n`` variables, or None if some part of it is not one.
 
     Raises:
-        ValueError: it speaks of a variable beyond ``n``.
+        ValueError: it uses a variable that does not exist.
     """
     match constraint:
         case Logic(formula=formula):
@@ -59,9 +59,9 @@ def _combined(operator: str, parts: tuple[Constraint, ...], n: int) -> Formula |
 
 
 def torn_counts(parts: Sequence[Constraint], n: int) -> dict[Constraint, Formula]:
-    """The formulas of counts over few variables that cut across the scope of another such count or of a formula.
+    """Counts over few variables, as formulas, whose scope overlaps that of another such count or formula in part.
 
-    Their machines would be remembered side by side; as one formula only what matters is.
+    As machines their states would multiply; as one formula only the states that matter are kept.
     """
     scopes: dict[Constraint, int] = {}
     for part in parts:
@@ -81,7 +81,7 @@ def torn_counts(parts: Sequence[Constraint], n: int) -> dict[Constraint, Formula
 
 
 def count_formula(count: Count, indices: Sequence[int]) -> Formula:
-    """A count as a formula: decide one variable after the other, and tally."""
+    """A count as a formula that decides one variable after the other and keeps a tally."""
     writer = Writer()
     tallies = [writer.add("true" if count.allows(j) else "false", []) for j in range(len(indices) + 1)]
     for v in indices:
@@ -91,10 +91,10 @@ def count_formula(count: Count, indices: Sequence[int]) -> Formula:
 
 
 def propositions(rules: Mapping[Constraint, Formula], scope: tuple[int, ...]) -> list[tuple[Plan, Constraint]]:
-    """One plan, with its name, for each set of rules that hang together by shared variables.
+    """A plan, and the constraint it stands for, per set of rules that are connected by shared variables.
 
     Raises:
-        InfeasibleError: a rule is false without looking at any variable.
+        InfeasibleError: a rule is false whatever is selected.
     """
     gathered: list[_Gathered] = []
     for rule, whole in rules.items():

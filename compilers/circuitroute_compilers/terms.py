@@ -1,4 +1,4 @@
-"""Terms: what constraints become before they are built, state machines that know their scopes.
+"""Term: what a plan becomes once the order of the variables is known, a state machine that knows its scope.
 
 A term's state on a block of variables is FREE while the block holds none of its scope, TRUE or FALSE once the block
 holds all of it, and anything hashable in between. Collapsing finished scopes to one of three constants is what
@@ -10,9 +10,10 @@ from __future__ import annotations
 import enum
 import functools
 import operator
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Generator, Hashable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice, product
 from typing import NamedTuple, Protocol, TypeAlias, cast
 
 from circuitroute.constraints import Constraint, State
@@ -21,7 +22,7 @@ Scope: TypeAlias = int  # a bit per variable
 
 
 class Constant(enum.Enum):
-    """States that need no machine."""
+    """States without a machine behind them."""
 
     FREE = enum.auto()
     TRUE = enum.auto()
@@ -37,23 +38,18 @@ class Term(Protocol):
     @property
     def scope(self) -> Scope:
         """The variables it depends on."""
-        ...
 
     def leaf(self, var: int) -> tuple[State, State]:
         """States of a variable when (absent, present)."""
-        ...
 
     def merge(self, left: State, right: State) -> State:
         """State of two disjoint blocks together."""
-        ...
 
     def settle(self, state: State, block: Scope) -> State:
         """The state on a block, collapsed to a constant if the block decides the term."""
-        ...
 
     def signature(self, block: Scope) -> Hashable:
         """What :meth:`settle` depends on besides the state: blocks of equal signature settle alike."""
-        ...
 
 
 def settled(left: State, right: State) -> State | None:
@@ -143,7 +139,7 @@ class HowMany:
     """``allows`` the number of ``terms`` that hold; And and Or are the cases "all" and "at least one".
 
     The state tallies the terms that hold and fail, and lists the states of the others by index. Only terms whose
-    scope is complete are counted; one that is decided early stays listed, since other blocks may still speak of it.
+    scope is complete are counted; one that is decided early stays listed, since other blocks may share its scope.
     The state becomes a constant as soon as no outcome of the undecided ones can change the verdict.
     """
 
@@ -156,13 +152,18 @@ class HowMany:
 
     @cached_property
     def verdicts(self) -> tuple[bool, ...]:
-        """What ``allows`` says of 0, 1, ... terms that hold."""
+        """Whether 0, 1, ... terms that hold are allowed."""
         return tuple(self.allows(j) for j in range(len(self.terms) + 1))
 
     @cached_property
     def all_must(self) -> bool:
-        """Whether this is a conjunction."""
+        """Whether one term that fails decides: this is a conjunction."""
         return not any(self.verdicts[:-1])
+
+    @cached_property
+    def one_suffices(self) -> bool:
+        """Whether one term that holds decides: this is a disjunction."""
+        return all(self.verdicts[1:])
 
     @cached_property
     def _of_variable(self) -> dict[int, tuple[int, ...]]:
@@ -222,3 +223,46 @@ class HowMany:
 def variables(scope: Scope) -> list[int]:
     """The variables of a scope, increasing."""
     return [v for v in range(scope.bit_length()) if scope >> v & 1]
+
+
+# ---------------------------------------------------------------------------------------------- a check of machines
+
+# States kept per block, and how many triples of them are compared.
+STATES_KEPT = 5
+MAX_CHECKED = 20_000
+_States: TypeAlias = list[State]
+
+
+def check_associative(machine: Machine) -> None:
+    """Raise ValueError naming three states that two bracketings merge differently, if any are met.
+
+    Blocks are merged in balance, as circuits are built, with a few of the states met kept per block.
+    """
+    constraint = machine.constraint
+    for a, b, c in islice(_neighbours(constraint, 0, len(machine.indices)), MAX_CHECKED):
+        one = _merged(constraint, _merged(constraint, a, b), c)
+        other = _merged(constraint, a, _merged(constraint, b, c))
+        if one != other:
+            raise ValueError(
+                f"{constraint!r}: merge is not associative: merge(merge({a!r}, {b!r}), {c!r}) is {one!r}, "
+                f"but merge({a!r}, merge({b!r}, {c!r})) is {other!r}; the result must not depend on the tree"
+            )
+
+
+def _neighbours(
+    constraint: Constraint, low: int, high: int
+) -> Generator[tuple[State, ...], None, tuple[_States, tuple[_States, ...]]]:
+    """Triples of neighbouring states below variables low to high; returns states of that block, and of its halves."""
+    if high - low == 1:
+        return [state for state in constraint.leaf(low) if state is not None], ()
+    middle = (low + high + 1) // 2
+    left, quarters = yield from _neighbours(constraint, low, middle)
+    right, _ = yield from _neighbours(constraint, middle, high)
+    if quarters:
+        yield from product(*quarters, right)
+    merged = [_merged(constraint, a, b) for a, b in product(left, right)]
+    return [state for state in dict.fromkeys(merged) if state is not None][:STATES_KEPT], (left, right)
+
+
+def _merged(constraint: Constraint, a: State | None, b: State | None) -> State | None:
+    return None if a is None or b is None else constraint.merge(a, b)

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 import circuitroute as cr
-from circuitroute import plots
 
+from . import figures
 from .checkpoint import FORMAT, write_json
 from .command import EXTRAS
 from .corpus import Corpus
@@ -129,7 +129,7 @@ def draw_figures(records: Sequence[Record], out: Path) -> list[Path]:
     curves = {r.router: ([e.step for e in r.evaluations], [e.bits_per_byte for e in r.evaluations]) for r in records}
     curves_png, utilization_png, executed_png = (out / name for name in FIGURES)
     return [
-        plots.validation_curves(curves, curves_png, ylabel="validation bits per byte"),
-        plots.utilization_heatmaps({r.router: r.evaluations[-1].utilization for r in records}, utilization_png),
-        plots.executed_histogram({r.router: r.evaluations[-1].executed_counts for r in records}, executed_png),
+        figures.validation_curves(curves, curves_png, ylabel="validation bits per byte"),
+        figures.utilization_heatmaps({r.router: r.evaluations[-1].utilization for r in records}, utilization_png),
+        figures.executed_histogram({r.router: r.evaluations[-1].executed_counts for r in records}, executed_png),
     ]

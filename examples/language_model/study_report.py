@@ -15,8 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from circuitroute import plots
-
+from . import figures
 from .config import DemoConfig, Run
 from .report import circumstances, new_table, publish
 from .study import Study
@@ -190,11 +189,11 @@ def draw_study(summary: Sequence[dict[str, Any]], out: Path, suffix: str = ".png
         for k, budget in budgets.items()
     }
     drawn = [
-        plots.pareto(fronts, pareto, ylabel="held-out bits per byte"),
-        plots.experts_per_layer(layers, per_layer, title="Experts per layer"),
+        figures.pareto(fronts, pareto, ylabel="held-out bits per byte"),
+        figures.experts_per_layer(layers, per_layer, title="Experts per layer"),
     ]
     if everywhere:
-        drawn.append(plots.budget_use(uses, use, title="Use of the budget, fraction of tokens"))
+        drawn.append(figures.budget_use(uses, use, title="Use of the budget, fraction of tokens"))
     return drawn
 
 

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 
 from circuitroute.errors import CircuitTooLargeError
 
-# The most memory that different bit sets of one circuit may take together, in bytes.
+# The most memory that the bit sets of one circuit may take, in bytes.
 MAX_BYTES = 1 << 30
 
 
 class Pool:
-    """Keeps one object per different bit set, and counts what they take."""
+    """Keeps one object per different bit set, and counts their memory."""
 
     def __init__(self) -> None:
         self._known: dict[int, int] = {}

@@ -5,7 +5,7 @@ a sum what all its elements do. Two elements that imply opposite literals exclud
 nodes, (x and ...) or (not x and ...), which is all that the compilers c2d, dsharp and d4 write (Huang & Darwiche, The
 Language of Search, 2007; Lagniez & Marquis, An Improved Decision-DNNF Compiler, 2017).
 
-Elements for which this does not tell are compared on all assignments of the variables that they depend on, if those are
+Elements that this does not settle are compared on all assignments of the variables that they depend on, if those are
 at most 16. Otherwise the question is hard (deciding it is coNP-complete) and the node is refused.
 """
 
@@ -30,14 +30,14 @@ MAX_PAIRS = 1 << 21
 
 
 class UnverifiedError(CircuitPropertyError):
-    """Nothing speaks against the node named, but it could not be verified to be deterministic."""
+    """No fault was found, but the node named could not be verified to be deterministic."""
 
 
 def check_conflicts(graph: Graph, name: Callable[[int], str]) -> None:
-    """Raise unless every sum can be seen to be deterministic; needs a smooth and decomposable graph.
+    """Raise unless every sum is verified to be deterministic; needs a smooth and decomposable graph.
 
     Raises:
-        UnverifiedError: the sum named could not be judged.
+        UnverifiedError: the sum named could not be decided.
         CircuitPropertyError: two elements of the sum named can both hold.
     """
     judge = _Judge(graph, name)
@@ -47,14 +47,14 @@ def check_conflicts(graph: Graph, name: Callable[[int], str]) -> None:
         if kind == NodeKind.SUM:
             try:
                 judge.judge(node, range(first[node], first[node + 1]))
-            except UnverifiedError as error:  # a sum that is known to be wrong says more
+            except UnverifiedError as error:  # a sum that is known to be wrong would say more
                 unverified = unverified or error
     if unverified is not None:
         raise unverified
 
 
 class _Judge:
-    """Goes through the sums in order and keeps what each node implies."""
+    """Decides one sum after the other and keeps what each node implies."""
 
     def __init__(self, graph: Graph, name: Callable[[int], str]) -> None:
         self._left, self._right = graph.left.tolist(), graph.right.tolist()
@@ -69,7 +69,7 @@ class _Judge:
         self._pairs = 0
 
     def judge(self, node: int, elements: range) -> None:
-        """Look into one sum, and note what it implies; its children have been judged before."""
+        """Decide one sum, and note what it implies; its children come first."""
         implied = [self._implied[self._left[e]] | self._implied[self._right[e]] for e in elements]
         common = implied[0]
         for literals in implied:
@@ -83,7 +83,7 @@ class _Judge:
         return (literals & self._absent) << 1 | literals >> 1 & self._absent
 
     def _doubtful(self, node: int, implied: dict[int, Literals]) -> list[Pair]:
-        """Pairs of elements that imply no opposite literals."""
+        """Pairs of elements that do not imply opposite literals."""
         found: list[Pair] = []
         waiting = [list(implied)]
         while waiting:
@@ -104,7 +104,7 @@ class _Judge:
         return found
 
     def _halves(self, elements: list[int], implied: dict[int, Literals]) -> list[list[int]] | None:
-        """The elements split on a variable that all of them decide, and not all alike; None if there is none."""
+        """The elements split on a variable that all of them decide, but not all the same way; None if there is none."""
         decided, agreed = -1, -1
         for e in elements:
             decided &= implied[e] | self._opposite(implied[e])

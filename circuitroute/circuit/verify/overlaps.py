@@ -7,9 +7,9 @@ of their elements can. So the question whether two nodes *overlap* is passed dow
 first, and right halves only for what overlaps on the left: the primes of a sentential decision diagram exclude one
 another, and its subs are never compared.
 
-Where all nodes of a scope exclude one another, as the states of a machine do, nothing need be asked: such scopes are
-recognised from the literals up by sorting their elements. And where the left factors of a sum are very many, they are
-compared by their models instead (:mod:`.worlds`).
+Where all nodes of a scope exclude one another, as the states of a machine do, there is nothing to ask: such scopes are
+recognised from the literals up by sorting their elements. Where a sum has very many left factors, these are compared by
+their models instead (:mod:`.worlds`).
 
 Legend: E elements of one scope, P pairs.
 """
@@ -17,7 +17,7 @@ Legend: E elements of one scope, P pairs.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -54,8 +54,10 @@ def check_structured(graph: Graph, scopes: list[int], name: Callable[[int], str]
     if splits is None:
         return False
     covers = _covers(graph, narrow[scope_of], name)
-    sizes = [scope.bit_count() for scope in numbers]
-    _Judge(splits, covers, scope_of, sizes, name).judge(int(scope_of[-1]))
+    root = int(scope_of[-1])
+    upward = _upward(splits, root)
+    worlds = Worlds(splits, upward, covers, [scope.bit_count() for scope in numbers])
+    _Judge(splits, covers, _exclusive(splits, upward, covers, scope_of, narrow), worlds, name).judge(root)
     return True
 
 
@@ -98,115 +100,68 @@ def _covers(graph: Graph, narrow: BoolArray, name: Callable[[int], str]) -> IntA
     return covers
 
 
-class _Judge:
-    """Answers which nodes of a scope overlap, and looks into every sum on the way."""
+def _upward(splits: dict[int, Split], root: int) -> list[int]:
+    """The scopes that are split, halves before wholes."""
+    order, waiting = [], [root]
+    while waiting:
+        scope = waiting.pop()
+        if scope in splits:
+            order.append(scope)
+            waiting += [half for _, half in splits[scope].halves]
+    return order[::-1]
 
-    def __init__(
-        self,
-        splits: dict[int, Split],
-        covers: IntArray,
-        scope_of: IntArray,
-        sizes: list[int],
-        name: Callable[[int], str],
-    ) -> None:
-        self._splits = splits
-        self._covers = covers
-        self._name = name
-        self._pairs = 0
-        self._exclusive = _narrow_exclusive(covers, scope_of, np.array(sizes) <= 1)
-        upward = self._upward(int(scope_of[-1]))
-        for scope in upward:
-            self._exclusive[scope] = self._is_exclusive(splits[scope])
-        self._worlds = Worlds(splits, upward, covers, sizes)
 
-    def _upward(self, root: int) -> list[int]:
-        """The scopes that are split, halves before wholes."""
-        order, waiting = [], [root]
-        while waiting:
-            scope = waiting.pop()
-            if scope in self._splits:
-                order.append(scope)
-                waiting += [self._splits[scope].left_scope, self._splits[scope].right_scope]
-        return order[::-1]
+def _exclusive(
+    splits: dict[int, Split], upward: list[int], covers: IntArray, scope_of: IntArray, narrow: BoolArray
+) -> dict[int, bool]:
+    """For every scope whether all its nodes are seen to exclude one another.
 
-    def _is_exclusive(self, split: Split) -> bool:
-        if not (self._exclusive[split.left_scope] and self._exclusive[split.right_scope]):
-            return False
-        order = np.lexsort((split.right, split.left))
-        left, right = split.left[order], split.right[order]
-        return not bool(((left[1:] == left[:-1]) & (right[1:] == right[:-1])).any())
+    Over one variable, no literal belongs to two nodes; over more, the halves' nodes do and no product occurs twice.
+    """
+    absent = np.bincount(scope_of, weights=covers & 1, minlength=len(narrow))
+    present = np.bincount(scope_of, weights=covers >> 1, minlength=len(narrow))
+    found = {scope: bool(absent[scope] <= 1 and present[scope] <= 1) for scope in np.flatnonzero(narrow).tolist()}
+    for scope in upward:
+        split = splits[scope]
+        found[scope] = found[split.left_scope] and found[split.right_scope] and not _occurs_twice(split)
+    return found
 
-    def judge(self, root: int) -> None:
-        """Look into all sums; raises if one of them is not deterministic."""
-        nothing = np.zeros(0, dtype=np.int64)
-        waiting: list[Inquiry] = [self._inquire(root, nothing, nothing)]
-        answer: BoolArray | None = None
-        while waiting:
-            try:
-                question = next(waiting[-1]) if answer is None else waiting[-1].send(answer)
-            except StopIteration as done:
-                waiting.pop()
-                answer = done.value
-            else:
-                waiting.append(self._inquire(*question))
-                answer = None
 
-    def _inquire(self, scope: int, a: IntArray, b: IntArray) -> Inquiry:
-        """Which of the pairs (a[i], b[i]) of different nodes of a scope overlap; looks into the sums of the scope."""
-        if self._exclusive[scope]:
-            return np.zeros(len(a), dtype=np.bool_)
-        if scope not in self._splits:
-            return np.asarray((self._covers[a] & self._covers[b]) != 0)
-        split = self._splits[scope]
-        x, y, asked = self._element_pairs(split, a, b)
-        for factor, half in ((split.left, split.left_scope), (split.right, split.right_scope)):
-            keep = yield from self._overlapping(factor[x], factor[y], half)
-            x, y, asked = x[keep], y[keep], asked[keep]
-        if (asked < 0).any():
-            worst = int(split.owner[x[np.flatnonzero(asked < 0)[0]]])
-            raise CircuitPropertyError(f"not deterministic: two elements of {self._name(worst)} can both hold")
-        result = np.zeros(len(a), dtype=np.bool_)
-        result[asked] = True
-        return result
+def _occurs_twice(split: Split) -> bool:
+    order = np.lexsort((split.right, split.left))
+    left, right = split.left[order], split.right[order]
+    return bool(((left[1:] == left[:-1]) & (right[1:] == right[:-1])).any())
 
-    def _overlapping(self, p: IntArray, q: IntArray, scope: int) -> Inquiry:
-        """Which of the pairs (p[i], q[i]) are the same node or overlap."""
-        result: BoolArray = np.asarray(p == q)
-        different = np.flatnonzero(~result)
-        low, high = np.minimum(p, q)[different], np.maximum(p, q)[different]
-        stride = int(high.max(initial=0)) + 1
-        keys, which = np.unique(low * stride + high, return_inverse=True)
-        answer = yield scope, keys // stride, keys % stride
-        result[different] = answer[which]
-        return result
 
-    def _element_pairs(self, split: Split, a: IntArray, b: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-        """Pairs (x, y) of elements that may overlap, and the pair of nodes they were asked for (-1: inside one sum).
+# ---------------------------------------------------------------------------------------------- pairs of elements
 
-        Halves in which all nodes exclude one another let pass only elements that share that half.
-        """
-        shared = [
-            factor
-            for factor, half in ((split.left, split.left_scope), (split.right, split.right_scope))
-            if self._exclusive[half]
-        ]
-        x, y = self._within([split.owner, *shared], ~self._settled(split))
-        u, v, asked = self._between(split.owner, a, b)
-        for factor in shared:
-            same = factor[u] == factor[v]
-            u, v, asked = u[same], v[same], asked[same]
-        inside = np.full(len(x), -1, dtype=np.int64)
-        return np.concatenate([x, u]), np.concatenate([y, v]), np.concatenate([inside, asked])
 
-    def _settled(self, split: Split) -> BoolArray:
-        """[E] whether an element belongs to a sum with many elements whose left factors exclude one another."""
-        _, begin, family = np.unique(split.owner, return_index=True, return_inverse=True)
-        sizes = np.diff([*begin, len(family)])
-        if self._exclusive[split.left_scope] or int((sizes * (sizes - 1) // 2).sum()) <= MANY_PAIRS:
-            return np.zeros(len(family), dtype=np.bool_)
-        return self._worlds.exclusive(split.left_scope, family, split.left)[family]
+class _Pairs(NamedTuple):
+    """[P] elements x and y that may both hold, and which pair of nodes was asked about (WITHIN: both of one sum)."""
 
-    def _within(self, keys: list[IntArray], chosen: BoolArray) -> tuple[IntArray, IntArray]:
+    x: IntArray
+    y: IntArray
+    asked: IntArray
+
+    def where(self, keep: BoolArray) -> _Pairs:
+        return _Pairs(self.x[keep], self.y[keep], self.asked[keep])
+
+
+WITHIN = -1
+
+
+class _Comparisons:
+    """Lists pairs of elements, as long as there are not too many."""
+
+    def __init__(self) -> None:
+        self._listed = 0
+
+    def _allow(self, pairs: int) -> None:
+        self._listed += pairs
+        if pairs > MAX_PAIRS or self._listed > MAX_ALL_PAIRS:
+            raise TooManyPairsError(f"comparing the factors of its sums takes more than {MAX_PAIRS} pairs")
+
+    def within(self, keys: list[IntArray], chosen: BoolArray) -> _Pairs:
         """All pairs of chosen elements that agree in all keys."""
         order = np.lexsort(keys[::-1])
         order = order[chosen[order]]
@@ -215,28 +170,96 @@ class _Judge:
             change[1:] |= key[order][1:] != key[order][:-1]
         bucket = np.cumsum(change)
         place = np.arange(len(order)) - np.searchsorted(bucket, bucket)  # how many of its bucket come before it
-        self._spend(int(place.sum()))
+        self._allow(int(place.sum()))
         second = np.repeat(np.arange(len(order)), place)
         first = second - 1 - count_up(place)
-        return order[first], order[second]
+        return _Pairs(order[first], order[second], np.full(len(first), WITHIN, dtype=np.int64))
 
-    def _between(self, owner: IntArray, a: IntArray, b: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-        """All pairs of an element of a[i] and one of b[i], and i."""
+    def between(self, owner: IntArray, a: IntArray, b: IntArray) -> _Pairs:
+        """All pairs of an element of node a[i] and one of b[i]."""
         start_a, start_b = np.searchsorted(owner, a), np.searchsorted(owner, b)
         size_a, size_b = np.searchsorted(owner, a, "right") - start_a, np.searchsorted(owner, b, "right") - start_b
-        self._spend(int((size_a * size_b).sum()))
+        self._allow(int((size_a * size_b).sum()))
         asked = np.repeat(np.arange(len(a)), size_a * size_b)
         position = count_up(size_a * size_b)
-        return start_a[asked] + position // size_b[asked], start_b[asked] + position % size_b[asked], asked
-
-    def _spend(self, pairs: int) -> None:
-        self._pairs += pairs
-        if pairs > MAX_PAIRS or self._pairs > MAX_ALL_PAIRS:
-            raise TooManyPairsError(f"comparing the factors of its sums takes more than {MAX_PAIRS} pairs")
+        return _Pairs(start_a[asked] + position // size_b[asked], start_b[asked] + position % size_b[asked], asked)
 
 
-def _narrow_exclusive(covers: IntArray, scope_of: IntArray, narrow: BoolArray) -> dict[int, bool]:
-    """For every scope of one variable: no literal belongs to two of its nodes."""
-    absent = np.bincount(scope_of, weights=covers & 1, minlength=len(narrow))
-    present = np.bincount(scope_of, weights=covers >> 1, minlength=len(narrow))
-    return {scope: bool(absent[scope] <= 1 and present[scope] <= 1) for scope in np.flatnonzero(narrow).tolist()}
+# ---------------------------------------------------------------------------------------------- the judge
+
+
+class _Judge:
+    """Answers which nodes of a scope overlap, and refuses every sum of it in which two elements do."""
+
+    def __init__(
+        self,
+        splits: dict[int, Split],
+        covers: IntArray,
+        exclusive: dict[int, bool],
+        worlds: Worlds,
+        name: Callable[[int], str],
+    ) -> None:
+        self._splits, self._covers, self._exclusive, self._worlds, self._name = splits, covers, exclusive, worlds, name
+        self._comparisons = _Comparisons()
+
+    def judge(self, root: int) -> None:
+        """Look into all sums; inquiries wait on a stack, since scopes nest deeper than Python calls functions."""
+        nothing = np.zeros(0, dtype=np.int64)
+        waiting: list[Inquiry] = [self._overlap(root, nothing, nothing)]
+        answer: BoolArray | None = None
+        while waiting:
+            try:
+                question = next(waiting[-1]) if answer is None else waiting[-1].send(answer)
+            except StopIteration as done:
+                waiting.pop()
+                answer = done.value
+            else:
+                waiting.append(self._overlap(*question))
+                answer = None
+
+    def _overlap(self, scope: int, a: IntArray, b: IntArray) -> Inquiry:
+        """Which of the pairs (a[i], b[i]) of different nodes of a scope overlap."""
+        if self._exclusive[scope]:
+            return np.zeros(len(a), dtype=np.bool_)
+        if scope not in self._splits:
+            return np.asarray((self._covers[a] & self._covers[b]) != 0)
+        split = self._splits[scope]
+        pairs = self._candidates(split, a, b)
+        for factor, half in split.halves:
+            pairs = pairs.where((yield from _meet(half, factor[pairs.x], factor[pairs.y])))
+        if (pairs.asked == WITHIN).any():
+            worst = split.owner[pairs.x[pairs.asked == WITHIN][0]]
+            raise CircuitPropertyError(f"not deterministic: two elements of {self._name(int(worst))} can both hold")
+        result = np.zeros(len(a), dtype=np.bool_)
+        result[pairs.asked] = True
+        return result
+
+    def _candidates(self, split: Split, a: IntArray, b: IntArray) -> _Pairs:
+        """Pairs of elements, of one sum or of the nodes a[i] and b[i], that share every factor of a half in which all
+        nodes exclude one another."""
+        shared = [factor for factor, half in split.halves if self._exclusive[half]]
+        within = self._comparisons.within([split.owner, *shared], self._doubtful(split))
+        between = self._comparisons.between(split.owner, a, b)
+        for factor in shared:
+            between = between.where(factor[between.x] == factor[between.y])
+        return _Pairs(*(np.concatenate(both) for both in zip(within, between, strict=True)))
+
+    def _doubtful(self, split: Split) -> BoolArray:
+        """[E] all elements but those of sums whose left factors are many and seen to exclude one another."""
+        _, begin, family = np.unique(split.owner, return_index=True, return_inverse=True)
+        sizes = np.diff([*begin, len(family)])
+        if self._exclusive[split.left_scope] or int((sizes * (sizes - 1) // 2).sum()) <= MANY_PAIRS:
+            return np.ones(len(family), dtype=np.bool_)
+        return ~self._worlds.exclusive(split.left_scope, family, split.left)[family]
+
+
+def _meet(scope: int, p: IntArray, q: IntArray) -> Inquiry:
+    """Which of the pairs (p[i], q[i]) are the same node or overlap; asks once about each pair of nodes."""
+    result: BoolArray = np.asarray(p == q)
+    different = np.flatnonzero(~result)
+    low, high = np.minimum(p, q)[different], np.maximum(p, q)[different]
+    stride = int(high.max(initial=0)) + 1
+    keys, which = np.unique(low * stride + high, return_inverse=True)
+    answer = yield scope, keys // stride, keys % stride
+    result[different] = answer[which]
+    return result

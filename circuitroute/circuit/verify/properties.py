@@ -6,7 +6,7 @@
 
 (Darwiche & Marquis, A Knowledge Compilation Map, 2002.) The first two are read off the scopes. The third is decided
 exactly for structured circuits (:mod:`.overlaps`), and in the rest by the literals that elements imply or by
-enumeration (:mod:`.conflicts`); a sum that none of this can judge is refused.
+enumeration (:mod:`.conflicts`); a sum that neither can decide is refused.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def check(graph: Graph, name: Name | None = None) -> None:
         name: what to call a node in messages; "node 7" by default.
 
     Raises:
-        UnverifiedError: nothing speaks against the circuit, but the node named could not be seen to be deterministic.
+        UnverifiedError: no fault was found, but the node named could not be verified to be deterministic.
         CircuitPropertyError: a property does not hold; names the node.
         CircuitTooLargeError: the scopes of the nodes do not fit in memory.
     """
@@ -59,7 +59,7 @@ def _check_conflicts_after(limit: overlaps.TooManyPairsError, graph: Graph, name
 
 
 def default_name(node: int) -> str:
-    """What a node is called where nothing else is said."""
+    """What a node is called unless a name is given."""
     return f"node {node}"
 
 

@@ -34,6 +34,11 @@ class Split:
     left_scope: int
     right_scope: int
 
+    @property
+    def halves(self) -> tuple[tuple[IntArray, int], tuple[IntArray, int]]:
+        """The factors on either side, and the scope they are over."""
+        return (self.left, self.left_scope), (self.right, self.right_scope)
+
 
 def count_up(sizes: IntArray) -> IntArray:
     """0, 1, ..., sizes[0] - 1, 0, 1, ..., sizes[1] - 1, and so on."""
@@ -60,7 +65,7 @@ class Worlds:
         for scope in upward:
             if sizes[scope] <= MAX_VARIABLES:
                 split = splits[scope]
-                # Too many are never listed, so it does not matter how many more there are.
+                # Beyond the limit they are not listed, so the exact number does not matter.
                 products = np.minimum(self._count[split.left] * self._count[split.right], MAX_LISTED + 1)
                 np.add.at(self._count, split.owner, products)
                 self._count[split.owner] = np.minimum(self._count[split.owner], MAX_LISTED + 1)

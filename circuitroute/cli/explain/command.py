@@ -57,16 +57,13 @@ def run(options: argparse.Namespace, command: str) -> int:
             facts = _facts(options)
             if options.draw is not None:
                 facts.circuit.draw(options.draw)
+        if options.json:
+            print(json.dumps(facts.to_json(), indent=2))
+        else:
+            print_tables(facts)
     except (cr.CircuitRouteError, ValueError, TypeError) as error:
         return _fail(str(error), 2)
     except (ImportError, OSError) as error:
-        return _fail(str(error), 1)
-    if options.json:
-        print(json.dumps(facts.to_json(), indent=2))
-        return 0
-    try:
-        print_tables(facts)
-    except ImportError as error:
         return _fail(str(error), 1)
     return 0
 

@@ -1,4 +1,4 @@
-"""What there is to say about a circuit, as data."""
+"""The facts about a circuit, as data."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from circuitroute.circuit.verify.properties import node_scopes
 from circuitroute.compilation import Prediction
 from circuitroute.engines import cost
 
-# Longer ints can be neither printed nor read back as JSON (the limit of Python's own conversions).
+# Python neither prints nor parses much longer ints.
 LONGEST_INT = 4000
+PREDICTED = ("nodes", "edges", "width", "seconds")
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,11 @@ class Facts:
     """A circuit and its predicted share of a router's arithmetic.
 
     Attributes:
-        circuit: what was compiled.
-        seconds: how long that took.
-        predicted: what was expected of it; None where the compiler cannot tell.
+        circuit: the compiled constraint.
+        seconds: how long compiling took.
+        predicted: its predicted size; None if the compiler does not predict.
         hidden: size of the router's input.
-        device: where the engine was asked for.
+        device: the device that the engine is chosen for.
         levels: from the literals up.
     """
 
@@ -65,7 +66,7 @@ class Facts:
 
     @property
     def share(self) -> float:
-        """The circuit's part of both."""
+        """The circuit's share of both together."""
         return self.multiply_adds / (self.multiply_adds + self.router_multiply_adds)
 
     def to_json(self) -> dict[str, Any]:
@@ -85,7 +86,7 @@ class Facts:
             "depth": circuit.depth,
             "width": circuit.width,
             "seconds_to_compile": self.seconds,
-            "predicted": self._predicted(),
+            "predicted": self.predicted and {name: getattr(self.predicted, name) for name in PREDICTED},
             "levels": [vars(level) for level in self.levels],
             "op": circuit.op,
             "device": self.device,
@@ -97,11 +98,6 @@ class Facts:
             "router_multiply_adds_per_token": self.router_multiply_adds,
             "predicted_share_of_router": self.share,
         }
-
-    def _predicted(self) -> dict[str, float] | None:
-        if self.predicted is None:
-            return None
-        return {name: getattr(self.predicted, name) for name in ("nodes", "edges", "width", "seconds")}
 
 
 def facts_of(circuit: cr.Circuit, seconds: float, predicted: Prediction | None, hidden: int) -> Facts:

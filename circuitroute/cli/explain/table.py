@@ -1,16 +1,14 @@
-"""The facts as tables to read, in the terminal."""
+"""The facts as tables in the terminal."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import Any
 
-from circuitroute.engines import cost
-from circuitroute.inference.circuit import scientific
+from circuitroute.inference.circuit import describe
 
 from .facts import Facts
 
-LONGEST = 10**15  # model counts from here on are abbreviated
 BAR = 30  # characters of the longest bar
 PREDICTED = ("nodes", "edges", "width")
 
@@ -30,41 +28,24 @@ def print_tables(facts: Facts) -> None:
     """The circuit, its levels, and what the prediction is made of."""
     console = _optional("rich.console").Console(highlight=False, markup=False)
     if not console.is_terminal:
-        console.width = max(console.width, 120)  # nothing is gained by folding a table in a file
+        console.width = max(console.width, 120)  # do not fold tables in files
     console.print(circuit_table(facts))
     console.print(level_table(facts))
     console.print(prediction(facts), soft_wrap=True)
 
 
 def circuit_table(facts: Facts) -> Any:
-    """A rich.table.Table of names and values."""
-    circuit, estimate, told = facts.circuit, cost(facts.circuit), facts.predicted
+    """A rich.table.Table of labels and values."""
     table = _table("The circuit")
     table.add_column("", no_wrap=True)
     table.add_column("", overflow="fold")
-    count = circuit.model_count()
-    expected = {name: "" if told is None else f" (predicted {getattr(told, name):,})" for name in PREDICTED}
+    told = facts.predicted
+    expected = {} if told is None else {name: f" (predicted {getattr(told, name):,})" for name in PREDICTED}
+    for label, value in describe(facts.circuit, facts.device).items():
+        table.add_row(label, value + expected.get(label, ""))
     seconds = "" if told is None else f" (predicted {told.seconds:.2g})"
-    for name, value in (
-        ("constraint", repr(circuit.constraint)),
-        ("variables", f"{circuit.n:,}"),
-        ("models", f"{count:,}" if count < LONGEST else f"about {scientific(count)}"),
-        ("counts", f"{circuit.min_count} to {circuit.max_count}"),
-        ("nodes", f"{circuit.num_nodes:,}{expected['nodes']}"),
-        ("edges", f"{circuit.num_edges:,}{expected['edges']}"),
-        ("depth", f"{circuit.depth}"),
-        ("width", f"{circuit.width:,}{expected['width']}"),
-        ("seconds to compile", f"{facts.seconds:.2g}{seconds}"),
-        ("op", circuit.op),
-        (f"engine on {facts.device}", circuit.engine_for(facts.device)),
-        (
-            "multiply-adds per token",
-            f"{estimate.multiply_adds:,} (marginals), {estimate.backward:,} (their gradient)",
-        ),
-        ("bytes per token", f"{estimate.bytes_moved:,} (logits in, marginals out, float32)"),
-        ("predicted share of a router", f"{facts.share:.2%} of its arithmetic"),
-    ):
-        table.add_row(name, value)
+    table.add_row("seconds to compile", f"{facts.seconds:.2g}{seconds}")
+    table.add_row("predicted share of a router", f"{facts.share:.2%} of its arithmetic")
     return table
 
 
@@ -82,7 +63,7 @@ def level_table(facts: Facts) -> Any:
 
 
 def prediction(facts: Facts) -> str:
-    """What is predicted from what."""
+    """What the predictions are based on."""
     sizes = "" if facts.predicted is None else "\nSizes in brackets were predicted before building, as upper bounds."
     ours, linear = f"{facts.multiply_adds:,}", f"{facts.router_multiply_adds:,}"
     return (

@@ -14,7 +14,7 @@ import circuitroute as cr
 
 
 class TargetError(ValueError):
-    """MODULE:CONSTRAINT does not lead to a constraint; says why."""
+    """MODULE:CONSTRAINT does not name a constraint; says why."""
 
 
 @contextmanager
@@ -31,11 +31,11 @@ def importable_from_here() -> Iterator[None]:
 def constraint_of(target: str) -> cr.Constraint:
     """The constraint that MODULE:CONSTRAINT names.
 
-    MODULE is the dotted name of a module, or the path of a .py file; CONSTRAINT an attribute of it, dotted if need
-    be: a constraint, or something to call without arguments for one.
+    MODULE is the dotted name of a module, or the path of a .py file; CONSTRAINT an attribute of it, possibly
+    dotted: a constraint, or something that returns one when called without arguments.
 
     Raises:
-        TargetError: there is no such module or attribute, it fails to import, or it is no constraint.
+        TargetError: there is no such module or attribute, it fails to import, or it is not a constraint.
     """
     place, colon, name = target.rpartition(":")
     if not (colon and place and name):
@@ -84,7 +84,7 @@ def _module(place: str) -> ModuleType:
 
 
 def _module_in_file(path: Path) -> ModuleType:
-    """Runs a file as a module under a name of its own, so that it replaces none of the installed ones."""
+    """Runs a file as a module whose name cannot hide an installed one."""
     if not path.is_file():
         raise TargetError(f"there is no file {str(path)!r}")
     module = ModuleType(f"explained_{path.stem}")

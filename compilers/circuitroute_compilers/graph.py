@@ -1,14 +1,14 @@
-"""Term -> circuit: merge states up a tree, tell apart only what matters, write the arrays.
+"""Term and tree -> Graph: merge states up the tree, distinguish only what matters, write the arrays.
 
 Legend: a *block* is the set of variables under one tree node; its *states* are what the term can reach on it; a
 *table* lists, for two sibling blocks, every live pair (a, b) and the state it merges into; a *class* is a set of states
-that no completion tells apart.
+that every completion treats alike.
 
 Blocks with equal state lists share one table, so a machine that treats all variables alike, such as a count,
 merges each pair of states once per tree level and not once per tree node. Three passes: up (states and
 tables), down (classes), and emission of one sum per class. The second makes the circuit the smallest that the tree
-allows, whatever way the constraint was said and however many states its machines went through: it is the minimisation
-of a deterministic automaton (Moore 1956) carried over to trees, where a state's context is its siblings.
+allows, however the constraint was written and however many states its machines have: it is the minimisation of a
+deterministic automaton (Moore 1956) carried over to trees, where a state's context is its siblings.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from circuitroute import CircuitTooLargeError, Constraint, InfeasibleError
 from circuitroute.circuit import Graph, NodeKind
 from circuitroute.constraints import State
 from circuitroute_compilers.terms import FALSE, Term
-from circuitroute_compilers.vtree import Vtree, nodes
+from circuitroute_compilers.trees import Vtree, nodes
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
@@ -61,7 +61,7 @@ class _Table:
 
 @dataclass(frozen=True, eq=False)
 class _Classes:
-    """The class of each state of a block, -1 for one that no completion accepts, and the first state of each class."""
+    """The class of each state of a block, -1 if no completion accepts it, and whether it is the first of its class."""
 
     of: IntArray
     first: BoolArray
@@ -89,7 +89,7 @@ class _Block:
 
 
 class UnhashableStateError(Exception):
-    """A state cannot be hashed; carries Python's own words."""
+    """A state cannot be hashed; carries Python's message."""
 
 
 def distinct(states: Sequence[State]) -> tuple[State, ...]:
@@ -129,7 +129,7 @@ class _Builder:
         self._reachable = 0
 
     def up(self, tree: Vtree) -> None:
-        """The blocks of a tree, halves before wholes."""
+        """Find the states of every block, halves before wholes."""
         block_of: dict[int, _Block] = {}
         for node in nodes(tree):
             if node.halves is None:
@@ -147,7 +147,7 @@ class _Builder:
         width = len(self.states[block.states])
         self.width = max(self.width, width)
         self._reachable += width
-        # Unpruned states bound the useful ones from above; stop early only when hopelessly over.
+        # Only some of the reachable states are useful, so the limit leaves room.
         if self._reachable > most_states(self.max_nodes, self.n):
             raise self._too_large(f"at least {self._reachable} reachable states")
 
@@ -178,7 +178,7 @@ class _Builder:
         return _Table(array[:, 0], array[:, 1], array[:, 2], self._intern(states))
 
     def down(self) -> None:
-        """Give every block its classes, from the root, all of whose states are accepted, to the variables."""
+        """Find the classes of every block, from the root, whose only state is accepted, down to the variables."""
         for block in reversed(self.blocks):
             if block.halves is None:
                 self.nodes += self._leaf_nodes(block)
@@ -189,7 +189,7 @@ class _Builder:
             self.edges += edges
 
     def _halves(self, table: _Table, left: _Block, right: _Block, whole: _Classes) -> tuple[_Classes, _Classes, int]:
-        """The classes of two halves, and the number of elements that the whole's sums have."""
+        """The classes of two halves, and how many elements the sums of the whole have."""
         key = (id(table), whole.of.tobytes())
         if key not in self._split:
             shape = (len(self.states[left.states]), len(self.states[right.states]))
@@ -216,7 +216,7 @@ class _Builder:
 
 
 def most_states(max_nodes: int, n: int) -> int:
-    """How many reachable states are built before giving up; a part of them will turn out to be of no use."""
+    """How many reachable states are built before giving up; some of them will turn out to be useless."""
     return 4 * max_nodes + 4 * n
 
 
@@ -226,7 +226,7 @@ def most_pairs(max_nodes: int) -> int:
 
 
 def _split(table: _Table, whole: IntArray, shape: tuple[int, int]) -> tuple[_Classes, _Classes, int]:
-    """Classes of the halves: two states are alike if with every sibling they lead to the same class, or nowhere."""
+    """Classes of the halves: states are alike if they lead to the same class, or nowhere, with every sibling."""
     live = whole[table.result] >= 0
     rows, columns, result = table.left[live], table.right[live], whole[table.result[live]]
     left, right = _alike(rows, columns, result, shape[0]), _alike(columns, rows, result, shape[1])
@@ -254,12 +254,11 @@ class _Emitter:
 
     def __init__(self, builder: _Builder) -> None:
         self._builder = builder
-        self._count = 0
-        self._kind: list[IntArray] = []
-        self._variable: list[IntArray] = []
-        self._sizes: list[IntArray] = []
-        self._left: list[IntArray] = []
-        self._right: list[IntArray] = []
+        self._kind: list[int] = []
+        self._variable: list[int] = []
+        self._sizes: list[int] = []
+        self._left = [np.zeros(0, dtype=np.int64)]
+        self._right = [np.zeros(0, dtype=np.int64)]
         self._true: int | None = None
 
     def emit(self) -> Graph:
@@ -271,29 +270,26 @@ class _Emitter:
             else:
                 halves = [node_of_class.pop(id(half)) for half in block.halves]
                 node_of_class[id(block)] = self._inner(block, *halves)
-        first = np.concatenate([[0], np.cumsum(np.concatenate(self._sizes))])
-        empty = [np.zeros(0, dtype=np.int64)]
         return Graph(
             n=self._builder.n,
-            kind=np.concatenate(self._kind).astype(np.uint8),
-            variable=np.concatenate(self._variable).astype(np.int32),
-            first=first.astype(np.int64),
-            left=np.concatenate(self._left or empty).astype(np.int32),
-            right=np.concatenate(self._right or empty).astype(np.int32),
+            kind=np.array(self._kind, dtype=np.uint8),
+            variable=np.array(self._variable, dtype=np.int32),
+            first=np.cumsum([0, *self._sizes], dtype=np.int64),
+            left=np.concatenate(self._left).astype(np.int32),
+            right=np.concatenate(self._right).astype(np.int32),
         )
 
     def _inner(self, block: _Block, left_nodes: IntArray, right_nodes: IntArray) -> IntArray:
         """One sum per class, made of the pairs of classes that lead there; returns the nodes."""
         table, left, right = block.inner()
         owner = block.classes.of[table.result]
-        # Of states that are alike the first speaks for all.
+        # The first state of a class stands for all of it.
         order = np.flatnonzero((owner >= 0) & left.classes.first[table.left] & right.classes.first[table.right])
         order = order[np.argsort(owner[order], kind="stable")]
         sizes = np.bincount(owner[order])
         self._left.append(left_nodes[left.classes.of[table.left[order]]])
         self._right.append(right_nodes[right.classes.of[table.right[order]]])
-        first = self._add(np.full(len(sizes), int(NodeKind.SUM)), np.full(len(sizes), -1), sizes)
-        return first + np.arange(len(sizes))
+        return self._add(NodeKind.SUM, -1, sizes.tolist()) + np.arange(len(sizes))
 
     def _leaf(self, block: _Block) -> IntArray:
         """Emit the useful literals of one variable, those of one class as a sum; returns a node per class."""
@@ -303,22 +299,21 @@ class _Emitter:
         for kind, state in zip((NodeKind.ABSENT, NodeKind.PRESENT), both, strict=True):
             found = int(block.classes.of[states.index(state)]) if state is not FALSE else -1
             if found >= 0:
-                node = self._add(np.array([int(kind)]), np.array([block.tree.first]), np.array([0]))
-                literals[found].append(node)
+                literals[found].append(self._add(kind, block.tree.first, [0]))
         return np.array([some[0] if len(some) == 1 else self._either(some) for some in literals], dtype=np.int64)
 
     def _either(self, literals: list[int]) -> int:
         """The sum of both literals of a variable that is left free."""
         if self._true is None:
-            self._true = self._add(np.array([int(NodeKind.TRUE)]), np.array([-1]), np.array([0]))
+            self._true = self._add(NodeKind.TRUE, -1, [0])
         self._left.append(np.array(literals))
         self._right.append(np.array([self._true, self._true]))
-        return self._add(np.array([int(NodeKind.SUM)]), np.array([-1]), np.array([2]))
+        return self._add(NodeKind.SUM, -1, [2])
 
-    def _add(self, kind: IntArray, variable: IntArray, sizes: IntArray) -> int:
-        first = self._count
-        self._kind.append(kind)
-        self._variable.append(variable)
-        self._sizes.append(sizes)
-        self._count += len(kind)
+    def _add(self, kind: NodeKind, variable: int, sizes: list[int]) -> int:
+        """Nodes of one kind with so many elements each, which the caller adds; returns the first node."""
+        first = len(self._kind)
+        self._kind += [int(kind)] * len(sizes)
+        self._variable += [variable] * len(sizes)
+        self._sizes += sizes
         return first

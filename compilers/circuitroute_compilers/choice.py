@@ -1,7 +1,7 @@
-"""What a circuit will cost, before it is built: the tree is chosen by it, and refusals are explained with it.
+"""Plan -> tree and term: of a few candidates the one whose circuit is predicted to cost least.
 
-Sizes are those of the states that can be reached, counted part by part (see ``profile``): usually more than the
-circuit has, which leaves out what no completion accepts and joins what no completion tells apart.
+Sizes are those of the reachable states, counted part by part (:mod:`.profile`). The circuit is usually smaller: it
+leaves out states that no completion accepts and joins states that every completion treats alike.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ from circuitroute import CircuitTooLargeError, Constraint
 from circuitroute.compilation import Prediction
 from circuitroute.constraints import Cost
 from circuitroute_compilers.lowering import Capped
-from circuitroute_compilers.order import candidates
 from circuitroute_compilers.plans import Number, Plan, Proposition, along, simple_parts
 from circuitroute_compilers.profile import UNTOUCHED, Profiles, Tree, profiles, together
 from circuitroute_compilers.terms import HowMany, Machine, Scope, Term
-from circuitroute_compilers.vtree import Vtree, depth, keeps_order, met, natural
+from circuitroute_compilers.trees import Vtree, candidates, depth, keeps_order, met, natural
 
-# Building takes about this long.
+# How long building takes, about.
 SECONDS_PER_EDGE = 4e-6
 SECONDS_PER_NODE = 2e-5
-# Engines run one level after another: a level is worth this many elements.
+# Engines run one level after another: a level takes as long as this many elements.
 EDGES_PER_LEVEL = 16
 # The nodes of a decision diagram may be this many even where the circuit may not.
 LEAST_DIAGRAM_NODES = 50_000
@@ -30,8 +29,7 @@ LEAST_DIAGRAM_NODES = 50_000
 
 @dataclass(frozen=True)
 class Choice:
-    """A plan, a tree, the term that goes with both, and what building it takes; ``certain`` states are reached in any
-    case."""
+    """A plan, a tree, their term, and the predicted size; at least ``certain`` states are reached."""
 
     plan: Plan
     tree: Vtree
@@ -41,7 +39,7 @@ class Choice:
 
     @property
     def cost(self) -> int:
-        """What an evaluation of the circuit takes, in elements."""
+        """The cost of an evaluation of the circuit, in elements."""
         return self.prediction.edges + EDGES_PER_LEVEL * depth(self.tree)
 
 
@@ -66,7 +64,7 @@ def choose(constraint: Constraint, plan: Plan, n: int, max_nodes: int) -> Choice
 
 
 def _possible(plan: Plan, n: int) -> Iterator[Vtree]:
-    """Trees around the scopes, but none that shows a user's machine its variables out of order."""
+    """Trees around the scopes, except those in which a user's machine would meet its variables out of order."""
     parts = list(simple_parts(plan))
     ordered = [part.scope for part in parts if isinstance(part, Machine) and is_foreign(part)]
     found = 0
@@ -114,7 +112,7 @@ def _predicted(constraint: Constraint, plan: Plan, term: Term, tree: Vtree) -> C
 
 
 def _costliest(parts: Sequence[Profiles], whole: Profiles) -> int:
-    """The part without which most elements would be saved."""
+    """The part whose absence would save the most elements."""
     saved = [
         sum(whole[node].pairs * (p.pairs - 1) // p.pairs for node, p in part.items() if p.pairs > 1) for part in parts
     ]

@@ -1,0 +1,425 @@
+"""Routing decisions on record, compact in memory and in files.
+
+Legend: T tokens, L layers, E experts of a layer, K slots (the largest number of experts any token has in a layer).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from circuitroute._files import replace_file, sealed, unsealed
+from circuitroute._validate import int_at_least
+from circuitroute.errors import CircuitFileError
+from circuitroute.inference.evidence import rows_text
+from circuitroute.routing.decision import Routing
+
+Form: TypeAlias = Literal["indices", "bits"]
+Array: TypeAlias = npt.NDArray[Any]
+
+VERSION = 1
+_KIND = "circuitroute routing record"
+# The dtypes of indices, narrowest first, and how many values each tells apart.
+_WIDTHS = ((torch.uint8, 1 << 8), (torch.int16, 1 << 15), (torch.int32, 1 << 31))
+_SEAL = b"sha256 "
+
+
+@dataclass(frozen=True, eq=False)
+class LayerRecord:
+    """The decisions of one layer.
+
+    Attributes:
+        experts: E.
+        form: how they are written. ``"indices"``: [T, K] the chosen experts, increasing, then E in unused slots; uint8
+            where that fits, else int16 or int32. ``"bits"``: [T, ceil(E / 8)] uint8, expert i being bit i % 8 of byte
+            i // 8.
+        data: the numbers, on the CPU.
+    """
+
+    experts: int
+    form: Form
+    data: Tensor
+
+    @staticmethod
+    def of(mask: Tensor) -> LayerRecord:
+        """A mask [T, E] bool in the form that takes less memory (indices where they are equal)."""
+        mask = mask.detach().cpu()
+        experts = mask.shape[1]
+        counts = mask.sum(-1)
+        slots = int(counts.max()) if len(mask) else 0
+        full = not len(mask) or int(counts.min()) == slots
+        dtype = _index_dtype(experts if full else experts + 1)
+        if slots * dtype.itemsize > _bytes_of(experts):
+            return LayerRecord(experts, "bits", _pack(mask))
+        return LayerRecord(experts, "indices", _indices(mask, slots).to(dtype))
+
+    def mask(self) -> Tensor:
+        """[T, E] bool."""
+        if self.form == "bits":
+            return _unpack(self.data, self.experts)
+        # One column more, for unused slots.
+        mask = torch.zeros(len(self.data), self.experts + 1, dtype=torch.bool)
+        return mask.scatter_(1, self.data.long(), True)[:, : self.experts].contiguous()
+
+    def __getitem__(self, tokens: Any) -> LayerRecord:
+        return LayerRecord(self.experts, self.form, self.data[tokens])
+
+
+class RoutingRecord:
+    """What T tokens were routed to in L layers.
+
+    Args:
+        layers: one record per layer, of the same number of tokens.
+        log_probs: [T, L] float32 log-probability of each decision when it was made, if known.
+
+    Raises:
+        ValueError: no layers, or numbers of tokens or layers that do not fit together.
+    """
+
+    def __init__(self, layers: Iterable[LayerRecord], log_probs: Tensor | None = None) -> None:
+        self.layers = tuple(layers)
+        if not self.layers:
+            raise ValueError("layers is empty: a record has one entry per routing layer")
+        tokens = [len(layer.data) for layer in self.layers]
+        if len(set(tokens)) > 1:
+            raise ValueError(f"layers have {tokens} tokens: all must have the same")
+        self.log_probs = None if log_probs is None else log_probs.detach().to("cpu", torch.float32)
+        if self.log_probs is not None and self.log_probs.shape != (tokens[0], len(self.layers)):
+            raise ValueError(
+                f"log_probs has shape {tuple(self.log_probs.shape)}: expected (tokens, layers) = "
+                f"({tokens[0]}, {len(self.layers)})"
+            )
+
+    # ------------------------------------------------------------------ making one
+
+    @staticmethod
+    def of(decisions: Routing | Tensor | Sequence[Routing | Tensor], *, log_probs: bool = True) -> RoutingRecord:
+        """Record decisions: one per layer, each a :class:`Routing` or a mask [T, E].
+
+        Args:
+            decisions: those of all layers, or of the only one.
+            log_probs: whether to keep the log-probabilities of Routings (masks have none): exact, and already computed
+                where the decision was sampled. :func:`importance_ratio` compares with them.
+
+        Raises:
+            TypeError, ValueError: anything else.
+            AttributeError: a decision without a log-probability, such as a soft router's; record its mask.
+        """
+        each = [decisions] if isinstance(decisions, (Routing, Tensor)) else list(decisions)
+        layers = [LayerRecord.of(mask_of(f"decisions[{i}]", decision)) for i, decision in enumerate(each)]
+        routings = [decision for decision in each if isinstance(decision, Routing)]
+        known = None
+        if log_probs and routings and len(routings) == len(each):
+            with torch.no_grad():
+                known = torch.stack([routing.log_prob.float().cpu() for routing in routings], dim=1)
+        return RoutingRecord(layers, known)
+
+    @staticmethod
+    def of_indices(
+        indices: Tensor | Sequence[Tensor], num_experts: int | Sequence[int], log_probs: Tensor | None = None
+    ) -> RoutingRecord:
+        """Record what an inference server reports: the experts' numbers.
+
+        Slots outside 0..E-1, such as -1 or E, are unused. A server that pads with real experts of weight 0 reports
+        those too: where the count is not constant, put -1 there first, by the weights.
+
+        Args:
+            indices: [T, L, K] integers, as vLLM and SGLang return them, or one [T, K] per layer.
+            num_experts: E, of all layers or of each.
+            log_probs: [T, L], if known.
+
+        Raises:
+            TypeError, ValueError: tensors of other shapes or dtypes, or an expert that is named twice in one token.
+        """
+        if isinstance(indices, Tensor):
+            if indices.dim() != 3:
+                raise ValueError(f"indices has shape {tuple(indices.shape)}: expected [tokens, layers, slots]")
+            indices = list(indices.unbind(1))
+        sizes = [num_experts] * len(indices) if isinstance(num_experts, int) else list(num_experts)
+        if len(sizes) != len(indices):
+            raise ValueError(f"num_experts has {len(sizes)} entries: expected one per layer, {len(indices)}")
+        masks = [
+            _mask_of_indices(f"indices[{i}]", given, int_at_least("num_experts", size, 1))
+            for i, (given, size) in enumerate(zip(indices, sizes, strict=True))
+        ]
+        return RoutingRecord([LayerRecord.of(mask) for mask in masks], log_probs)
+
+    @staticmethod
+    def cat(records: Iterable[RoutingRecord]) -> RoutingRecord:
+        """The tokens of several records of the same layers, one record after the other.
+
+        Raises:
+            ValueError: none is given, they are of other layers, or some have log-probabilities and others do not.
+        """
+        given = list(records)
+        if not given:
+            raise ValueError("records is empty: give one at least")
+        sizes = {record.num_experts for record in given}
+        if len(sizes) > 1:
+            raise ValueError(f"records have layers of {sorted(sizes)} experts: all must have the same")
+        if len({record.log_probs is None for record in given}) > 1:
+            raise ValueError("some records have log_probs and others do not: RoutingRecord(record.layers) has none")
+        layers = [_joined([record.layers[i] for record in given]) for i in range(len(given[0].layers))]
+        known = [record.log_probs for record in given if record.log_probs is not None]
+        return RoutingRecord(layers, torch.cat(known) if known else None)
+
+    # ------------------------------------------------------------------ reading it
+
+    def masks(self, device: torch.device | str | None = None) -> list[Tensor]:
+        """[T, E] bool per layer, for the ``replay=`` of that layer's router; on the CPU when ``device`` is None."""
+        return [layer.mask().to(device) for layer in self.layers]
+
+    def indices(self, device: torch.device | str | None = None) -> list[Tensor]:
+        """[T, K] int64 per layer, the chosen experts in increasing order, then -1."""
+        found = []
+        for layer in self.layers:
+            mask = layer.mask()
+            slots = int(mask.sum(-1).max()) if len(mask) else 0
+            rows = _indices(mask, slots)
+            found.append(torch.where(rows == layer.experts, -1, rows).to(device))
+        return found
+
+    @property
+    def path_log_prob(self) -> Tensor:
+        """[T] float64, the recorded log-probability of each token's path through the layers.
+
+        Raises:
+            ValueError: this record was made without log-probabilities.
+        """
+        if self.log_probs is None:
+            raise ValueError("log_probs is None: record Routings, not masks, or give log_probs")
+        return self.log_probs.double().sum(1)
+
+    @property
+    def num_experts(self) -> tuple[int, ...]:
+        """E of every layer."""
+        return tuple(layer.experts for layer in self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        known = 0 if self.log_probs is None else self.log_probs.nbytes
+        return known + sum(layer.data.nbytes for layer in self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers[0].data)
+
+    def __getitem__(self, tokens: slice | Tensor | Sequence[int]) -> RoutingRecord:
+        """Some tokens, those of a minibatch, say: a slice, indices or a mask [T].
+
+        Raises:
+            IndexError: an index outside 0..T-1, a mask of another length, or something else.
+        """
+        at = tokens if isinstance(tokens, slice) else _as_index(tokens)
+        known = None if self.log_probs is None else self.log_probs[at]
+        return RoutingRecord([layer[at] for layer in self.layers], known)
+
+    def split(self, lengths: Sequence[int]) -> list[RoutingRecord]:
+        """One record per rollout, of these many tokens each, in order; the inverse of :meth:`cat`.
+
+        Raises:
+            ValueError: the lengths do not add up to T.
+        """
+        sizes = [int_at_least(f"lengths[{i}]", length, 0) for i, length in enumerate(lengths)]
+        if sum(sizes) != len(self):
+            raise ValueError(f"lengths add up to {sum(sizes)}: the record has {len(self)} tokens")
+        return [self[start:stop] for start, stop in pairwise(accumulate(sizes, initial=0))]
+
+    def __eq__(self, other: object) -> bool:
+        """The same decisions (whatever their form) and log-probabilities."""
+        if not isinstance(other, RoutingRecord):
+            return NotImplemented
+        if self.num_experts != other.num_experts or len(self) != len(other):
+            return False
+        if (self.log_probs is None) != (other.log_probs is None):
+            return False
+        if self.log_probs is not None and other.log_probs is not None and not self.log_probs.equal(other.log_probs):
+            return False
+        return all(a.mask().equal(b.mask()) for a, b in zip(self.layers, other.layers, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]  # tensors can change
+
+    def __repr__(self) -> str:
+        known = "" if self.log_probs is None else ", with log_probs"
+        return f"RoutingRecord({len(self)} tokens, {len(self.layers)} layers, {self.nbytes} bytes{known})"
+
+    # ------------------------------------------------------------------ files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the record to a file that :meth:`load` reads; a file that is there is replaced in one step.
+
+        A NumPy archive (``.npz``) without pickled objects, with a checksum; see ``docs/replay.md``.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        arrays = {f"layer_{i}": layer.data.numpy() for i, layer in enumerate(self.layers)}
+        if self.log_probs is not None:
+            arrays["log_probs"] = self.log_probs.numpy()
+        forms = [layer.form for layer in self.layers]
+        header = {"kind": _KIND, "version": VERSION, "experts": list(self.num_experts), "forms": forms}
+        arrays["header"] = np.frombuffer(json.dumps(header).encode("ascii"), dtype=np.uint8)
+        replace_file(path, _sealed(arrays))
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> RoutingRecord:
+        """Read a record that :meth:`save` wrote. It is verified, and nothing in it is executed.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            CircuitFileError: the file is damaged, of another kind, or of a newer version; names the path.
+        """
+        source = Path(path)
+        try:
+            return _record(_unsealed(source.read_bytes()))
+        except (ValueError, KeyError, TypeError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile) as error:
+            raise CircuitFileError(f"{source} is not a readable routing record: {error}") from None
+
+
+# ---------------------------------------------------------------------------------------------- masks and codes
+
+
+def mask_of(name: str, decision: Routing | Tensor) -> Tensor:
+    mask = decision.mask if isinstance(decision, Routing) else decision
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} is a {type(mask).__name__}: expected a Routing or a mask [tokens, experts]")
+    if mask.dtype != torch.bool or mask.dim() != 2 or mask.shape[1] == 0:
+        raise ValueError(
+            f"{name} has shape {tuple(mask.shape)} and dtype {mask.dtype}: expected [tokens, experts] bool"
+        )
+    return mask.detach()
+
+
+def _mask_of_indices(name: str, indices: Tensor, experts: int) -> Tensor:
+    """[T, E] bool of [T, K] integers; slots outside 0..E-1 are unused."""
+    if not isinstance(indices, Tensor) or indices.is_floating_point() or indices.is_complex():
+        raise TypeError(f"{name} is not a tensor of integers")
+    if indices.dim() != 2:
+        raise ValueError(f"{name} has shape {tuple(indices.shape)}: expected [tokens, slots]")
+    at = indices.cpu().long()
+    at = torch.where((at >= 0) & (at < experts), at, experts)
+    times = torch.zeros(len(at), experts + 1, dtype=torch.int32)
+    times = times.scatter_add_(1, at, torch.ones_like(at, dtype=torch.int32))[:, :experts]
+    twice = (times > 1).any(-1)
+    if bool(twice.any()):
+        raise ValueError(f"{name} names an expert twice in {rows_text(twice)}")
+    return times > 0
+
+
+def _index_dtype(values: int) -> torch.dtype:
+    """The narrowest dtype of indices that holds 0 to ``values`` - 1."""
+    return next(dtype for dtype, limit in _WIDTHS if values <= limit)
+
+
+def _indices(mask: Tensor, slots: int) -> Tensor:
+    """[T, slots] int64: the chosen experts, increasing, then E."""
+    token, expert = mask.nonzero(as_tuple=True)
+    counts = mask.sum(-1)
+    start = counts.cumsum(0) - counts
+    rows = torch.full((len(mask), slots), mask.shape[1])
+    rows[token, torch.arange(len(token)) - start[token]] = expert
+    return rows
+
+
+def _pack(mask: Tensor) -> Tensor:
+    """[T, ceil(E / 8)] uint8."""
+    return torch.from_numpy(np.packbits(mask.numpy(), axis=1, bitorder="little"))
+
+
+def _unpack(bits: Tensor, experts: int) -> Tensor:
+    """[T, E] bool."""
+    return torch.from_numpy(np.unpackbits(bits.numpy(), axis=1, count=experts, bitorder="little")).bool()
+
+
+def _as_index(tokens: Tensor | Sequence[int]) -> Tensor:
+    index = torch.as_tensor(tokens).cpu()
+    index = index.long() if index.numel() == 0 else index
+    if index.dim() != 1 or index.is_floating_point():
+        raise IndexError(f"record[{tokens!r}]: give a slice, indices or a mask of tokens, such as [0] for the first")
+    return index
+
+
+def _joined(layers: Sequence[LayerRecord]) -> LayerRecord:
+    """The tokens of several records of one layer."""
+    first = layers[0]
+    if len({(layer.form, layer.data.dtype, layer.data.shape[1]) for layer in layers}) == 1:
+        return LayerRecord(first.experts, first.form, torch.cat([layer.data for layer in layers]))
+    return LayerRecord.of(torch.cat([layer.mask() for layer in layers]))
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def _sealed(arrays: dict[str, Array]) -> bytes:
+    """A NumPy archive whose comment is the checksum of all bytes before the checksum's digits."""
+    content, digits = io.BytesIO(), len(sealed(b""))
+    np.savez(content, **arrays)  # type: ignore[arg-type]  # no array is called allow_pickle
+    with zipfile.ZipFile(content, "a") as archive:
+        archive.comment = _SEAL + b"0" * digits
+    return sealed(content.getvalue()[:-digits])
+
+
+def _unsealed(data: bytes) -> dict[str, Array]:
+    body = unsealed(data)
+    if not (body.startswith(b"PK") and body.endswith(_SEAL)):
+        raise ValueError("it is not an archive with its checksum as the comment")
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        # As save() writes it, so that what is read takes no more memory than the file.
+        if any(part.compress_type != zipfile.ZIP_STORED or part.file_size > len(data) for part in archive.infolist()):
+            raise ValueError("it holds compressed arrays, or larger ones than itself")
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def _record(arrays: dict[str, Array]) -> RoutingRecord:
+    header = json.loads(_array(arrays, "header").tobytes())
+    if header["kind"] != _KIND:
+        raise ValueError(f"it is of kind {header['kind']!r}")
+    if header["version"] != VERSION:
+        raise ValueError(
+            f"it is of version {header['version']}, and this circuitroute reads version {VERSION}: update it"
+        )
+    layers = [
+        _checked_layer(f"layer_{i}", _array(arrays, f"layer_{i}"), experts, form)
+        for i, (experts, form) in enumerate(zip(header["experts"], header["forms"], strict=True))
+    ]
+    known = arrays.get("log_probs")
+    return RoutingRecord(layers, None if known is None else torch.from_numpy(known))
+
+
+def _array(arrays: dict[str, Array], name: str) -> Array:
+    if name not in arrays:
+        raise ValueError(f"it lacks the array {name!r}")
+    return arrays[name]
+
+
+def _checked_layer(name: str, array: Array, experts: int, form: Form) -> LayerRecord:
+    """A layer from a file whose checksum is right; whatever wrote the file may still have written nonsense."""
+    experts = int_at_least("experts", experts, 1)
+    if array.ndim != 2 or form not in get_args(Form):
+        raise ValueError(f"{name} has shape {array.shape} and form {form!r}")
+    data = torch.from_numpy(array)
+    if form == "bits":
+        fits = data.dtype == torch.uint8 and data.shape[1] == _bytes_of(experts)
+    else:
+        low, high = (int(data.min()), int(data.max())) if data.numel() else (0, 0)
+        fits = data.dtype in [dtype for dtype, _ in _WIDTHS] and low >= 0 and high <= experts
+    if not fits:
+        raise ValueError(f"{name} does not hold {form} of {experts} experts")
+    return LayerRecord(experts, form, data)
+
+
+def _bytes_of(experts: int) -> int:
+    return -(-experts // 8)
