@@ -20,6 +20,7 @@ from circuitroute.routing import choice
 from circuitroute.routing.choice import Decide
 from circuitroute.routing.decision import Routing
 from circuitroute.routing.estimators import Estimator
+from circuitroute.routing.records import RoutingRecord
 from circuitroute.routing.weights import Combine, weigh
 
 
@@ -132,7 +133,7 @@ class BudgetRouter(Budget):
         hidden: Tensor,
         state: BudgetState,
         key: Tensor | int | None = None,
-        replay: Tensor | None = None,
+        replay: Tensor | RoutingRecord | None = None,
         layer: int | None = None,
         decide: Decide | float | None = None,
         temperature: float | Tensor | None = None,

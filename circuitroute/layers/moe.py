@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from circuitroute._validate import int_at_least
 from circuitroute.layers.experts import StackedExperts
 from circuitroute.layers.routers import LinearRouter
+from circuitroute.routing.choice import per_token
 from circuitroute.routing.decision import Routing
 from circuitroute.routing.probes import ProbeWeights, as_probe_weights, draw_probes, every_unchosen
+from circuitroute.routing.records import RoutingRecord
 
 
 class MoE(nn.Module):
@@ -67,7 +69,7 @@ class MoE(nn.Module):
         self,
         hidden: Tensor,
         key: Tensor | int | None = None,
-        replay: Tensor | None = None,
+        replay: Tensor | RoutingRecord | None = None,
         routing: Routing | None = None,
         **options: Any,
     ) -> tuple[Tensor, Routing]:
@@ -103,7 +105,8 @@ class MoE(nn.Module):
         weighted = self._run(rows[token], expert) * weight.unsqueeze(-1).to(rows.dtype)
         combined = torch.zeros_like(rows, dtype=weighted.dtype).index_add(0, token, weighted)
         if self.training and self.probes and torch.is_grad_enabled():
-            combined = self._with_probes(combined, rows, routing, key)
+            keys = per_token("key", key, hidden.shape[:-1]) if isinstance(key, Tensor) else key
+            combined = self._with_probes(combined, rows, routing, keys)
         return combined.to(hidden.dtype).reshape(hidden.shape), routing
 
     def _run(self, rows: Tensor, expert: Tensor) -> Tensor:
@@ -129,7 +132,7 @@ class MoE(nn.Module):
             outputs = self._run(rows[token], expert)
         # In value the gates of unchosen experts are 0.
         gates = routing.gates[token, expert] * weight
-        return combined.index_add(0, token, outputs * gates.unsqueeze(-1).to(outputs.dtype))
+        return combined.index_add(0, token, outputs * gates.unsqueeze(-1).to(rows.dtype))
 
 
 def _several_processes() -> bool:

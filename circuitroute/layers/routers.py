@@ -22,6 +22,7 @@ from circuitroute.routing.choice import Decide, as_share, as_temperature
 from circuitroute.routing.decision import Routing
 from circuitroute.routing.estimators import Estimator
 from circuitroute.routing.metrics import temperature_for
+from circuitroute.routing.records import RoutingRecord
 from circuitroute.routing.route import route
 from circuitroute.routing.weights import Combine, as_combine
 
@@ -109,14 +110,14 @@ class Router(LinearRouter):
         self.decide, self.temperature = decide, temperature
         # What is wrong is refused here, not in the first forward.
         as_share(decide, estimator)
-        as_temperature(temperature, torch.Size())
+        as_temperature(temperature)
         self.reset_parameters()
 
     def forward(
         self,
         hidden: Tensor,
         key: Tensor | int | None = None,
-        replay: Tensor | None = None,
+        replay: Tensor | RoutingRecord | None = None,
         decide: Decide | float | None = None,
         temperature: float | Tensor | None = None,
         price: float | Tensor | None = None,
@@ -244,7 +245,7 @@ class TopKRouter(Router):
         self,
         hidden: Tensor,
         key: Tensor | int | None = None,
-        replay: Tensor | None = None,
+        replay: Tensor | RoutingRecord | None = None,
         decide: Decide | float | None = None,
         temperature: float | Tensor | None = None,
         price: float | Tensor | None = None,

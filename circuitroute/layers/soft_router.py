@@ -15,6 +15,7 @@ from circuitroute.inference.evidence import rows_text
 from circuitroute.layers.routers import LinearRouter
 from circuitroute.routing.choice import per_token, recorded_mask
 from circuitroute.routing.decision import SoftRouting
+from circuitroute.routing.records import RoutingRecord
 from circuitroute.routing.soft_topk import soft_topk
 from circuitroute.routing.weights import Combine, weigh_by_logits
 
@@ -96,7 +97,7 @@ class SoftTopKRouter(LinearRouter):
         self,
         hidden: Tensor,
         key: Tensor | int | None = None,
-        replay: Tensor | None = None,
+        replay: Tensor | RoutingRecord | None = None,
         k: float | Tensor | None = None,
     ) -> SoftRouting:
         """Route hidden states [..., H].

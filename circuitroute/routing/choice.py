@@ -9,7 +9,7 @@ import math
 from typing import Literal, TypeAlias, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, float32, promote_types
 
 from circuitroute._validate import as_mask, as_number
 from circuitroute.circuit import Compiled, boolean
@@ -19,6 +19,7 @@ from circuitroute.inference.rows import cannot_look
 from circuitroute.keys import fold_in, uniform
 from circuitroute.routing.decision import Decision
 from circuitroute.routing.estimators import Estimator, Score, as_estimator
+from circuitroute.routing.records import RoutingRecord, same_temperature, temperatures_of
 
 Decide: TypeAlias = Literal["sample", "mode"]
 Rule: TypeAlias = Literal["mode", "count"]
@@ -27,6 +28,9 @@ Rule: TypeAlias = Literal["mode", "count"]
 SHARES = {None: 1.0, "sample": 1.0, "mode": 0.0}
 # Mixed into the key that says whether a token is sampled, so that what is drawn then does not depend on it.
 SHARE = 0x5A4E
+# Below it finite logits might overflow when they are divided, and pass for evidence.
+MIN_TEMPERATURE = 1e-30
+POSITIVE = f"must be positive and finite, {MIN_TEMPERATURE} at least; decide='mode' is the limit of cold"
 
 
 def decide(
@@ -36,7 +40,7 @@ def decide(
     share: float,
     rule: Rule = "mode",
     key: Tensor | int | None = None,
-    replay: Tensor | None = None,
+    replay: Tensor | RoutingRecord | None = None,
     temperature: float | Tensor = 1.0,
     shift: Tensor | None = None,
     count_potential: Tensor | None = None,
@@ -47,14 +51,14 @@ def decide(
 
     Args:
         share: how many of the tokens are sampled, from 0 to 1, which ones being a function of their keys.
-        shift: [E], or [T, E]: added to the logits for the choice alone.
+        shift: [E], [T, 1] or [T, E]: added to the logits for the choice alone.
         rule: what the others take: the ``"mode"``, or, for count constraints, ``"count"``: the most probable number of
             experts (the lower among equals), then the most probable subset of that size.
     """
     batch = logits.shape[:-1] if isinstance(logits, Tensor) else torch.Size()
     if isinstance(logits, Tensor) and logits.dim() > 0:
         logits, count_potential, key = _flatten(logits, count_potential, key)
-    moved = logits if shift is None else logits + shift.to(logits)
+    moved = logits if shift is None else logits + shift.to(logits.device, promote_types(logits.dtype, float32))
     untempered = SubsetDistribution(circuit, moved, count_potential, validate_args=validate_args)
     temperature = as_temperature(temperature, batch)
     distribution = untempered.tempered(temperature)
@@ -63,7 +67,7 @@ def decide(
         invalid = distribution.invalid_rows()
     else:
         invalid = distribution.invalid_rows()
-        mask = _replayed(distribution, replay, invalid)
+        mask = _replayed(distribution, replay, temperature, invalid)
     mask = mask if invalid is None else mask & ~invalid[:, None]
     given = untempered.logits if shift is None else logits.to(untempered.logits.dtype)
     return Decision(distribution, mask, invalid, untempered, given, temperature)
@@ -85,38 +89,44 @@ def as_share(decide: Decide | float | None, estimator: str | Estimator) -> float
     return share
 
 
-def shift_of(price: float | Tensor | None, bias: Tensor | None, experts: int) -> Tensor | None:
-    """What price and bias together add to the logits of a choice: [E], [1] or [T, E]; None where neither is given.
+def shift_of(price: float | Tensor | None, bias: Tensor | None, logits: Tensor, experts: int) -> Tensor | None:
+    """What price and bias together add to the logits of a choice: [E], [1], [T, 1] or [T, E]; None for neither.
 
     Raises:
-        ValueError: a bias of another length, or a price that is not a number or [T].
+        ValueError: a bias that is not [E], or a price that is not a finite number, [] or [T].
     """
-    if bias is not None and (bias.dim() == 0 or bias.shape[-1] != experts):
-        raise ValueError(f"bias has shape {tuple(bias.shape)}: its last dimension must be the {experts} experts")
+    if bias is not None and bias.shape != (experts,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}: expected one number per expert, ({experts},)")
     if price is None:
         return bias
-    lower = price[..., None] if isinstance(price, Tensor) else torch.tensor([as_number("price", price)])
+    given = price if isinstance(price, Tensor) else torch.tensor(as_number("price", price))
+    if not cannot_look(given) and not bool(given.isfinite().all()):
+        raise ValueError(f"price={price}: must be finite")
+    lower = per_token("price", given, logits.shape[:-1])[..., None]
     return -lower if bias is None else bias - lower.to(bias)
 
 
-def as_temperature(temperature: float | Tensor, batch: torch.Size) -> float | Tensor:
+def as_temperature(temperature: float | Tensor, batch: torch.Size | None = None) -> float | Tensor:
     """A positive number, or a tensor [] or [T]. Values on a GPU, or in a traced program, are not looked at.
+
+    Args:
+        batch: the dimensions of the tokens, which a tensor must fit; None where they are not known yet.
 
     Raises:
         TypeError, ValueError: anything else.
     """
     if not isinstance(temperature, Tensor):
         number = as_number("temperature", temperature)
-        if not 0 < number < math.inf:
-            raise ValueError(f"temperature={number}: must be positive and finite")
+        if not MIN_TEMPERATURE <= number < math.inf:
+            raise ValueError(f"temperature={number}: {POSITIVE}")
         return number
     if not temperature.dtype.is_floating_point:
         raise TypeError(f"temperature has dtype {temperature.dtype}: expected a floating-point dtype")
-    given = per_token("temperature", temperature, batch)
+    given = temperature if batch is None else per_token("temperature", temperature, batch)
     if not cannot_look(given):
-        wrong = ~((given > 0) & (given < math.inf)).detach()
+        wrong = ~((given >= MIN_TEMPERATURE) & (given < math.inf)).detach()
         if bool(wrong.any()):
-            raise ValueError(f"temperature={float(given[wrong][0])} in {rows_text(wrong)}: must be positive and finite")
+            raise ValueError(f"temperature={float(given[wrong][0])} in {rows_text(wrong)}: {POSITIVE}")
     return given
 
 
@@ -165,9 +175,14 @@ def _chosen(
     return torch.where(sampled[:, None], distribution.sample_in_sweep(keys), ruled)
 
 
-def _replayed(distribution: SubsetDistribution, replay: Tensor, invalid: Tensor | None) -> Tensor:
+def _replayed(
+    distribution: SubsetDistribution,
+    replay: Tensor | RoutingRecord,
+    temperature: float | Tensor,
+    invalid: Tensor | None,
+) -> Tensor:
     """[T, E] bool, the recorded decision; invalid rows had none to check."""
-    mask = recorded_mask(replay, distribution.logits)
+    mask = recorded_mask(replay, distribution.logits, temperature)
     allowed = boolean.satisfies(distribution.circuit, mask)
     infinite = torch.isinf(distribution.logits)
     allowed &= ((distribution.logits > 0) == mask).logical_or_(~infinite).all(-1)
@@ -185,10 +200,31 @@ def _replayed(distribution: SubsetDistribution, replay: Tensor, invalid: Tensor 
     return mask
 
 
-def recorded_mask(replay: Tensor, logits: Tensor) -> Tensor:
-    """[T, E] bool on the device of the logits [T, E], from a mask with any leading dimensions of T tokens in all."""
+def recorded_mask(replay: Tensor | RoutingRecord, logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    """[T, E] bool on the device of the logits [T, E].
+
+    Args:
+        replay: a mask with any leading dimensions of T tokens in all; or a record of one layer, made at this temperature.
+    """
+    if isinstance(replay, RoutingRecord):
+        replay = _only_layer(replay, temperature)
     mask = as_mask("replay", replay, logits.shape[-1]).to(logits.device)
     mask = mask.reshape(-1, mask.shape[-1])
     if mask.shape != logits.shape:
         raise ValueError(f"replay has shape {tuple(mask.shape)}: it must be that of the logits, {tuple(logits.shape)}")
     return mask
+
+
+def _only_layer(record: RoutingRecord, temperature: float | Tensor) -> Tensor:
+    """[T, E] bool, the decisions of a record of one layer."""
+    if len(record.layers) != 1:
+        raise ValueError(
+            f"replay is a record of {len(record.layers)} layers: give this layer its own mask, one of record.masks()"
+        )
+    for given in temperatures_of(temperature):
+        if not same_temperature(given, record.temperature):
+            raise ValueError(
+                f"replay was recorded at temperature={record.temperature:g}, and this decision is at {given:g}: its "
+                "log-probability would be another one. Replay it at the temperature of the record, or give its mask"
+            )
+    return record.masks()[0]

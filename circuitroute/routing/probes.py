@@ -31,7 +31,6 @@ from torch import Tensor
 
 from circuitroute._validate import as_number
 from circuitroute.keys import fold_in, uniform
-from circuitroute.routing.choice import per_token
 from circuitroute.routing.decision import Routing
 
 ProbeWeights: TypeAlias = Literal["importance", "none"] | float
@@ -80,25 +79,21 @@ def draw_probes(
         weights: see :class:`circuitroute.MoE`.
     """
     cap = as_probe_weights(weights)
-    key = per_token("key", key, torch.Size([len(routing.mask)])) if isinstance(key, Tensor) else key
     keys = routing.distribution.keys(key)
-    share = torch.where(routing.mask, 0.0, routing.marginals.double()).nan_to_num(0.0)
-    share = share / share.sum(-1, keepdim=True).clamp(min=torch.finfo(share.dtype).tiny)
+    rest = torch.where(routing.mask, 0.0, routing.marginals.double()).nan_to_num(0.0)
     u = uniform(fold_in(keys, keys.new_tensor(PROBE)), 0, probes, torch.float64)
-    drawn, ratios, found = [], [], []
-    rest, before = share, torch.zeros_like(share[:, 0])
+    drawn, chances = [], []
     for i in range(probes):
-        expert, some = _inverted(rest, u[i])
-        q = rest.gather(-1, expert[:, None])[:, 0]
+        expert, chance = _inverted(rest, u[i])
         drawn.append(expert)
-        found.append(some)
-        ratios.append((1 - before) / torch.where(some, q, 1.0))
-        rest, before = rest.scatter(-1, expert[:, None], 0.0), before + q
-    valid = torch.stack(found)
+        chances.append(chance)
+        rest = rest.scatter(-1, expert[:, None], 0.0)
+    chance = torch.stack(chances)
+    valid = chance > 0
     later = valid.flip(0).cumsum(0).flip(0) - 1
-    importance = (torch.stack(ratios) + later) / valid.sum(0).clamp(min=1)
+    importance = (torch.where(valid, chance, 1.0).reciprocal() + later) / valid.sum(0).clamp(min=1)
     weight = torch.ones_like(importance) if cap == 0 else importance.clamp(max=cap)
-    token = torch.arange(len(share), device=share.device).expand_as(valid)
+    token = torch.arange(len(rest), device=rest.device).expand_as(valid)
     return Probes(token[valid], torch.stack(drawn)[valid], weight[valid].to(routing.gates.dtype))
 
 
@@ -109,9 +104,10 @@ def every_unchosen(routing: Routing) -> Probes:
 
 
 def _inverted(share: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """([T] int64, [T] bool): an expert of each row in proportion to ``share`` [T, E], and whether there is any."""
+    """([T] int64, [T]): an expert of each row in proportion to ``share`` [T, E], and its chance; 0 where all are 0."""
     cumulative = share.cumsum(-1)
     total = cumulative[:, -1]
     # The first whose sum exceeds u times the total: never one of share 0.
     expert = (cumulative <= (u * total)[:, None]).sum(-1).clamp(max=share.shape[-1] - 1)
-    return expert, (total > 0) & (share.gather(-1, expert[:, None])[:, 0] > 0)
+    # Of the same sum that was drawn from: a sum of what is left would round away what is small.
+    return expert, share.gather(-1, expert[:, None])[:, 0] / torch.where(total > 0, total, 1.0)

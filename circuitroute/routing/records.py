@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from circuitroute._files import replace_file, sealed, unsealed
-from circuitroute._validate import int_at_least
+from circuitroute._validate import as_number, int_at_least
 from circuitroute.errors import CircuitFileError
 from circuitroute.inference.evidence import rows_text
 from circuitroute.routing.decision import Routing
@@ -29,7 +30,10 @@ from circuitroute.routing.decision import Routing
 Form: TypeAlias = Literal["indices", "bits"]
 Array: TypeAlias = npt.NDArray[Any]
 
-VERSION = 1
+# A record made at temperature 1 is written as version 1, which has no temperature.
+VERSION = 2
+# Temperatures that differ by less are the same: a number may have been a float32 tensor on the way.
+_SAME_TEMPERATURE = 1e-6
 _KIND = "circuitroute routing record"
 # The dtypes of indices, narrowest first, and how many values each tells apart.
 _WIDTHS = ((torch.uint8, 1 << 8), (torch.int16, 1 << 15), (torch.int32, 1 << 31))
@@ -83,12 +87,17 @@ class RoutingRecord:
     Args:
         layers: one record per layer, of the same number of tokens.
         log_probs: [T, L] float32 log-probability of each decision when it was made, if known.
+        temperature: what the logits of all layers were divided by for the decisions; routers that are handed a record
+            refuse to replay it at another.
 
     Raises:
-        ValueError: no layers, or numbers of tokens or layers that do not fit together.
+        ValueError: no layers, numbers of tokens or layers that do not fit together, or a temperature that is not
+            positive.
     """
 
-    def __init__(self, layers: Iterable[LayerRecord], log_probs: Tensor | None = None) -> None:
+    def __init__(
+        self, layers: Iterable[LayerRecord], log_probs: Tensor | None = None, temperature: float = 1.0
+    ) -> None:
         self.layers = tuple(layers)
         if not self.layers:
             raise ValueError("layers is empty: a record has one entry per routing layer")
@@ -101,6 +110,9 @@ class RoutingRecord:
                 f"log_probs has shape {tuple(self.log_probs.shape)}: expected (tokens, layers) = "
                 f"({tokens[0]}, {len(self.layers)})"
             )
+        self.temperature = as_number("temperature", temperature)
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature}: must be positive and finite")
 
     # ------------------------------------------------------------------ making one
 
@@ -109,12 +121,12 @@ class RoutingRecord:
         """Record decisions: one per layer, each a :class:`Routing` or a mask [T, E].
 
         Args:
-            decisions: those of all layers, or of the only one.
+            decisions: those of all layers, or of the only one. The record has their temperature; that of masks is 1.
             log_probs: whether to keep the log-probabilities of Routings (masks have none): exact, and already computed
                 where the decision was sampled. :func:`importance_ratio` compares with them.
 
         Raises:
-            TypeError, ValueError: anything else.
+            TypeError, ValueError: anything else, or decisions made at several temperatures.
             AttributeError: a decision without a log-probability, such as a soft router's; record its mask.
         """
         each = [decisions] if isinstance(decisions, (Routing, Tensor)) else list(decisions)
@@ -124,7 +136,7 @@ class RoutingRecord:
         if log_probs and routings and len(routings) == len(each):
             with torch.no_grad():
                 known = torch.stack([routing.log_prob.float().cpu() for routing in routings], dim=1)
-        return RoutingRecord(layers, known)
+        return RoutingRecord(layers, known, _temperature_of(routings))
 
     @staticmethod
     def of_indices(
@@ -161,7 +173,8 @@ class RoutingRecord:
         """The tokens of several records of the same layers, one record after the other.
 
         Raises:
-            ValueError: none is given, they are of other layers, or some have log-probabilities and others do not.
+            ValueError: none is given, they are of other layers or temperatures, or some have log-probabilities and
+                others do not.
         """
         given = list(records)
         if not given:
@@ -171,9 +184,13 @@ class RoutingRecord:
             raise ValueError(f"records have layers of {sorted(sizes)} experts: all must have the same")
         if len({record.log_probs is None for record in given}) > 1:
             raise ValueError("some records have log_probs and others do not: RoutingRecord(record.layers) has none")
+        temperature = given[0].temperature
+        if not all(same_temperature(record.temperature, temperature) for record in given):
+            found = sorted({record.temperature for record in given})
+            raise ValueError(f"records were made at temperatures {found}: join those of one temperature")
         layers = [_joined([record.layers[i] for record in given]) for i in range(len(given[0].layers))]
         known = [record.log_probs for record in given if record.log_probs is not None]
-        return RoutingRecord(layers, torch.cat(known) if known else None)
+        return RoutingRecord(layers, torch.cat(known) if known else None, temperature)
 
     # ------------------------------------------------------------------ reading it
 
@@ -224,7 +241,7 @@ class RoutingRecord:
         """
         at = tokens if isinstance(tokens, slice) else _as_index(tokens)
         known = None if self.log_probs is None else self.log_probs[at]
-        return RoutingRecord([layer[at] for layer in self.layers], known)
+        return RoutingRecord([layer[at] for layer in self.layers], known, self.temperature)
 
     def split(self, lengths: Sequence[int]) -> list[RoutingRecord]:
         """One record per rollout, of these many tokens each, in order; the inverse of :meth:`cat`.
@@ -238,10 +255,12 @@ class RoutingRecord:
         return [self[start:stop] for start, stop in pairwise(accumulate(sizes, initial=0))]
 
     def __eq__(self, other: object) -> bool:
-        """The same decisions (whatever their form) and log-probabilities."""
+        """The same decisions (whatever their form), log-probabilities and temperature."""
         if not isinstance(other, RoutingRecord):
             return NotImplemented
         if self.num_experts != other.num_experts or len(self) != len(other):
+            return False
+        if self.temperature != other.temperature:
             return False
         if (self.log_probs is None) != (other.log_probs is None):
             return False
@@ -253,7 +272,8 @@ class RoutingRecord:
 
     def __repr__(self) -> str:
         known = "" if self.log_probs is None else ", with log_probs"
-        return f"RoutingRecord({len(self)} tokens, {len(self.layers)} layers, {self.nbytes} bytes{known})"
+        tempered = "" if self.temperature == 1 else f", temperature {self.temperature:g}"
+        return f"RoutingRecord({len(self)} tokens, {len(self.layers)} layers, {self.nbytes} bytes{known}{tempered})"
 
     # ------------------------------------------------------------------ files
 
@@ -269,7 +289,9 @@ class RoutingRecord:
         if self.log_probs is not None:
             arrays["log_probs"] = self.log_probs.numpy()
         forms = [layer.form for layer in self.layers]
-        header = {"kind": _KIND, "version": VERSION, "experts": list(self.num_experts), "forms": forms}
+        header: dict[str, Any] = {"kind": _KIND, "version": 1, "experts": list(self.num_experts), "forms": forms}
+        if self.temperature != 1:
+            header |= {"version": VERSION, "temperature": self.temperature}
         arrays["header"] = np.frombuffer(json.dumps(header).encode("ascii"), dtype=np.uint8)
         replace_file(path, _sealed(arrays))
 
@@ -300,6 +322,29 @@ def mask_of(name: str, decision: Routing | Tensor) -> Tensor:
             f"{name} has shape {tuple(mask.shape)} and dtype {mask.dtype}: expected [tokens, experts] bool"
         )
     return mask.detach()
+
+
+def same_temperature(a: float, b: float) -> bool:
+    """Whether two temperatures are one, but for the rounding of a float32."""
+    return math.isclose(a, b, rel_tol=_SAME_TEMPERATURE)
+
+
+def temperatures_of(temperature: float | Tensor) -> list[float]:
+    """The lowest and the highest of a number, or of a tensor [] or [T]; none where there are no tokens."""
+    if not isinstance(temperature, Tensor):
+        return [temperature]
+    return [float(bound) for bound in temperature.detach().aminmax()] if temperature.numel() else []
+
+
+def _temperature_of(routings: Sequence[Routing]) -> float:
+    """The temperature of all tokens in all layers; 1 where there are no routings."""
+    found = [bound for routing in routings for bound in temperatures_of(routing.temperature)] or [1.0]
+    if not all(same_temperature(bound, found[0]) for bound in found):
+        raise ValueError(
+            f"decisions were made at temperatures from {min(found):g} to {max(found):g}: a record has one temperature "
+            "for all tokens and layers, so make one record for each"
+        )
+    return found[0]
 
 
 def _mask_of_indices(name: str, indices: Tensor, experts: int) -> Tensor:
@@ -387,16 +432,17 @@ def _record(arrays: dict[str, Array]) -> RoutingRecord:
     header = json.loads(_array(arrays, "header").tobytes())
     if header["kind"] != _KIND:
         raise ValueError(f"it is of kind {header['kind']!r}")
-    if header["version"] != VERSION:
+    if header["version"] not in range(1, VERSION + 1):
         raise ValueError(
-            f"it is of version {header['version']}, and this circuitroute reads version {VERSION}: update it"
+            f"it is of version {header['version']}, and this circuitroute reads versions 1 to {VERSION}: update it"
         )
     layers = [
         _checked_layer(f"layer_{i}", _array(arrays, f"layer_{i}"), experts, form)
         for i, (experts, form) in enumerate(zip(header["experts"], header["forms"], strict=True))
     ]
     known = arrays.get("log_probs")
-    return RoutingRecord(layers, None if known is None else torch.from_numpy(known))
+    temperature = header["temperature"] if header["version"] > 1 else 1.0
+    return RoutingRecord(layers, None if known is None else torch.from_numpy(known), temperature)
 
 
 def _array(arrays: dict[str, Array], name: str) -> Array:

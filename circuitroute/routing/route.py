@@ -13,6 +13,7 @@ from circuitroute.routing import choice
 from circuitroute.routing.choice import Decide
 from circuitroute.routing.decision import Routing
 from circuitroute.routing.estimators import Estimator
+from circuitroute.routing.records import RoutingRecord
 from circuitroute.routing.weights import Combine, as_combine, weigh
 
 
@@ -24,7 +25,7 @@ def route(
     estimator: str | Estimator = "simple",
     training: bool = True,
     key: Tensor | int | None = None,
-    replay: Tensor | None = None,
+    replay: Tensor | RoutingRecord | None = None,
     decide: Decide | float | None = None,
     temperature: float | Tensor = 1.0,
     price: float | Tensor | None = None,
@@ -47,7 +48,8 @@ def route(
         key: sampling keys, int64 broadcastable to [T]; a decision is a pure function of (logits row, key row).
             Give every token its own, e.g. ``cr.random_key(seed, step, layer, torch.arange(T))``. None draws from
             torch's global generator.
-        replay: a recorded mask [T, E]: the decision is this one, with its gates, log-probability and gradients.
+        replay: a recorded mask [T, E]: the decision is this one, with its gates, log-probability and gradients. Or a
+            :class:`RoutingRecord` of one layer, which is refused at another temperature than it was made at.
         decide: how, in training: ``"sample"`` (None is the same), ``"mode"``, or a share from 0 to 1: that share of the
             tokens is sampled, which ones being a function of their keys, and the others take the mode. The estimator's
             gradient crosses either. With ``training=False`` it is always the mode.
@@ -63,8 +65,8 @@ def route(
 
     Raises:
         ValueError: shapes that do not fit, an unknown option, NaN or unsatisfiable rows, a temperature that is not
-            positive, a share outside 0..1, tokens that take the mode with the estimator ``"score"``, or a replayed mask
-            that the constraint or the evidence excludes, named by row.
+            positive, a share outside 0..1, tokens that take the mode with the estimator ``"score"``, a replayed mask
+            that the constraint or the evidence excludes, named by row, or a record made at another temperature.
     """
     as_combine(combine)
     share = choice.as_share(decide, estimator)
@@ -75,7 +77,7 @@ def route(
         key=key,
         replay=replay,
         temperature=temperature,
-        shift=choice.shift_of(price, bias, circuit.n),
+        shift=choice.shift_of(price, bias, logits, circuit.n),
         count_potential=count_potential,
         validate_args=validate_args,
     )

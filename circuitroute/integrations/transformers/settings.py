@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
-from torch import Size
-
 from circuitroute._validate import as_int, as_number, one_of
 from circuitroute.constraints import Constraint
 from circuitroute.integrations.transformers.experts import Padding
@@ -39,7 +37,7 @@ class Options:
         if self.combine is not None:
             as_combine(self.combine)
         as_share(self.decide, self.estimator)
-        object.__setattr__(self, "temperature", as_temperature(as_number("temperature", self.temperature), Size()))
+        object.__setattr__(self, "temperature", as_temperature(as_number("temperature", self.temperature)))
         one_of("padding", self.padding, get_args(Padding))
         one_of("eval", self.eval, get_args(Eval))
         if self.seed is not None:
