@@ -80,7 +80,8 @@ def draw_probes(
     """
     cap = as_probe_weights(weights)
     keys = routing.distribution.keys(key)
-    rest = torch.where(routing.mask, 0.0, routing.marginals.double()).nan_to_num(0.0)
+    # Rounding may leave a marginal of 0 a little below it.
+    rest = torch.where(routing.mask, 0.0, routing.marginals.double()).nan_to_num(0.0).clamp(min=0.0)
     u = uniform(fold_in(keys, keys.new_tensor(PROBE)), 0, probes, torch.float64)
     drawn, chances = [], []
     for i in range(probes):
