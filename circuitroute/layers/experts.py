@@ -66,7 +66,15 @@ class StackedExperts(nn.Module):
             nn.init.uniform_(matrix, -bound, bound)
 
     def forward(self, rows: Tensor, loads: Sequence[int]) -> Tensor:
-        """[S, H] the outputs of rows [S, H] that are sorted by expert, ``loads[e]`` of them for expert e."""
+        """[S, H] the outputs of rows [S, H] that are sorted by expert, ``loads[e]`` of them for expert e.
+
+        Raises:
+            ValueError: loads of another number of experts or rows.
+        """
+        if len(loads) != self.num_experts or sum(loads) != len(rows) or min(loads) < 0:
+            raise ValueError(
+                f"loads={list(loads)}: expected {self.num_experts} numbers of rows that add up to {len(rows)}"
+            )
         activation = ACTIVATIONS[self.activation] if isinstance(self.activation, str) else self.activation
         outputs: Tensor = _Grouped.apply(rows, self.up, self.down, list(loads), activation)  # type: ignore[no-untyped-call]
         return outputs
@@ -88,7 +96,7 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, up: Tensor, down: Tensor, loads: list[int], activation: Activation) -> Tensor:
-        if torch.is_autocast_enabled(rows.device.type):
+        if torch.is_autocast_enabled(rows.device.type) and rows.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(rows.device.type)
             rows, up, down = rows.to(dtype), up.to(dtype), down.to(dtype)
         inner = _grouped_mm(rows, up.transpose(1, 2), loads)

@@ -110,5 +110,5 @@ def _inverted(share: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     total = cumulative[:, -1]
     # The first whose sum exceeds u times the total: never one of share 0.
     expert = (cumulative <= (u * total)[:, None]).sum(-1).clamp(max=share.shape[-1] - 1)
-    # Of the same sum that was drawn from: a sum of what is left would round away what is small.
+    # By the sum that was drawn from: 1 minus what went before would lose small shares to rounding.
     return expert, share.gather(-1, expert[:, None])[:, 0] / torch.where(total > 0, total, 1.0)

@@ -1,0 +1,192 @@
+"""Stacked experts against a list of modules with the same matrices, in value and in every gradient.
+
+Legend: S rows, E experts, H hidden size, I inner size.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import circuitroute as cr
+
+E, H, INNER = 4, 5, 7
+LOADS = {
+    "even": [3, 3, 3, 3],
+    "uneven": [1, 6, 2, 4],
+    "empty experts": [0, 5, 0, 2],
+    "one": [0, 0, 7, 0],
+    "nobody": [0, 0, 0, 0],
+}
+ACTIVATIONS: dict[str, Any] = {"gelu": nn.GELU(), "relu": nn.ReLU(), "silu": nn.SiLU(), "tanh": nn.Tanh()}
+
+
+class Perceptron(nn.Module):
+    """An expert as anyone would write it."""
+
+    def __init__(self, up: Tensor, down: Tensor, activation: nn.Module) -> None:
+        super().__init__()
+        self.up, self.down, self.activation = nn.Linear(H, INNER, False), nn.Linear(INNER, H, False), activation
+        self.up.weight, self.down.weight = nn.Parameter(up.clone()), nn.Parameter(down.clone())
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.down(self.activation(self.up(rows)))
+
+
+def stacked_of(activation: str = "gelu", dtype: torch.dtype = torch.float64) -> cr.StackedExperts:
+    torch.manual_seed(0)
+    return cr.StackedExperts(E, H, INNER, torch.tanh if activation == "tanh" else activation, dtype=dtype)
+
+
+def list_of(stacked: cr.StackedExperts, activation: str = "gelu") -> nn.ModuleList:
+    pairs = zip(stacked.up.detach(), stacked.down.detach(), strict=True)
+    return nn.ModuleList(Perceptron(up, down, ACTIVATIONS[activation]) for up, down in pairs)
+
+
+def rows_of(count: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(count, H, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+
+
+def gradient_of(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+@pytest.mark.parametrize("loads", LOADS.values(), ids=LOADS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_value_and_every_gradient_are_those_of_modules(loads: list[int], activation: str, dtype: torch.dtype) -> None:
+    stacked = stacked_of(activation, dtype)
+    modules = list_of(stacked, activation)
+    rows = [rows_of(sum(loads), dtype).requires_grad_() for _ in range(2)]
+    found = stacked(rows[0], loads)
+    expected = torch.cat([module(part) for module, part in zip(modules, rows[1].split(loads), strict=True)])
+    torch.testing.assert_close(found, expected)
+    for output in (found, expected):
+        output.square().sum().backward()
+    torch.testing.assert_close(rows[0].grad, rows[1].grad)
+    torch.testing.assert_close(stacked.up.grad, torch.stack([gradient_of(m.up.weight) for m in modules]))
+    torch.testing.assert_close(stacked.down.grad, torch.stack([gradient_of(m.down.weight) for m in modules]))
+
+
+@pytest.mark.parametrize("loads", LOADS.values(), ids=LOADS)
+@pytest.mark.parametrize("activation", ["gelu", "silu", "tanh"])
+def test_gradcheck(loads: list[int], activation: str) -> None:
+    stacked, rows = stacked_of(activation), rows_of(sum(loads)).requires_grad_()
+
+    def run(rows: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return torch.func.functional_call(stacked, {"up": up, "down": down}, (rows, loads))
+
+    assert torch.autograd.gradcheck(run, (rows, stacked.up.detach().requires_grad_(), stacked.down.detach()))
+    assert torch.autograd.gradcheck(run, (rows, stacked.up, stacked.down))
+
+
+@pytest.mark.parametrize("needed", [("rows",), ("up",), ("down",), ("rows", "down"), ("up", "down")], ids=str)
+def test_only_what_is_needed_gets_a_gradient(needed: tuple[str, ...]) -> None:
+    stacked, rows = stacked_of(), rows_of(8)
+    inputs = {"rows": rows, "up": stacked.up, "down": stacked.down}
+    for name, value in inputs.items():
+        value.requires_grad_(name in needed)
+    stacked(rows, [2, 2, 2, 2]).sum().backward()
+    assert {name for name, value in inputs.items() if value.grad is not None} == set(needed)
+
+
+def test_state_dict_names_and_shapes() -> None:
+    stacked = stacked_of()
+    assert {name: tuple(value.shape) for name, value in stacked.state_dict().items()} == {
+        "up": (E, INNER, H),
+        "down": (E, H, INNER),
+    }
+    again = cr.StackedExperts(E, H, INNER, dtype=torch.float64)
+    again.load_state_dict(stacked.state_dict())
+    assert torch.equal(again(rows_of(4), [1, 1, 1, 1]), stacked(rows_of(4), [1, 1, 1, 1]))
+    assert float(stacked.up.detach().abs().max()) <= H**-0.5  # as torch.nn.Linear draws it
+    assert float(stacked.down.detach().abs().max()) <= INNER**-0.5
+    assert repr(stacked) == "StackedExperts(num_experts=4, hidden_size=5, inner_size=7, activation='gelu')"
+    assert copy.deepcopy(stacked)(rows_of(1), [0, 0, 0, 1]).shape == (1, H)
+
+
+@pytest.mark.parametrize("loads", [LOADS["uneven"], LOADS["empty experts"]], ids=str)
+def test_autocast_is_that_of_linear_layers(loads: list[int]) -> None:
+    stacked = stacked_of(dtype=torch.float32)
+    modules = list_of(stacked)
+    rows = [rows_of(sum(loads), torch.float32).requires_grad_() for _ in range(2)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = stacked(rows[0], loads)
+        expected = torch.cat([module(part) for module, part in zip(modules, rows[1].split(loads), strict=True)])
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected)
+    for output in (found, expected):
+        output.float().square().sum().backward()
+    assert rows[0].grad.dtype == stacked.up.grad.dtype == stacked.down.grad.dtype == torch.float32
+    rounding = {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(rows[0].grad, rows[1].grad, **rounding)
+    torch.testing.assert_close(stacked.up.grad, torch.stack([gradient_of(m.up.weight) for m in modules]), **rounding)
+    torch.testing.assert_close(
+        stacked.down.grad, torch.stack([gradient_of(m.down.weight) for m in modules]), **rounding
+    )
+
+
+def test_float64_stays_float64_under_autocast() -> None:
+    """As that of linear layers does."""
+    stacked, rows = stacked_of(), rows_of(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = stacked(rows, [1, 1, 1, 1])
+    assert torch.equal(found, stacked(rows, [1, 1, 1, 1]))
+
+
+@pytest.mark.parametrize("constraint", [cr.Exactly(1), cr.Exactly(2), cr.Between(0, 2), cr.Exactly(E)], ids=repr)
+@pytest.mark.parametrize("tokens", [13, 1, 0])
+@pytest.mark.parametrize("probes", [0, 1, "all"])
+def test_a_layer_of_either_kind_is_the_same(constraint: cr.Constraint, tokens: int, probes: Any) -> None:
+    stacked = stacked_of()
+    layers = [cr.MoE(cr.Router(H, E, constraint).double(), experts, probes) for experts in (stacked, list_of(stacked))]
+    layers[1].router.load_state_dict(layers[0].router.state_dict())
+    hidden = [rows_of(tokens).requires_grad_() for _ in layers]
+    outputs = []
+    for layer, x in zip(layers, hidden, strict=True):
+        output, routing = layer(x, key=cr.random_key(0, torch.arange(tokens)))
+        output.square().sum().backward()
+        outputs.append((output, routing.mask))
+    torch.testing.assert_close(outputs[0], outputs[1])
+    torch.testing.assert_close(hidden[0].grad, hidden[1].grad)
+    torch.testing.assert_close(layers[0].router.weight.grad, layers[1].router.weight.grad)
+    for name in ("up", "down"):
+        each = torch.stack([gradient_of(getattr(module, name).weight) for module in layers[1].experts])
+        torch.testing.assert_close(getattr(stacked, name).grad, each)
+    assert sorted(layers[0].state_dict()) == ["experts.down", "experts.up", "router.weight"]
+
+
+def test_the_number_of_experts_must_be_the_routers() -> None:
+    with pytest.raises(ValueError, match="there are 4 experts, but the router chooses among 5"):
+        cr.MoE(cr.ExactKRouter(H, 5, 2), stacked_of())
+
+
+def test_an_activation_may_be_a_function() -> None:
+    stacked = cr.StackedExperts(E, H, INNER, F.mish)
+    stacked(rows_of(4, torch.float32), [1, 1, 1, 1]).sum().backward()
+    assert bool(stacked.up.grad.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, H, INNER), "num_experts=0: must be at least 1"),
+        ((E, 0, INNER), "hidden_size=0: must be at least 1"),
+        ((E, H, 0), "inner_size=0: must be at least 1"),
+        ((E, H, INNER, "swish"), "activation='swish': choose one of gelu, relu, silu, or give a function"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cr.StackedExperts(*arguments)
+
+
+@pytest.mark.parametrize("loads", [[1, 1, 1], [1, 1, 1, 2], [4, -1, 0, 1]])
+def test_loads_that_do_not_fit_are_refused(loads: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"loads=.*: expected 4 numbers of rows that add up to 4"):
+        stacked_of()(rows_of(4), loads)
