@@ -76,6 +76,7 @@ PUBLIC = [
     "CircuitTooLargeError",
     "Constraint",
     "Cost",
+    "CountController",
     "CountIn",
     "DynamicKRouter",
     "EachGroup",
@@ -94,6 +95,7 @@ PUBLIC = [
     "RoutingRecord",
     "SoftRouting",
     "SoftTopKRouter",
+    "StackedExperts",
     "SubsetDistribution",
     "TopKRouter",
     "UnsupportedConstraintError",
@@ -113,6 +115,7 @@ PUBLIC = [
     "register_compiler",
     "replay",
     "route",
+    "schedules",
     "soft_topk",
     "variables",
 ]

@@ -234,7 +234,7 @@ def test_a_decision_about_something_else_is_refused(shape: tuple[int, int], says
 
 @pytest.mark.parametrize("count", [0, E - 1, E + 1])
 def test_the_number_of_experts_must_be_the_routers(count: int) -> None:
-    with pytest.raises(ValueError, match=f"experts has {count} modules, but the router chooses among {E}"):
+    with pytest.raises(ValueError, match=f"there are {count} experts, but the router chooses among {E}"):
         cr.MoE(cr.ExactKRouter(H, E, 2), [Expert() for _ in range(count)])
 
 

@@ -255,7 +255,9 @@ def test_experts_and_hidden_states_get_no_gradient_from_probes(probes: Any, stac
         experts = {name: p.grad for name, p in layer.experts.named_parameters()}
         found.append((hidden.grad, experts, layer.router.weight.grad))
     assert torch.equal(found[0][0], found[1][0])
-    assert all((g is None and h is None) or torch.equal(g, h) for g, h in zip(*(f[1].values() for f in found)))
+    assert all(
+        (g is None and h is None) or torch.equal(g, h) for g, h in zip(*(f[1].values() for f in found), strict=True)
+    )
     assert not torch.allclose(found[0][2], found[1][2])
 
 
@@ -326,7 +328,11 @@ def test_a_row_of_nan_has_no_probes() -> None:
 def test_probes_are_a_function_of_their_keys() -> None:
     layer = layer_of(cr.Exactly(2))
     routing = layer.router(hidden_of(200), key=key_of(200))
-    drawn = lambda at, key: dict(pairs_of(draw_probes(layer.router(hidden_of(200)[at], key=key_of(200)[at]), 1, key)))  # noqa: E731
+
+    def drawn(at: Any, key: Tensor) -> dict[int, int]:
+        some = layer.router(hidden_of(200)[at], key=key_of(200)[at])
+        return dict(pairs_of(draw_probes(some, 1, key)))
+
     every = drawn(slice(None), key_of(200))
     assert pairs_of(draw_probes(routing, 1, key_of(200))) == list(every.items())
     order = torch.randperm(200, generator=torch.Generator().manual_seed(0))[:30]

@@ -296,4 +296,4 @@ def test_a_bad_replay_names_its_rows() -> None:
 def test_repr_says_what_is_routed() -> None:
     shown = repr(cr.DynamicKRouter(H, E, 1, 4, combine="normalized"))
     expected = "hidden_size=5, num_experts=8, constraint=Between(1, 4), combine='normalized', estimator='simple'"
-    assert shown == f"DynamicKRouter({expected})"
+    assert shown == f"DynamicKRouter({expected}, decide=None, temperature=1.0)"

@@ -105,7 +105,7 @@ class SoftTopKRouter(LinearRouter):
         Args:
             hidden: [..., H].
             key: accepted and not used, since nothing is drawn.
-            replay: a recorded mask [..., E] or [T, E]: these experts are executed.
+            replay: a recorded mask [..., E] or [T, E], or a record of one layer: these experts are executed.
             k: the soft mass, instead of the router's own: a number, or a tensor, scalar, [...] or [T]. An entry
                 of a :class:`LayerAllocation` gets its gradient.
 
@@ -145,7 +145,7 @@ class SoftTopKRouter(LinearRouter):
         first = nothing.scatter(-1, logits.detach().argmax(-1, keepdim=True), True)
         return mask | (first & _positive(mass, logits)[:, None])
 
-    def _replayed(self, replay: Tensor, logits: Tensor) -> Tensor:
+    def _replayed(self, replay: Tensor | RoutingRecord, logits: Tensor) -> Tensor:
         mask = recorded_mask(replay, logits)
         if self.max_experts is None:
             return mask

@@ -204,7 +204,8 @@ def recorded_mask(replay: Tensor | RoutingRecord, logits: Tensor, temperature: f
     """[T, E] bool on the device of the logits [T, E].
 
     Args:
-        replay: a mask with any leading dimensions of T tokens in all; or a record of one layer, made at this temperature.
+        replay: a mask with any leading dimensions of T tokens in all; or a record of one layer, made at this
+            temperature.
     """
     if isinstance(replay, RoutingRecord):
         replay = _only_layer(replay, temperature)

@@ -360,3 +360,31 @@ def test_the_page_runs() -> None:
     scope: dict[str, Any] = {"__name__": "docs"}
     for block in blocks:
         exec(compile(textwrap.dedent(block), str(page), "exec", dont_inherit=True), scope)
+
+
+@pytest.mark.parametrize("decide", ["mode", 0.5, None])
+def test_temperature_and_decide_are_those_of_route(decide: Any) -> None:
+    layer = build(megatron.router(cr.Between(1, 4), seed=0, decide=decide, temperature=0.25))
+    megatron.begin_step(layer, 0)
+    with megatron.recorded_routings(layer) as routings:
+        layer(hidden())
+    (found,) = routings
+    token = torch.arange(B)[None, :] * S + torch.arange(S)[:, None]
+    key = cr.random_key(0, 0, 1, token.view(-1))
+    expected = cr.route(found.logits, found.distribution.circuit, key=key, decide=decide, temperature=0.25)
+    assert torch.equal(found.mask, expected.mask)
+    assert torch.equal(found.log_prob, expected.log_prob)
+    assert found.temperature == 0.25
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, "temperature=0.0: must be positive"),
+        ({"decide": 2.0}, "decide=2.0: a share"),
+        ({"decide": "mode", "estimator": "score"}, "decide='mode' with estimator='score'"),
+    ],
+)
+def test_temperatures_and_shares_that_make_no_sense_are_refused(options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(megatron.router(cr.Exactly(4), **options))

@@ -70,6 +70,20 @@ def kept(handle: adapter.Handle) -> bool:
 # ---------------------------------------------------------------------------------------------- what every token spends
 
 
+@pytest.mark.parametrize("decide", ["mode", "sample", 0.5])
+@pytest.mark.parametrize("temperature", [0.1, 10.0])
+def test_every_token_keeps_the_budget_at_any_temperature(decide: Any, temperature: float) -> None:
+    model = three("OLMoE")
+    handle = adapter.patch(model, budget_of(), seed=SEED, decide=decide, temperature=temperature)
+    model.train()(tokens(5, 40), use_cache=False)
+    assert kept(handle)
+    trained = masks(handle)
+    model.eval()(tokens(5, 40), use_cache=False)
+    assert kept(handle)
+    same = all(torch.equal(one, other) for one, other in zip(trained, masks(handle), strict=True))
+    assert same == (decide == "mode")  # which is the rule of evaluation
+
+
 @pytest.mark.parametrize("family", ["OLMoE", "Mixtral", "DeepSeek-V3", "ERNIE 4.5", "GPT-OSS", "Phi-MoE"])
 def test_every_token_keeps_the_budget(family: str) -> None:
     model, handle = patched(family, **(NO_GROUPS if family == "DeepSeek-V3" else {}))

@@ -140,7 +140,7 @@ class Plan:
         rule = self.family.combine(router) if combine is None else combine
         if isinstance(rule, str):
             return weigh(decision, combine=rule, estimator=estimator, logits=logits)
-        decided = decision.distribution.logits
+        decided = decision.logits
         with torch.autocast(decided.device.type, enabled=False):
             g = estimated_mask(decision, estimator)
             wide = decided if logits is None else logits.to(decided.dtype)
@@ -156,10 +156,11 @@ class Plan:
 
     def as_routing(self, router: nn.Module, logits: Tensor, indices: Tensor, weights: Tensor) -> Routing:
         """The decision that the stock router made."""
-        distribution = SubsetDistribution(self.circuit, self.family.choice(router, logits), validate_args=False)
+        untempered = SubsetDistribution(self.circuit, self.family.choice(router, logits), validate_args=False)
+        temperature = self.session.options.temperature
         mask = as_mask(indices, self.circuit.n)
-        gates = torch.zeros_like(distribution.logits).scatter(-1, indices, weights.to(distribution.logits.dtype))
-        return Routing(distribution, mask, gates)
+        gates = torch.zeros_like(untempered.logits).scatter(-1, indices, weights.to(untempered.logits.dtype))
+        return Routing(untempered.tempered(temperature), mask, gates, untempered, temperature=temperature)
 
 
 def as_mask(indices: Tensor, experts: int) -> Tensor:
