@@ -109,6 +109,12 @@ def test_marginal_gates_are_the_tempered_marginals() -> None:
     assert torch.equal(routing.gates, routing.mask * routing.marginals)
 
 
+@pytest.mark.parametrize("temperature", [0, 0.0, -1.0, math.nan, torch.tensor(0.0), torch.tensor([1.0, -1.0, 1.0])])
+def test_distributions_refuse_temperatures_that_are_not_positive(temperature: Any) -> None:
+    with pytest.raises(ValueError, match=r"temperature=.*: must be positive"):
+        compiled(cr.Exactly(2))(logits_of(3)).tempered(temperature)
+
+
 def test_a_count_potential_is_not_divided() -> None:
     circuit, logits = compiled(cr.Between(0, 4)), logits_of()
     potential = torch.tensor([0.5, 1.0, -1.0, 0.0, -INF])
@@ -359,7 +365,7 @@ def test_a_small_price_is_not_lost_on_narrow_logits() -> None:
     assert routing.logits.dtype == torch.float32
 
 
-def test_the_count_controller_holds_its_target() -> None:
+def test_the_count_controller_holds_its_target(tmp_path: Any) -> None:
     """Within 0.1 of its target, from a price that is far off; states go through files."""
     circuit, controller = compiled(cr.Between(1, 5)), cr.CountController(2.5, gain=0.1)
     state = type(controller.init())(torch.tensor(8.0))
@@ -367,9 +373,12 @@ def test_the_count_controller_holds_its_target() -> None:
     for step in range(400):
         routing = cr.route(logits_of(200, seed=step), circuit, decide="mode", price=state.price)
         counts.append(cr.metrics.active_experts(routing))
-        again = type(state)(**{name: value.clone() for name, value in state._asdict().items()})
-        state, twin = controller.update(state, routing), controller.update(again, routing)
-        assert torch.equal(state.price, twin.price)
+        if step % 100 == 50:
+            torch.save(state._asdict(), tmp_path / "state.pt")
+            again = type(state)(**torch.load(tmp_path / "state.pt", weights_only=True))
+            assert torch.equal(controller.update(again, routing).price, controller.update(state, routing).price)
+            state = again
+        state = controller.update(state, routing)
     assert counts[0] < 1.5
     assert abs(sum(counts[-100:]) / 100 - 2.5) < 0.1
     assert state.price.shape == ()
@@ -384,6 +393,17 @@ def test_the_count_controller_moves_by_the_rule() -> None:
     nothing = cr.route(logits_of(0), compiled(cr.Exactly(3)))
     assert torch.equal(controller.update(state, nothing).price, state.price)
     assert eval(repr(controller), {"CountController": cr.CountController}).gain == 0.5
+
+
+def test_processes_agree_on_the_price(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of experts and of tokens are added up, not means: processes may have different numbers of tokens."""
+    elsewhere = torch.tensor([100.0, 10.0]).double()  # experts, tokens of another process
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda total, group: total.add_(elsewhere))
+    controller = cr.CountController(2.0, gain=1.0)
+    routing = cr.route(logits_of(), compiled(cr.Exactly(3)))
+    group: Any = "a process group"
+    state = controller.update(controller.init(), routing, group)
+    assert float(state.price) == pytest.approx((3 * T + 100) / (T + 10) - 2)
 
 
 @pytest.mark.parametrize(
@@ -534,6 +554,9 @@ def test_a_top_k_router_takes_the_mode_only() -> None:
         with pytest.raises(ValueError, match="a TopKRouter takes the mode only; ExactKRouter samples"):
             router(hidden, decide=decide)
     assert torch.equal(router(hidden, decide="mode", temperature=9.0).mask, router(hidden).mask)
+    router.decide = 0.5
+    with pytest.raises(ValueError, match=r"decide=0\.5: a TopKRouter"):
+        router(hidden)
 
 
 def test_circuits_stand_in_for_constraints(tmp_path: Any) -> None:

@@ -411,7 +411,15 @@ class SubsetDistribution(Distribution):
 
         Args:
             temperature: positive; a number, or a tensor that broadcasts to the batch.
+
+        Raises:
+            ValueError: it is not positive (values on a GPU, or in a traced program, are not looked at).
         """
+        positive: bool | Tensor = temperature > 0
+        if isinstance(positive, Tensor):
+            positive = cannot_look(positive) or bool(positive.all())
+        if not positive:
+            raise ValueError(f"temperature={temperature}: must be positive")
         if isinstance(temperature, float) and temperature == 1.0:
             return self
         t = temperature.to(self.logits)[..., None] if isinstance(temperature, Tensor) else temperature

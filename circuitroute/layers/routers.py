@@ -254,8 +254,9 @@ class TopKRouter(Router):
         """Route hidden states [..., H]; ``key`` is accepted and not used, since nothing is drawn.
 
         Raises:
-            ValueError: ``decide`` is anything but ``"mode"``.
+            ValueError: ``decide``, here or as an attribute, is anything but ``"mode"``.
         """
-        if decide not in (None, "mode"):
-            raise ValueError(f"decide={decide!r}: a TopKRouter takes the mode only; ExactKRouter samples")
-        return super().forward(hidden, key, replay, "mode", temperature, price, bias)
+        given = self.decide if decide is None else decide
+        if given != "mode":
+            raise ValueError(f"decide={given!r}: a TopKRouter takes the mode only; ExactKRouter samples")
+        return super().forward(hidden, key, replay, given, temperature, price, bias)
