@@ -1,15 +1,15 @@
 """Compile the engine ``triton`` ahead of time, for GPUs that need not be there, and predict its times.
 
-``python -m benchmarks.aot`` (without ``TRITON_INTERPRET``) compiles the kernels that a forward and a backward call
-launch, and writes a row per kernel: registers, spilled bytes, shared memory and SASS instructions by kind, as the
-assembler and the disassembler that come with triton tell. Rows are marked ``"predicted": true``: nothing was run.
+``python -m benchmarks.aot`` (without ``TRITON_INTERPRET``) makes the engine's own calls with a driver that has no GPU,
+compiles what they would launch, and writes a row per kernel: registers, spilled bytes, shared memory and SASS
+instructions by kind, from the assembler and the disassembler that come with triton. Rows are marked
+``"predicted": true``: nothing was run.
 
 The prediction, for the kernels that hold a row in lanes, is the largest of these floors, with nothing for launching:
 
-* issue: each of a multiprocessor's schedulers issues an instruction per cycle, so a kernel takes at least
-  (instructions per row and lane) x (lanes per row) x T / 32 / (multiprocessors x schedulers x clock). Instructions
-  are counted once each, as the code has no loop but the shift's Newton iteration, whose body is counted once, and
-  branches that few rows take are counted as taken;
+* issue: each scheduler of a multiprocessor issues one instruction per cycle, so a kernel takes at least
+  (instructions per row and lane) x (lanes per row) x T / 32 / (multiprocessors x schedulers x clock). Every
+  instruction counts once: the only loop is the shift's Newton iteration, and rarely taken branches count as taken;
 * pipes: the same for the slower units, each with its own rate (exponentials and conversions: 16 lanes a cycle and
   multiprocessor, shuffles and shared memory: 32, float64: 64);
 * memory: the bytes that are read and written, each once, at the sustained bandwidth.
@@ -26,9 +26,9 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -75,10 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+@dataclass(frozen=True)
 class _Compiler(engine._Problem):
-    """Compiles what it would launch: ``compiled`` are names, constants and binaries."""
+    """Compiles what it would launch: names, constants and binaries."""
 
-    compiled: ClassVar[list[tuple[str, dict[str, Any], bytes]]] = []
+    compiled: list[tuple[str, dict[str, Any], bytes]] = field(default_factory=list)
 
     def _run(self, kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
         binary = kernel.warmup(*arguments, grid=(programs,), **constants, **engine.on_gpu())
@@ -112,13 +113,12 @@ def compiled(n: int, k: int, kind: str, target: int) -> list[tuple[str, dict[str
     T = 16  # triton tells multiples of 16 apart, and no more
     logits, potential = torch.zeros(T, n), torch.zeros(k + 1)
     problem = _Compiler(logits, potential, interpreted=False)
-    problem.compiled.clear()
     if kind == "backward":
         known = engine.Sweep(**problem.room(with_moments=True, with_sample=False)._asdict())
         problem.backward(known, logits, torch.zeros(T, k + 1))
     else:
         problem.forward(torch.zeros(T, dtype=torch.int64) if "sample" in kind else None, kind != "sample")
-    return list(problem.compiled)
+    return problem.compiled
 
 
 def row_of(n: int, k: int, kind: str, target: int, name: str, constants: dict[str, Any], cubin: bytes) -> Row:
@@ -156,7 +156,7 @@ def resources(cubin: bytes) -> Row:
     text = _dump(cubin, "--dump-resource-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", text)
     if found is None:
-        raise ValueError(f"cuobjdump told no resources: {text[-300:]}")
+        raise ValueError(f"cuobjdump printed no resources: {text[-300:]}")
     registers, stack, shared = map(int, found.groups())
     return {"registers": registers, "spilled_bytes": stack, "shared_bytes": shared}
 

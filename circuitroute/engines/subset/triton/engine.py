@@ -6,11 +6,11 @@ The same mathematics as the engine ``torch``, a row's tree held in registers (:m
 ``MAX_LANES_COUNT`` and ``MAX_LANES_VARIABLES``) or worked through in memory (:mod:`.memory`, up to ``MAX_COUNT``
 and ``MAX_VARIABLES``). Half-precision logits are read as they are and computed with in float32.
 
-The first kernel decides in float32 what float32 can decide. Rows in which a coefficient that matters is lost, and rows
-whose sample rounding could change, it puts on a list on the device; a second kernel, launched always, works the list
-off as the naive engine would, in float64 log space. The host never waits for the device, so sweeps can be captured in
-CUDA graphs. Samples are those of the other engines except where a threshold lies within float64 rounding (about
-1e-13) of a cumulative weight, a matter of one draw in 1e12 or so.
+The first kernel decides in float32 what float32 can decide, and lists on the device the rows in which a coefficient
+that matters is lost or rounding could change the sample. A second kernel, always launched, does the listed rows as the
+naive engine would, in float64 log space. The host never waits for the device, so sweeps can be captured in CUDA
+graphs. Samples are those of the other engines unless a threshold lies within float64 rounding (about 1e-13) of a
+cumulative weight, which happens about once in 1e12 draws.
 
 What runs elsewhere, and why:
 
@@ -84,11 +84,11 @@ def _interpreter_wanted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
-# What kernels are given, as arguments of several members; what they need not read or write is None.
+# Arguments of the kernels, which Triton takes as named tuples. What a kernel need not read or write is None.
 
 
 class Rows(NamedTuple):
-    """The rows of a sweep; from one row's potential to the next it is ``potential_stride``, 0 where all share it."""
+    """The rows of a sweep. Their potentials are ``potential_stride`` apart, 0 where all rows share one."""
 
     logits: Tensor
     potential: Tensor
@@ -98,7 +98,7 @@ class Rows(NamedTuple):
 
 
 class Swept(NamedTuple):
-    """The outcome of a sweep, see :class:`Sweep`."""
+    """A :class:`Sweep` as kernels fill it and read it."""
 
     log_partition: Tensor | None
     marginals: Tensor | None
@@ -112,7 +112,7 @@ class Swept(NamedTuple):
 
 
 class Slopes(NamedTuple):
-    """The direction (u, v), and the derivatives of the marginals and the posterior along it."""
+    """The direction (u, v), and the derivatives of marginals and posterior along it."""
 
     u: Tensor
     v: Tensor | None
@@ -121,7 +121,7 @@ class Slopes(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Memory of the kernels of one row per program: a few trees for each, and counts to split."""
+    """Memory for the kernels with one row per program: a few trees for each program, and counts to split."""
 
     trees: Tensor
     counts: Tensor | None

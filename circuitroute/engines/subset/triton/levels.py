@@ -50,7 +50,7 @@ def term(TREE, left, right, a, b, there, LOG: tl.constexpr):
     """The product of coefficient a of one polynomial and coefficient b of another."""
     zero: tl.constexpr = LOG_ZERO if LOG else 0.0
     x = tl.load(TREE + a * left[1] + left[0], mask=there, other=zero)
-    y = tl.load(TREE + b * right[1] + right[0], mask=there, other=zero)
+    y = tl.load(TREE + (b * right[1] + right[0]), mask=there, other=zero)
     return x + y if LOG else x * y
 
 
@@ -79,7 +79,7 @@ def _sum_of_products(TREE, left, right, j, inside, SIGN: tl.constexpr, LOG: tl.c
         total += share
         if DUAL:
             slope = tl.load(TREE + DUAL + a * left[1] + left[0], mask=there, other=0.0)
-            slope += tl.load(TREE + DUAL + b * right[1] + right[0], mask=there, other=0.0)
+            slope += tl.load(TREE + DUAL + (b * right[1] + right[0]), mask=there, other=0.0)
             moved += share * slope
         a += 1
     slope = tl.where(total > 0.0, moved / tl.where(total > 0.0, total, 1.0), 0.0)

@@ -37,17 +37,6 @@ from circuitroute.engines.subset.triton.shift import evidence, solve_shift
 
 
 @triton.jit
-def _rows(rows, swept, LOG: tl.constexpr):
-    """How many rows there are to do."""
-    return tl.load(swept.count) if LOG else rows.tokens
-
-
-@triton.jit
-def _row(swept, at, LOG: tl.constexpr):
-    return (tl.load(swept.todo + at) if LOG else at).to(tl.int64)
-
-
-@triton.jit
 def _load_row(rows, row, i, j, N: tl.constexpr, J: tl.constexpr):
     """(logits, potential); -inf where there is no variable and no count."""
     x = tl.load(rows.logits + row * N + i, mask=i < N, other=-INFINITY).to(tl.float32)
@@ -134,9 +123,9 @@ def forward(
     TREE = scratch.trees + program.to(tl.int64) * (2 * SIZE)
     COUNTS = scratch.counts + program * (N + 2)
     i, j = tl.arange(0, 1 << DEPTH if N > 1 else 2)[None, :], tl.arange(0, JP)[None, :]
-    at, many = program, _rows(rows, swept, LOG)
+    at, many = program, tl.load(swept.count) if LOG else rows.tokens
     while at < many:
-        row = _row(swept, at, LOG)
+        row = (tl.load(swept.todo + at) if LOG else at).to(tl.int64)
         x, phi = _load_row(rows, row, i, j, N, J)
         known = evidence((x,))
         if LOG:
@@ -203,9 +192,9 @@ def backward(
     program = tl.program_id(0)
     TREE = scratch.trees + program.to(tl.int64) * (4 * SIZE)
     i, j = tl.arange(0, 1 << DEPTH if N > 1 else 2)[None, :], tl.arange(0, JP)[None, :]
-    at, many = program, _rows(rows, swept, LOG)
+    at, many = program, tl.load(swept.count) if LOG else rows.tokens
     while at < many:
-        row = _row(swept, at, LOG)
+        row = (tl.load(swept.todo + at) if LOG else at).to(tl.int64)
         wanted = tl.load(swept.fallback + row).to(tl.int32) if LOG else 1
         if wanted > 0:
             x, phi = _load_row(rows, row, i, j, N, J)
@@ -219,8 +208,7 @@ def backward(
             root = _tree_up(TREE, absent, present, i, N, K, DEPTH, LOG, DUAL)
 
             coefficients = tl.load(TREE + root + j, mask=j <= K, other=0.0)
-            own = tl.load(TREE + DUAL + root + j, mask=j <= K, other=0.0)
-            slope = own
+            slope = tl.load(TREE + DUAL + root + j, mask=j <= K, other=0.0)
             if slopes.v is not None:
                 slope += tl.load(slopes.v + row * J + j, mask=j < J, other=0.0).to(tl.float32)
             slope -= tl.sum(posterior * slope, axis=1, keep_dims=True)
@@ -233,7 +221,8 @@ def backward(
                 adjoint = tl.where(found, posterior / tl.where(found, coefficients, 1.0), 0.0)
             tl.store(TREE + SIZE + root + j, adjoint, mask=j <= K)
             # The root's coefficients do not move its adjoint: what is left is v_j - d log Z.
-            tl.store(TREE + SIZE + DUAL + root + j, slope - own, mask=j <= K)
+            slope -= tl.load(TREE + DUAL + root + j, mask=j <= K, other=0.0)
+            tl.store(TREE + SIZE + DUAL + root + j, slope, mask=j <= K)
 
             m = _tree_down(TREE, root, present, i, N, K, DEPTH, SIZE, LOG, DUAL)
             moved = levels.load_present(TREE + SIZE + DUAL, i, N) + u

@@ -119,19 +119,20 @@ def _append(swept, flagged, token):
 
 @triton.jit
 def _dual_coin(x, u, shift, FAST: tl.constexpr):
-    """A coin and its tangent along u; the absent weight is kept fixed, which scales the row and no result."""
+    """A coin and its tangent along u. The absent weight stays fixed: that rescales the row and changes no result."""
     absent, present = coin(x, shift, FAST)
     return absent, present, tl.zeros_like(absent), tl.where(tl.abs(x) < INFINITY, present * u, 0.0)
 
 
 @triton.jit
 def _marginal(x, adjoint, leaf):
-    """Rounding may go an ulp beyond 1; what is forced is certain."""
+    """A variable's marginal. Rounding may go an ulp beyond 1; what is forced is certain."""
     return tl.where(x == INFINITY, 1.0, tl.minimum(adjoint[1] * leaf[1], 1.0))
 
 
 @triton.jit
 def _dual_marginal(adjoint, leaf):
+    """Its derivative."""
     return adjoint[3] * leaf[1] + adjoint[1] * leaf[3]
 
 
@@ -162,9 +163,10 @@ def forward(
 
     known = evidence(x)
     shift = solve_shift(x, known, allowed_range(phi, g, G), FAST)
+    exact_shift = exact(shift)
     left, right = coin(x[0], shift, FAST), coin(x[1], shift, FAST)
     within, across = tree.up(left, right, g, LE, LG, K, False)
-    weights, posterior, log_root, underflow = weigh(_deal(across[LG], g, G), phi, g, exact(shift), known, G, FAST)
+    weights, posterior, log_root, underflow = weigh(_deal(across[LG], g, G), phi, g, exact_shift, known, G, FAST)
     adjoint = _collect(weights, g, K + 1, G)
 
     lost = tl.reshape(tl.where(underflow, 1, 0), [BT])
@@ -182,7 +184,7 @@ def forward(
         log_partition = log_root + log_normaliser(x, shift, FAST)
         tl.store(swept.log_partition + token, tl.reshape(log_partition, [BT]).to(tl.float32), mask=there)
         tl.store(swept.log_root + token, tl.reshape(log_root, [BT]), mask=there)
-    tl.store(swept.shift + token, tl.reshape(exact(shift), [BT]), mask=there)
+    tl.store(swept.shift + token, tl.reshape(exact_shift, [BT]), mask=there)
     tl.store(swept.fallback + token, lost > 0, mask=there)
     _append(swept, tl.where(there, flagged, 0), token)
 
@@ -209,18 +211,18 @@ def backward(
     token, row, g, inside, lane, leaves = _place(rows.tokens, LE, LG, BT, N)
     x = _load_slots(rows.logits, row, lane, -INFINITY, LE, N)
     u = _load_slots(slopes.u, row, lane, 0.0, LE, N)
-    posterior = _load_counts(swept.count_probs, row * J, g, inside, 0.0, J, G)
-    v = _load_counts(slopes.v, row * J, g, inside, 0.0, J, G) if slopes.v is not None else ()
 
     shift = from_exact(tl.load(swept.shift + token, mask=token < rows.tokens, other=0.0)[:, None])
     left, right = _dual_coin(x[0], u[0], shift, FAST), _dual_coin(x[1], u[1], shift, FAST)
     within, across = tree.up(left, right, g, LE, LG, K, True)
     root = across[LG]
     coefficients, tangents = _deal(root[: len(root) // 2], g, G), _deal(root[len(root) // 2 :], g, G)
+    posterior = _load_counts(swept.count_probs, row * J, g, inside, 0.0, J, G)
+    v = _load_counts(slopes.v, row * J, g, inside, 0.0, J, G) if slopes.v is not None else ()
     adjoint, d_adjoint, d_posterior = dual_weigh(coefficients, tangents, posterior, v)
+    _store_counts(slopes.count_probs, d_posterior, row, g, inside, J, G)
     adjoint = _collect(adjoint, g, K + 1, G) + _collect(d_adjoint, g, K + 1, G)
 
     a, b = tree.down(within, across, adjoint, g, LE, LG, True)
     d_marginals = tree.join_last(_dual_marginal(a, left), _dual_marginal(b, right))
     tl.store(slopes.marginals + leaves[0], d_marginals, mask=leaves[1])
-    _store_counts(slopes.count_probs, d_posterior, row, g, inside, J, G)

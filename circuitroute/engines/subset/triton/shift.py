@@ -1,4 +1,4 @@
-"""The shift that centres a row's coins, for kernels; see :mod:`circuitroute.engines.shift`, and :mod:`.coins` for shapes."""
+"""The shift that centres a row's coins, for kernels: :mod:`circuitroute.engines.shift`, shapes as in :mod:`.coins`."""
 
 from __future__ import annotations
 
