@@ -32,7 +32,7 @@ def extent(level, N: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def plant(TREE, absent, present, i, N: tl.constexpr):
-    """Store the leaves, where i counts the variables and, at most, one slot of padding."""
+    """Store the leaves, of which i counts the variables and any slot of padding."""
     slots: tl.constexpr = N + N % 2 if N > 1 else 1
     tl.store(TREE + i, absent, mask=i < slots)
     tl.store(TREE + slots + i, present, mask=i < slots)
@@ -50,6 +50,7 @@ def term(TREE, left, right, a, b, there, LOG: tl.constexpr):
     """The product of coefficient a of one polynomial and coefficient b of another."""
     zero: tl.constexpr = LOG_ZERO if LOG else 0.0
     x = tl.load(TREE + a * left[1] + left[0], mask=there, other=zero)
+    # Whole offsets first: a tensor of pointers is added to only once.
     y = tl.load(TREE + (b * right[1] + right[0]), mask=there, other=zero)
     return x + y if LOG else x * y
 
