@@ -32,7 +32,7 @@ def _finite(logits: Tensor) -> Tensor:
     return torch.where(torch.isinf(logits), 0.0, logits)
 
 
-def log_literals(logits_TN: Tensor, shift_T: Tensor) -> tuple[Tensor, Tensor]:
+def log_coins(logits_TN: Tensor, shift_T: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities (absent, present) of coins with logits theta - s, each [N, T]; evidence is certain."""
     centred = (_finite(logits_TN) - shift_T[:, None]).t()
     forced, forbidden = (logits_TN == math.inf).t(), (logits_TN == -math.inf).t()
@@ -52,7 +52,7 @@ def log_weights(logits_TN: Tensor) -> tuple[Tensor, Tensor]:
     return (-theta).clamp(LOG_ZERO, 0.0), theta.clamp(LOG_ZERO, 0.0)
 
 
-def log_coins(logits_TN: Tensor, shift_T: Tensor) -> Tensor:
+def log_normaliser(logits_TN: Tensor, shift_T: Tensor) -> Tensor:
     """[T] log normaliser of those coins; decided variables have none."""
     each = F.softplus(_finite(logits_TN) - shift_T[:, None], threshold=50)
     return torch.where(torch.isinf(logits_TN), 0.0, each).sum(1)

@@ -27,12 +27,10 @@ from circuitroute.engines.autograd import attach
 from circuitroute.engines.base import Inference
 from circuitroute.engines.layered.definite import evaluated
 from circuitroute.engines.layered.torch.engine import TorchLayered
-from circuitroute.engines.logspace import log_coins, log_literals, nan_rows
+from circuitroute.engines.logspace import log_coins, log_normaliser, nan_rows
 from circuitroute.errors import EngineError
-from circuitroute.interop.pyjuice_circuit import to_pyjuice
+from circuitroute.interop.pyjuice_circuit import LOG_ZERO, to_pyjuice
 
-# Finite, since PyJuice's kernels subtract log-values from one another; far below any sum of real ones.
-LOG_ZERO = -1e30
 # Values held at once, one per node, product and token, twice over; bounds memory whatever the circuit.
 MAX_VALUES = 1 << 28
 
@@ -65,11 +63,11 @@ class PyjuiceLayered:
             return self._torch.infer(logits_TN, None, key_T)
         logits = logits_TN.double()
         unshifted = logits.new_zeros(len(logits))
-        coins = torch.stack(log_literals(logits, unshifted)).permute(2, 1, 0)
+        coins = torch.stack(log_coins(logits, unshifted)).permute(2, 1, 0)
         value, flows = self._in_chunks(coins.clamp(min=LOG_ZERO).float().contiguous())
         empty = value < LOG_ZERO / 2
         log_root = nan_rows(empty, value.double() + self._log_models)
-        log_partition = (log_root + log_coins(logits, unshifted)).to(logits_TN.dtype)
+        log_partition = (log_root + log_normaliser(logits, unshifted)).to(logits_TN.dtype)
         mask = None if key_T is None else self.sample(logits_TN, None, key_T)
         return Inference(log_partition, nan_rows(empty, flows[..., 1]), None, unshifted, log_root, mask)
 
@@ -112,7 +110,7 @@ class PyjuiceLayered:
     ) -> tuple[Tensor, None]:
         """See :class:`circuitroute.engines.autograd.Differentiable`; by the engine ``torch``."""
         exact = self._torch.infer(logits_TN, None)
-        return self._torch.second_derivative(logits_TN, None, exact, u_TN, None)
+        return self._torch.second_derivative(logits_TN, None, exact, u_TN, None)[0], None
 
     def naive_moments(self, logits_TN: Tensor, potential: Tensor | None) -> tuple[Tensor, Tensor, None]:
         """See :class:`circuitroute.engines.autograd.Differentiable`."""

@@ -85,6 +85,11 @@ class Plan:
     device: torch.device
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def present(self) -> slice:
+        """The rows of the literals "present"."""
+        return slice(self.n, 2 * self.n)
+
     def tensor(self, name: str, array: IntArray) -> torch.Tensor:
         """``array`` on the plan's device, made once."""
         if name not in self.tensors:

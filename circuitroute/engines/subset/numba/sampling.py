@@ -56,9 +56,25 @@ def uniform(kind, low, high, number):
 
 
 @inlined
-def draw_count(probs, J, low, high, margin):
+def draw(tree, shape, probs, key_T, first, last, margin, counts, words, spare):
+    """Fill ``counts`` [N] with 0 and 1 by the rows' keys; which lanes are uncertain.
+
+    Args:
+        probs: [J] float64, the count posterior.
+        words, spare: room for two int32 lanes, and for the cumulative weights of one split.
+    """
+    for lane in range(WIDTH):
+        words[lane], words[WIDTH + lane] = mix64(key_T[min(first + lane, last)])
+    low, high = load(words, 0), load(words, WIDTH)
+    count, uncertain = draw_count(probs, low, high, margin)
+    store(counts, 0, count)
+    return uncertain | split_counts(tree, shape, counts, low, high, margin, spare)
+
+
+@inlined
+def draw_count(probs, low, high, margin):
     """A count from each posterior [J] (float64): (int32 lanes, uncertain)."""
-    u, total = uniform(probs, low, high, 0), fill(probs, 0.0)
+    u, total, J = uniform(probs, low, high, 0), fill(probs, 0.0), len(probs) // WIDTH
     for j in range(J):
         total += load(probs, j * WIDTH)
     threshold, allowance = u * total, total * margin

@@ -8,7 +8,7 @@ Coefficients are kept until the way down, where adjoints take their place.
 
 from __future__ import annotations
 
-from circuitroute.engines.subset.numba.simd.lanes import WIDTH, fill, inlined, store
+from circuitroute.engines.subset.numba.simd.lanes import WIDTH, as_double, as_kind_of, fill, inlined, load, store
 from circuitroute.engines.subset.numba.simd.polynomials import adjoints, dual_adjoints, dual_product, product
 
 
@@ -25,7 +25,27 @@ def root(shape):
 
 
 @inlined
-def fill_padding(tree, shape, n, constant):
+def put_root(tree, shape, values):
+    """Float64 ``values``, one per count, in the place of the root's coefficients; 0 where there are fewer."""
+    for j in range(shape[-1, 2] + 1):
+        value = as_kind_of(tree, load(values, j * WIDTH)) if j < len(values) // WIDTH else fill(tree, 0.0)
+        store(tree, root(shape) + j * WIDTH, value)
+
+
+@inlined
+def root_coefficient(tree, shape, j):
+    """Coefficient j of the root in float64; 0 beyond its degree."""
+    return as_double(load(tree, root(shape) + j * WIDTH)) if j <= shape[-1, 2] else as_double(fill(tree, 0.0))
+
+
+@inlined
+def size(shape):
+    """Numbers per lane that the tree takes."""
+    return shape[-1, 0] + shape[-1, 1] * (shape[-1, 2] + 1)
+
+
+@inlined
+def _pad(tree, shape, n, constant):
     """Every level's padding as a constant polynomial (1 for values, 0 for tangents)."""
     real = n
     for level in range(len(shape)):
@@ -36,44 +56,42 @@ def fill_padding(tree, shape, n, constant):
 
 
 @inlined
-def up(tree, shape):
-    """All levels from the leaves to the root."""
+def _family(shape, level, i):
+    """Where two children and their parent begin, and the degrees of the children and of the parent."""
+    a, b = node(shape, level, i), node(shape, level, i + shape[level, 1] // 2)
+    return a, b, node(shape, level + 1, i), shape[level, 2], shape[level + 1, 2]
+
+
+@inlined
+def up(tree, shape, n):
+    """All levels from the leaves of ``n`` variables to the root."""
+    _pad(tree, shape, n, 1.0)
     for level in range(len(shape) - 1):
-        half = shape[level, 1] // 2
-        d, D = shape[level, 2], shape[level + 1, 2]
-        for i in range(half):
-            a, b, parent = node(shape, level, i), node(shape, level, i + half), node(shape, level + 1, i)
-            product(tree, a, b, parent, d, D)
+        for i in range(shape[level, 1] // 2):
+            product(tree, *_family(shape, level, i))
 
 
 @inlined
 def down(tree, shape, spare):
     """Adjoints of all nodes in the place of their values, from the root's in the place of its own."""
     for level in range(len(shape) - 2, -1, -1):
-        half = shape[level, 1] // 2
-        d, D = shape[level, 2], shape[level + 1, 2]
-        for i in range(half):
-            a, b, parent = node(shape, level, i), node(shape, level, i + half), node(shape, level + 1, i)
-            adjoints(tree, a, b, parent, d, D, spare)
+        for i in range(shape[level, 1] // 2):
+            adjoints(tree, spare, *_family(shape, level, i))
 
 
 @inlined
-def dual_up(tree, tangents, shape):
+def dual_up(tree, tangents, shape, n):
     """:func:`up` on dual numbers."""
+    _pad(tree, shape, n, 1.0)
+    _pad(tangents, shape, n, 0.0)
     for level in range(len(shape) - 1):
-        half = shape[level, 1] // 2
-        d, D = shape[level, 2], shape[level + 1, 2]
-        for i in range(half):
-            a, b, parent = node(shape, level, i), node(shape, level, i + half), node(shape, level + 1, i)
-            dual_product(tree, tangents, a, b, parent, d, D)
+        for i in range(shape[level, 1] // 2):
+            dual_product(tree, tangents, *_family(shape, level, i))
 
 
 @inlined
 def dual_down(tree, tangents, shape, spare, spare_tangent):
     """:func:`down` on dual numbers."""
     for level in range(len(shape) - 2, -1, -1):
-        half = shape[level, 1] // 2
-        d, D = shape[level, 2], shape[level + 1, 2]
-        for i in range(half):
-            a, b, parent = node(shape, level, i), node(shape, level, i + half), node(shape, level + 1, i)
-            dual_adjoints(tree, tangents, a, b, parent, d, D, spare, spare_tangent)
+        for i in range(shape[level, 1] // 2):
+            dual_adjoints(tree, tangents, spare, spare_tangent, *_family(shape, level, i))

@@ -199,7 +199,7 @@ def _move(source, to, at, d):
 
 
 @inlined
-def adjoints(tree, a, b, parent, d, D, spare):
+def adjoints(tree, spare, a, b, parent, d, D):
     """The children's adjoints in the place of their values, from the parent's in the place of its own."""
     if _small_adjoints(tree, tree, a, b, parent, d, D):
         return
@@ -213,7 +213,7 @@ def adjoints(tree, a, b, parent, d, D, spare):
 
 
 @inlined
-def dual_adjoints(tree, tangents, a, b, parent, d, D, spare, spare_tangent):
+def dual_adjoints(tree, tangents, spare, spare_tangent, a, b, parent, d, D):
     """The same on dual numbers."""
     if _small_dual_adjoints(tree, tangents, a, b, parent, d, D):
         return

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from circuitroute.engines.layered.torch.plan import Plan
+from circuitroute.engines.sampling import invert
 from circuitroute.keys import uniform_at
 
 # (weights or scores [F, m, B], the reached rows [m, B]) -> which element [m, B]
@@ -42,11 +43,9 @@ class Draw:
     def invert(self, weights: Tensor, number: Tensor) -> Tensor:
         """How many cumulative ``weights`` [F, m, B] lie below the uniforms ``number`` [m, B] of the tokens."""
         cumulative = weights.cumsum(0)
-        total = cumulative[-1]
-        gaps = cumulative[:-1] - uniform_at(self._key, number, weights.dtype) * total
-        if len(gaps):
-            self.uncertain |= ((gaps.abs().amin(0) <= self._margin * total) & (total > 0)).any(0)
-        return (gaps <= 0).sum(0)
+        index, doubt = invert(cumulative, uniform_at(self._key, number, weights.dtype), self._margin)
+        self.uncertain |= (doubt & (cumulative[-1] > 0)).any(0)
+        return index
 
 
 def first_best(scores: Tensor, row: Tensor) -> Tensor:
