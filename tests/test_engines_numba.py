@@ -17,7 +17,7 @@ import circuitroute as cr
 from circuitroute import engines
 from circuitroute.engines.subset import NaiveSubset, NumbaSubset, TorchSubset
 from circuitroute.engines.subset.numba import engine
-from circuitroute.engines.sweep import Rows
+from circuitroute.engines.sweep import Inputs
 from circuitroute.keys import uniform
 from tests.truth import count_gradient, count_truth
 
@@ -142,7 +142,7 @@ def test_rows_that_underflow_go_through_torch_and_are_flagged():
     x = normal(6, n, 0.3)
     x[2:] -= x[2:].sum(1, keepdim=True) / n
     phi, key = potential_of([0, n]), cr.random_key(0, torch.arange(6))
-    assert NumbaSubset().sweep(Rows(x, phi), None, moments=True).fallback[2:].all()
+    assert NumbaSubset().sweep(Inputs(x, phi), None, moments=True).fallback[2:].all()
     ours, theirs = NumbaSubset().infer(x, phi, key), TorchSubset().infer(x, phi, key)
     assert ours.fallback is not None
     assert torch.equal(ours.fallback, theirs.fallback)
@@ -175,7 +175,7 @@ def test_samples_are_those_of_the_naive_engine(n, counts, dtype):
 
 def test_doubtful_draws_are_found_and_redrawn():
     x, phi, key = normal(20000, 64, seed=5), potential_of([8]), cr.random_key(1, torch.arange(20000))
-    sweep = NumbaSubset().sweep(Rows(x, phi), key, moments=False)
+    sweep = NumbaSubset().sweep(Inputs(x, phi), key, moments=False)
     assert 0.0005 < sweep.uncertain.double().mean() < 0.02
     truth = NaiveSubset().sample(x, phi, key)
     assert torch.equal(sweep.mask[~sweep.uncertain], truth[~sweep.uncertain])

@@ -12,7 +12,7 @@ import torch
 import circuitroute as cr
 from circuitroute.engines.subset import NaiveSubset, TorchSubset
 from circuitroute.engines.subset.torch import sweep as eager
-from circuitroute.engines.sweep import Rows
+from circuitroute.engines.sweep import Inputs
 from tests.truth import count_gradient, count_truth
 
 ENGINES = ["numba", "torch", "naive"]
@@ -155,7 +155,7 @@ def test_far_apart_counts_at_extreme_logits_fall_back_by_row_and_stay_right():
     x[4:] -= x[4:].sum(1, keepdim=True) / n  # the two counts weigh about the same
     phi = torch.full((n + 1,), -math.inf)
     phi[[0, n]] = 0.0
-    assert TorchSubset().sweep(Rows(x, phi), None, moments=True).fallback[4:].all()
+    assert TorchSubset().sweep(Inputs(x, phi), None, moments=True).fallback[4:].all()
     hold(circuit, x, 2e-6, 1e-5, 1e-5)
 
 
@@ -165,8 +165,8 @@ def test_a_second_sweep_around_the_mode_mends_most_underflows():
     x = torch.randn(T, 100, generator=torch.Generator().manual_seed(4)) * 100
     phi = torch.full((101,), -math.inf)
     phi[[0, 33, 100]] = 0.0
-    assert TorchSubset().sweep(Rows(x, phi), None, moments=True).fallback.all()
-    assert not TorchSubset().sweep_again(Rows(x, phi), None, moments=True).fallback.any()
+    assert TorchSubset().sweep(Inputs(x, phi), None, moments=True).fallback.all()
+    assert not TorchSubset().sweep_again(Inputs(x, phi), None, moments=True).fallback.any()
     assert not TorchSubset().infer(x, phi).fallback.any()
     hold(circuit, x, 2e-6, 1e-5, 1e-5)
 
@@ -194,7 +194,7 @@ def test_doubtful_draws_are_found_and_redrawn():
     phi = torch.full((9,), -math.inf)
     phi[8] = 0.0
     key = cr.random_key(1, torch.arange(len(x)))
-    sweep = TorchSubset().sweep(Rows(x, phi), key, moments=False)
+    sweep = TorchSubset().sweep(Inputs(x, phi), key, moments=False)
     doubtful = sweep.uncertain
     assert 0.0005 < doubtful.double().mean() < 0.02
     sure = ~doubtful
@@ -279,7 +279,7 @@ def test_the_shift_is_finer_than_the_logits():
     x[:, :60] += 800.0  # four of the many tied at the top of the rest are chosen
     phi = torch.full((65,), -math.inf)
     phi[64] = 0.0
-    sweep = TorchSubset().sweep(Rows(x, phi), None, moments=True)
+    sweep = TorchSubset().sweep(Inputs(x, phi), None, moments=True)
     assert not sweep.fallback.any()
     centred = x - sweep.shift[:, None]
     assert ((torch.sigmoid(centred).sum(1) - 64).abs() < 0.5).all()

@@ -26,59 +26,69 @@ geometric predicates: filter in fast arithmetic, decide the doubtful few exactly
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from circuitroute.engines import autograd
 from circuitroute.engines.base import Inference
+from circuitroute.engines.coins import log_normaliser
 from circuitroute.engines.naive import NaiveEngine
 from circuitroute.engines.root import Root
-from circuitroute.engines.shift import Shift
+from circuitroute.engines.shift import Evidence, Shift
 
 _MOMENTS = ("log_partition", "marginals", "count_probs", "shift", "log_root")
 _MARKS = ("mask", "fallback", "uncertain")
 
 
-class Rows(NamedTuple):
+class Inputs(NamedTuple):
     """What an engine is given."""
 
     logits: Tensor  # [T, N]
     potential: Tensor | None  # [J] or [T, J]
 
-    def at(self, rows: Tensor) -> Rows:
+    def at(self, rows: Tensor) -> Inputs:
         """Some of the rows."""
-        shared = self.potential is None or self.potential.dim() == 1
-        return Rows(self.logits[rows], self.potential if shared else self.potential[rows])  # type: ignore[index]
+        by_row = self.potential is not None and self.potential.dim() == 2
+        return Inputs(self.logits[rows], self.potential[rows] if by_row else self.potential)  # type: ignore[index]
 
-    def double(self) -> Rows:
+    def double(self) -> Inputs:
         """The same in float64."""
-        return Rows(self.logits.double(), None if self.potential is None else self.potential.double())
+        return Inputs(self.logits.double(), None if self.potential is None else self.potential.double())
 
 
-class Block(Protocol):
-    """Some tokens swept upward, B of them."""
+@dataclass(frozen=True)
+class Block(ABC):
+    """Some tokens swept upward, B of them, tokens last: what engines of batched tensor operations make of rows."""
 
-    @property
-    def shift(self) -> Shift: ...
-    @property
-    def root(self) -> Root: ...
-    @property
-    def normaliser(self) -> Tensor:
-        """[B] float64, the log normaliser of the coins."""
+    logits: Tensor  # [N, B]
+    evidence: Evidence | None
+    shift: Shift
+    absent: Tensor  # [N, B], the coins
+    present: Tensor
+    root: Root
+    counts: slice | list[int]  # those that the root tells apart
 
-    @property
-    def counts(self) -> slice | list[int]:
-        """The counts that the root tells apart."""
+    @abstractmethod
+    def sample(self, key_B: Tensor) -> tuple[Tensor, Tensor]:
+        """([B, N] bool, [B] bool uncertain)."""
+
+    @abstractmethod
+    def down(self) -> Tensor:
+        """[N, B] the adjoints of ``present``."""
 
     def marginals(self) -> Tensor:
         """[N, B]."""
+        marginals = (self.down() * self.present).clamp_(max=1.0)  # rounding may go an ulp beyond
+        return marginals if self.evidence is None else marginals.masked_fill_(self.logits == math.inf, 1.0)
 
-    def sample(self, key_B: Tensor) -> tuple[Tensor, Tensor]:
-        """([B, N] bool, [B] bool, whether it is uncertain)."""
+    def log_partition(self) -> Tensor:
+        """[B] float64."""
+        return self.root.log_total + log_normaliser(self.logits, self.shift, self.absent, self.present, self.evidence)
 
 
 @dataclass(frozen=True)
@@ -113,7 +123,7 @@ class Sweep(Inference):
         """The results of one block, whose root is weighed: the moments need the way down, and a sample the keys."""
         root = block.root
         self.shift[part], self.log_root[part] = block.shift.exact(), root.log_total
-        self.log_partition[part] = (root.log_total + block.normaliser).to(self.log_partition.dtype)
+        self.log_partition[part] = block.log_partition().to(self.log_partition.dtype)
         self.fallback[part] = root.underflow
         if self.count_probs is not None and len(self.count_probs):
             self.count_probs[part, block.counts] = root.probs.t()
@@ -137,33 +147,33 @@ class SweepEngine(ABC):
     naive: NaiveEngine
 
     @abstractmethod
-    def sweep(self, rows: Rows, key_T: Tensor | None, moments: bool) -> Sweep:
+    def sweep(self, rows: Inputs, key_T: Tensor | None, moments: bool) -> Sweep:
         """One sweep over all rows; a sample if there are keys, moments if they are wanted."""
 
     @abstractmethod
     def derivative(
-        self, rows: Rows, shift_T: Tensor, u_TN: Tensor, v_TJ: Tensor | None
+        self, rows: Inputs, shift_T: Tensor, u_TN: Tensor, v_TJ: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """The derivative of (marginals, count posterior) along (u, v) around known shifts."""
 
-    def sweep_again(self, rows: Rows, key_T: Tensor | None, moments: bool) -> Sweep | None:
+    def sweep_again(self, rows: Inputs, key_T: Tensor | None, moments: bool) -> Sweep | None:
         """A sweep of rows that underflow, around another centre; None where there is none."""
         return None
 
     @torch.no_grad()
     def infer(self, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor | None = None) -> Inference:
         """See :class:`circuitroute.engines.base.Engine`."""
-        return self._settled(Rows(logits_TN, potential), key_T, moments=True)
+        return self._settled(Inputs(logits_TN, potential), key_T, moments=True)
 
     @torch.no_grad()
     def sample(self, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor) -> Tensor:
         """See :class:`circuitroute.engines.base.Engine`."""
-        mask = self._settled(Rows(logits_TN, potential), key_T, moments=False).mask
+        mask = self._settled(Inputs(logits_TN, potential), key_T, moments=False).mask
         if mask is None:
             raise RuntimeError("a sweep that is given keys draws a sample")  # cannot happen
         return mask
 
-    def _settled(self, rows: Rows, key_T: Tensor | None, moments: bool) -> Sweep:
+    def _settled(self, rows: Inputs, key_T: Tensor | None, moments: bool) -> Sweep:
         """A sweep, and what the policy does about the rows it marks."""
         sweep, exact = self.sweep(rows, key_T, moments), self._exact(rows)
         under = _marked(sweep.fallback)
@@ -180,7 +190,7 @@ class SweepEngine(ABC):
                 sweep.mask[doubtful] = exact.sample(*rows.at(doubtful).double(), key_T[doubtful])
         return sweep
 
-    def _exact(self, rows: Rows) -> SweepEngine | NaiveEngine:
+    def _exact(self, rows: Inputs) -> SweepEngine | NaiveEngine:
         """Who takes rows over, in float64."""
         return self.naive if rows.logits.dtype == torch.float64 else self
 
@@ -192,7 +202,7 @@ class SweepEngine(ABC):
         self, logits_TN: Tensor, potential: Tensor | None, inference: Inference, u_TN: Tensor, v_TJ: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """See :class:`circuitroute.engines.autograd.Differentiable`."""
-        rows = Rows(logits_TN, potential)
+        rows = Inputs(logits_TN, potential)
         dm, dq = self.derivative(rows, inference.shift, u_TN, v_TJ)
         under = u_TN.new_zeros(0).long() if inference.fallback is None else _marked(inference.fallback)
         if len(under):

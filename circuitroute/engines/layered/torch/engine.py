@@ -25,7 +25,7 @@ from circuitroute.circuit.graph import Graph
 from circuitroute.engines.layered.naive import NaiveLayered
 from circuitroute.engines.layered.torch import sweep
 from circuitroute.engines.layered.torch.plan import Plan, lay_out
-from circuitroute.engines.sweep import Rows, Sweep, SweepEngine
+from circuitroute.engines.sweep import Inputs, Sweep, SweepEngine
 
 
 class TorchLayered(SweepEngine):
@@ -50,11 +50,11 @@ class TorchLayered(SweepEngine):
             self._plans[device] = lay_out(self._graph, device)
         return self._plans[device]
 
-    def sweep(self, rows: Rows, key_T: Tensor | None, moments: bool) -> Sweep:
+    def sweep(self, rows: Inputs, key_T: Tensor | None, moments: bool) -> Sweep:
         """See :class:`circuitroute.engines.sweep.SweepEngine`."""
         return sweep.forward(self._plan(rows.logits.device), rows.logits, self._max_count + 1, key_T, moments)
 
-    def derivative(self, rows: Rows, shift_T: Tensor, u_TN: Tensor, v_TJ: Tensor | None) -> tuple[Tensor, None]:
+    def derivative(self, rows: Inputs, shift_T: Tensor, u_TN: Tensor, v_TJ: Tensor | None) -> tuple[Tensor, None]:
         """See :class:`circuitroute.engines.sweep.SweepEngine`; there is no potential to differentiate by."""
         return sweep.second_derivative(self._plan(rows.logits.device), rows.logits, shift_T, u_TN, v_TJ), None
 

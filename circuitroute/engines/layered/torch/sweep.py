@@ -11,15 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from circuitroute.engines.coins import coins, log_normaliser
+from circuitroute.engines.coins import coins
 from circuitroute.engines.layered.torch import tree
 from circuitroute.engines.layered.torch.plan import Plan
 from circuitroute.engines.layered.torch.sampling import Draw, first_best, walk
 from circuitroute.engines.logspace import LOG_ZERO, is_zero, log_weights
-from circuitroute.engines.root import Root, weigh
+from circuitroute.engines.root import weigh
 from circuitroute.engines.sampling import MARGIN
 from circuitroute.engines.shift import Evidence, Shift, solve_shift
-from circuitroute.engines.sweep import Sweep
+from circuitroute.engines.sweep import Block, Sweep
 
 # Values per block of tokens, and fewest tokens: near the cache, yet enough to drown the cost of launching operations.
 BLOCK_VALUES = {"cpu": 1 << 21}
@@ -64,15 +64,11 @@ def _blocks(logits_TN: Tensor, plan: Plan) -> list[slice]:
 
 
 @dataclass(frozen=True)
-class _Block:
-    """A block of tokens swept upward."""
+class _Block(Block):
+    """A block of tokens swept upward, with the values of all nodes."""
 
     plan: Plan
-    logits: Tensor  # [N, B]
-    evidence: Evidence | None
-    shift: Shift
     rows: Tensor  # [M, B]
-    root: Root
 
     @staticmethod
     def up(plan: Plan, logits_BN: Tensor, shift: Shift | None = None) -> _Block:
@@ -80,31 +76,18 @@ class _Block:
         logits = logits_BN.t().contiguous()
         evidence = Evidence.of(logits)
         shift = _solve(plan, logits, evidence) if shift is None else shift
+        absent, present = coins(logits, shift, evidence)
         rows = logits.new_zeros(plan.rows, logits.shape[1])
-        _set_leaves(plan, rows, *coins(logits, shift, evidence), 1.0)
+        _set_leaves(plan, rows, absent, present, 1.0)
         tree.up(plan.steps, rows)
         counts = torch.tensor(plan.counts or (0,), dtype=torch.float64, device=logits.device)
         coefficients = rows[_coefficients(plan)]
         potential = torch.zeros_like(coefficients[:, :1])
         root = weigh(coefficients, counts, potential, shift, evidence if plan.counts else None)
-        return _Block(plan, logits, evidence, shift, rows, root)
-
-    @property
-    def counts(self) -> list[int]:
-        """The counts that the root tells apart."""
-        return list(self.plan.counts or ())
-
-    @property
-    def normaliser(self) -> Tensor:
-        """[B] float64."""
-        return log_normaliser(self.logits, self.shift, self.rows[: self.plan.n], self._present, self.evidence)
-
-    @property
-    def _present(self) -> Tensor:
-        return self.rows[self.plan.present]
+        return _Block(logits, evidence, shift, absent, present, root, list(plan.counts or ()), plan, rows)
 
     def sample(self, key_B: Tensor) -> tuple[Tensor, Tensor]:
-        """([B, N] bool, [B] bool uncertain)."""
+        """See :class:`circuitroute.engines.sweep.Block`."""
         plan = self.plan
         draw = Draw(plan, key_B, MARGIN[self.rows.dtype] * max(1.0, len(plan.steps) / DEPTH_OF_MARGIN))
         chosen = torch.zeros_like(key_B)
@@ -115,13 +98,12 @@ class _Block:
         mask = walk(plan, self.rows, torch.Tensor.mul_, 0.0, draw, chosen)
         return mask, draw.uncertain
 
-    def marginals(self) -> Tensor:
-        """[N, B], by the circuit down."""
+    def down(self) -> Tensor:
+        """See :class:`circuitroute.engines.sweep.Block`."""
         adjoints = torch.zeros_like(self.rows)
         adjoints[_coefficients(self.plan)] = self.root.adjoint
         tree.down(self.plan.steps, self.rows, adjoints)
-        marginals = (adjoints[self.plan.present] * self._present).clamp_(max=1.0)
-        return marginals if self.evidence is None else marginals.masked_fill_(self.logits == math.inf, 1.0)
+        return adjoints[self.plan.present]
 
     def derivative(self, u_NB: Tensor, v_JB: Tensor | None) -> Tensor:
         """[N, B] the derivative of the marginals along (u, v): dual numbers through the same circuit.
@@ -130,14 +112,14 @@ class _Block:
         """
         plan, coefficients, adjoint = self.plan, _coefficients(self.plan), self.root.adjoint
         tangents, adjoints, moved = (torch.zeros_like(self.rows) for _ in range(3))
-        tangents[plan.present] = self._present * torch.where(torch.isinf(self.logits), 0.0, u_NB)
+        tangents[plan.present] = self.present * torch.where(torch.isinf(self.logits), 0.0, u_NB)
         tree.dual_up(plan.steps, self.rows, tangents)
-        slope = torch.zeros_like(adjoint) if v_JB is None or not plan.counts else v_JB[list(plan.counts)]
+        slope = torch.zeros_like(adjoint) if v_JB is None or not plan.counts else v_JB[self.counts]
         d_log_partition = (adjoint * tangents[coefficients] + self.root.probs * slope).sum(0)
         adjoints[coefficients] = adjoint
         moved[coefficients] = adjoint * (slope - d_log_partition)
         tree.dual_down(plan.steps, self.rows, tangents, adjoints, moved)
-        return (moved[plan.present] * self._present).addcmul_(adjoints[plan.present], tangents[plan.present])
+        return (moved[plan.present] * self.present).addcmul_(adjoints[plan.present], tangents[plan.present])
 
 
 def _mode_block(plan: Plan, logits_BN: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from circuitroute.engines.sampling import MARGIN
 from circuitroute.engines.subset.naive import NaiveSubset
 from circuitroute.engines.subset.torch.sweep import forward_at_mode
 from circuitroute.engines.subset.torch.tree import even
-from circuitroute.engines.sweep import Rows, Sweep, SweepEngine
+from circuitroute.engines.sweep import Inputs, Sweep, SweepEngine
 from circuitroute.errors import EngineError
 
 MAX_TREE = 1 << 24
@@ -83,7 +83,7 @@ class NumbaSubset(SweepEngine):
     name = "numba"
     naive = NaiveSubset()
 
-    def sweep(self, rows: Rows, key_T: Tensor | None, moments: bool) -> Sweep:
+    def sweep(self, rows: Inputs, key_T: Tensor | None, moments: bool) -> Sweep:
         """See :class:`circuitroute.engines.sweep.SweepEngine`."""
         arrays = _Arrays.of(rows)
         found = Sweep.empty(rows.logits, arrays.phi.shape[1], moments, key_T is not None)
@@ -95,11 +95,11 @@ class NumbaSubset(SweepEngine):
         _in_threads(_kernels().forward, arrays, (_array(key), *arguments))
         return found
 
-    def sweep_again(self, rows: Rows, key_T: Tensor | None, moments: bool) -> Sweep:
+    def sweep_again(self, rows: Inputs, key_T: Tensor | None, moments: bool) -> Sweep:
         """See :class:`circuitroute.engines.sweep.SweepEngine`; by the engine ``torch``."""
         return forward_at_mode(rows, key_T, moments)
 
-    def derivative(self, rows: Rows, shift_T: Tensor, u_TN: Tensor, v_TJ: Tensor | None) -> tuple[Tensor, Tensor]:
+    def derivative(self, rows: Inputs, shift_T: Tensor, u_TN: Tensor, v_TJ: Tensor | None) -> tuple[Tensor, Tensor]:
         """See :class:`circuitroute.engines.sweep.SweepEngine`."""
         arrays = _Arrays.of(rows)
         v = rows.logits.new_zeros(len(u_TN), arrays.phi.shape[1]) if v_TJ is None else v_TJ
@@ -117,7 +117,7 @@ class _Arrays(NamedTuple):
     limits: tuple[float, float, float]
 
     @staticmethod
-    def of(rows: Rows) -> _Arrays:
+    def of(rows: Inputs) -> _Arrays:
         """The arrays of logits and potential.
 
         Raises:

@@ -173,8 +173,7 @@ def _second_derivative_kernel(digest):
         _ = digest  # part of what the cache on disk knows this function by
         n, J, kind, wide = logits_TN.shape[1], phi_PJ.shape[1], logits_TN.dtype, phi_PJ.dtype
         x, u, present = _room(n, kind), _room(n, kind), _room(n, kind)
-        tree, spare = _room(size(shape), kind), _room(shape[-1, 2] + 2, kind)
-        tangents, spare_tangent = _room(size(shape), kind), _room(shape[-1, 2] + 2, kind)
+        tree, tangents, spare = _room(size(shape), kind), _room(size(shape), kind), _room(shape[-1, 2] + 2, kind)
         phi, v, adjoint, probs, line = _room(J, wide), _room(J, wide), _room(J, wide), _room(J, wide), _room(1, wide)
         last, unforced = rows[1] - 1, fill(line, 0.0)  # or any number: a factor e^(-s forced) of all weights cancels
         for first in range(rows[0], rows[1], WIDTH):
@@ -192,7 +191,7 @@ def _second_derivative_kernel(digest):
             weigh_tangent(tangents, shape, v, adjoint, probs)
             put_root(tree, shape, adjoint)
             put_root(tangents, shape, probs)
-            dual_down(tree, tangents, shape, spare, spare_tangent)
+            dual_down(tree, tangents, shape, spare)
             _marginal_tangents(tree, tangents, present, u, n)
             write(u, first, last, dm_TN)
             write(v, first, last, dq_TJ)

@@ -90,8 +90,8 @@ def dual_up(tree, tangents, shape, n):
 
 
 @inlined
-def dual_down(tree, tangents, shape, spare, spare_tangent):
+def dual_down(tree, tangents, shape, spare):
     """:func:`down` on dual numbers."""
     for level in range(len(shape) - 2, -1, -1):
         for i in range(shape[level, 1] // 2):
-            dual_adjoints(tree, tangents, spare, spare_tangent, *_family(shape, level, i))
+            dual_adjoints(tree, tangents, spare, *_family(shape, level, i))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from circuitroute.engines.subset.naive import NaiveSubset
 from circuitroute.engines.subset.torch import sweep
-from circuitroute.engines.sweep import Rows, Sweep, SweepEngine
+from circuitroute.engines.sweep import Inputs, Sweep, SweepEngine
 
 
 class TorchSubset(SweepEngine):
@@ -22,14 +22,14 @@ class TorchSubset(SweepEngine):
     name = "torch"
     naive = NaiveSubset()
 
-    def sweep(self, rows: Rows, key_T: Tensor | None, moments: bool) -> Sweep:
+    def sweep(self, rows: Inputs, key_T: Tensor | None, moments: bool) -> Sweep:
         """See :class:`circuitroute.engines.sweep.SweepEngine`."""
         return sweep.forward(rows, key_T, moments)
 
-    def sweep_again(self, rows: Rows, key_T: Tensor | None, moments: bool) -> Sweep:
+    def sweep_again(self, rows: Inputs, key_T: Tensor | None, moments: bool) -> Sweep:
         """See :class:`circuitroute.engines.sweep.SweepEngine`; around the count of the mode."""
         return sweep.forward_at_mode(rows, key_T, moments)
 
-    def derivative(self, rows: Rows, shift_T: Tensor, u_TN: Tensor, v_TJ: Tensor | None) -> tuple[Tensor, Tensor]:
+    def derivative(self, rows: Inputs, shift_T: Tensor, u_TN: Tensor, v_TJ: Tensor | None) -> tuple[Tensor, Tensor]:
         """See :class:`circuitroute.engines.sweep.SweepEngine`."""
         return sweep.second_derivative(rows, shift_T, u_TN, v_TJ)

@@ -5,7 +5,6 @@ Legend: T tokens, B tokens of one block, N variables, J = K + 1 counts. Blocks l
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,12 +13,12 @@ from torch import Tensor
 
 from circuitroute.engines.base import given
 from circuitroute.engines.coins import coins, log_normaliser
-from circuitroute.engines.root import Root, weigh
+from circuitroute.engines.root import weigh
 from circuitroute.engines.shift import Evidence, Shift, solve_shift
 from circuitroute.engines.subset.mode import best_count, best_scores, count_ceilings
 from circuitroute.engines.subset.naive import allowed_range
 from circuitroute.engines.subset.torch import sampling, tree
-from circuitroute.engines.sweep import Rows, Sweep
+from circuitroute.engines.sweep import Block, Inputs, Sweep
 
 # Logits per block of tokens: few enough to stay near the cache, enough to drown the cost of launching operations.
 BLOCK_ELEMENTS = {"cpu": 1 << 18}
@@ -33,13 +32,13 @@ class Centre(NamedTuple):
     ceilings: Tensor
 
     @staticmethod
-    def at_mode(rows: Rows) -> Centre:
+    def at_mode(rows: Inputs) -> Centre:
         """On the count of the mode."""
         scores, _ = best_scores(rows.logits, given(rows.potential))
         return Centre(best_count(scores).to(rows.logits.dtype), count_ceilings(scores, rows.logits.shape[1]))
 
 
-def forward(rows: Rows, key_T: Tensor | None, moments: bool, centre: Centre | None = None) -> Sweep:
+def forward(rows: Inputs, key_T: Tensor | None, moments: bool, centre: Centre | None = None) -> Sweep:
     """A sweep centred where ``centre`` says, or on the allowed count nearest to the natural one."""
     sweep = Sweep.empty(rows.logits, given(rows.potential).shape[-1], moments, key_T is not None)
     for part in _blocks(rows.logits):
@@ -48,7 +47,7 @@ def forward(rows: Rows, key_T: Tensor | None, moments: bool, centre: Centre | No
     return sweep
 
 
-def forward_at_mode(rows: Rows, key_T: Tensor | None, moments: bool) -> Sweep:
+def forward_at_mode(rows: Inputs, key_T: Tensor | None, moments: bool) -> Sweep:
     """The second sweep of rows that underflow.
 
     Far-apart allowed counts, or potentials that fight the logits, put the weight where the first shift does not look.
@@ -56,7 +55,7 @@ def forward_at_mode(rows: Rows, key_T: Tensor | None, moments: bool) -> Sweep:
     return forward(rows, key_T, moments, Centre.at_mode(rows))
 
 
-def second_derivative(rows: Rows, shift_T: Tensor, u_TN: Tensor, v_TJ: Tensor | None) -> tuple[Tensor, Tensor]:
+def second_derivative(rows: Inputs, shift_T: Tensor, u_TN: Tensor, v_TJ: Tensor | None) -> tuple[Tensor, Tensor]:
     """The derivative of (m, q) along (u, v)."""
     v = rows.logits.new_zeros(len(u_TN), given(rows.potential).shape[-1]) if v_TJ is None else v_TJ
     dm, dq = torch.empty_like(u_TN), torch.empty_like(v)
@@ -74,19 +73,13 @@ def _blocks(logits_TN: Tensor) -> list[slice]:
 
 
 @dataclass(frozen=True)
-class _Block:
-    """A block of tokens swept upward."""
+class _Block(Block):
+    """A block of tokens swept upward, with its tree."""
 
-    logits: Tensor  # [N, B]
-    evidence: Evidence | None
-    shift: Shift
     levels: list[Tensor]
-    root: Root
-
-    counts = slice(None)  # those that the root tells apart: all
 
     @staticmethod
-    def up(rows: Rows, part: slice, shift: Shift | None, centre: Centre | None = None) -> _Block:
+    def up(rows: Inputs, part: slice, shift: Shift | None, centre: Centre | None = None) -> _Block:
         """Shift (unless it is known), coins, tree up, root."""
         logits, potential = rows.logits[part].t().contiguous(), given(rows.potential)
         phi_JB = potential[:, None] if potential.dim() == 1 else potential[part].t()  # [J, 1] where it is shared
@@ -101,29 +94,17 @@ class _Block:
         if centre is not None:
             ceilings = centre.ceilings.t() - log_normaliser(logits, shift, absent, present, evidence)
         root = weigh(coefficients, counts, phi_JB, shift, evidence, ceilings)
-        return _Block(logits, evidence, shift, levels, root)
-
-    @property
-    def normaliser(self) -> Tensor:
-        """[B] float64."""
-        absent, present = self.levels[0][:, : len(self.logits)]
-        return log_normaliser(self.logits, self.shift, absent, present, self.evidence)
-
-    @property
-    def _present(self) -> Tensor:
-        return self.levels[0][1, : len(self.logits)]
+        return _Block(logits, evidence, shift, absent, present, root, slice(None), levels)
 
     def sample(self, key_B: Tensor) -> tuple[Tensor, Tensor]:
-        """([B, N] bool, [B] bool uncertain)."""
+        """See :class:`circuitroute.engines.sweep.Block`."""
         counts, uncertain = sampling.draw_count(self.root.probs, key_B)
         mask, doubt = sampling.split_counts(self.levels, counts, key_B)
         return mask[: len(self.logits)].t(), uncertain | doubt
 
-    def marginals(self) -> Tensor:
-        """[N, B], by the tree down."""
-        below = tree.down(self.levels, self.root.adjoint.unsqueeze(1))[: len(self.logits)]
-        marginals = below.mul_(self._present).clamp_(max=1.0)  # rounding may go an ulp beyond
-        return marginals if self.evidence is None else marginals.masked_fill_(self.logits == math.inf, 1.0)
+    def down(self) -> Tensor:
+        """See :class:`circuitroute.engines.sweep.Block`."""
+        return tree.down(self.levels, self.root.adjoint.unsqueeze(1))[: len(self.logits)]
 
     def derivative(self, u_NB: Tensor, v_JB: Tensor) -> tuple[Tensor, Tensor]:
         """([N, B], [J, B]) the derivative of (m, q) along (u, v): dual numbers through the same tree.
@@ -136,12 +117,12 @@ class _Block:
         """
         n, (adjoint, probs) = len(self.logits), (self.root.adjoint, self.root.probs)
         tangent = torch.zeros_like(self.levels[0])
-        torch.mul(self._present, u_NB, out=tangent[1, :n])
+        torch.mul(self.present, u_NB, out=tangent[1, :n])
         tangents = tree.dual_up(self.levels, tangent)
         moved = adjoint * tangents[-1][: len(v_JB), 0]
         slope = v_JB - (moved + probs * v_JB).sum(0)
         a, da = tree.dual_down(self.levels, tangents, adjoint.unsqueeze(1), (adjoint * slope).unsqueeze(1))
-        return (da[:n] * self._present).addcmul_(a[:n], tangent[1, :n]), moved + probs * slope
+        return (da[:n] * self.present).addcmul_(a[:n], tangent[1, :n]), moved + probs * slope
 
 
 def _solve(logits_NB: Tensor, phi_JB: Tensor, evidence: Evidence | None, centre_B: Tensor | None) -> Shift:
