@@ -60,7 +60,7 @@ def _prefix(stages, shape, logits_TN, phi_PJ, key_T, marginals_TN, mask_TN):  # 
             total += nodes[0]
             if stages > 2:
                 tree.up(nodes, shape, n)
-                total += nodes[tree.root(shape)]
+                total += nodes[tree.root(shape)[0]]
                 if stages > 3:
                     forced = lanes.as_double(evidence[0])
                     log_root, _ = root.weigh(nodes, shape, phi, s, forced, LIMITS, adjoint, probs, line)

@@ -1,9 +1,9 @@
-"""What the naive engines share: from the logarithm of the root's value, by plain autograd, all that an engine answers.
+"""What naive engines share: given log Z as a differentiable function, plain autograd gives all the rest.
 
 Legend: T tokens, N variables, J = K + 1 counts.
 
 Marginals and count posterior are the derivatives of log Z, taken by autograd in float64, so everything is
-differentiable to any order. Slow, and right: all other engines are held to these, and to their samples.
+differentiable to any order. They are slow and right: all other engines are tested against them, samples included.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class NaiveEngine(ABC):
         return Inference(log_partition.detach(), marginals.detach(), count_probs, shift, log_root, mask)
 
     def attach(self, inference: Inference, logits_TN: Tensor, potential: Tensor | None) -> Inference:
-        """See :class:`circuitroute.engines.base.Engine`; the graph is that of the computation itself."""
+        """See :class:`circuitroute.engines.base.Engine`; by computing the moments again, with a graph."""
         log_partition, marginals, count_probs = self.moments(logits_TN, potential)
         return replace(inference, log_partition=log_partition, marginals=marginals, count_probs=count_probs)
 
@@ -61,7 +61,7 @@ class NaiveEngine(ABC):
             log_partition = log_root + log_normaliser(logits, shift)
             inputs = [x for x in (logits, phi_TJ) if x is not None]
             marginals, *counts = torch.autograd.grad(log_partition.sum(), inputs, create_graph=differentiable)
-            # Log Z is conditioned on forced variables and no function of them.
+            # Log Z is conditioned on forced variables, so it is not a function of them.
             marginals = torch.where(logits == math.inf, 1.0, marginals)
             empty = is_zero(log_root.detach())
             log_partition, marginals, *counts = (

@@ -22,7 +22,7 @@ from circuitroute.engines.logspace import is_zero, log_coins, log_weights, nan_r
 from circuitroute.engines.naive import NaiveEngine
 from circuitroute.keys import uniform
 
-# Values held at once while walking down; bounds memory whatever the circuit.
+# Values held at once while walking down, which bounds memory for any circuit.
 MAX_VALUES = 1 << 24
 
 
@@ -112,7 +112,7 @@ class NaiveLayered(NaiveEngine):
 
     @torch.no_grad()
     def mode(self, logits_TN: Tensor) -> Tensor:
-        """[T, N] bool, a most probable subset; ties go to the first element of a sum, the same everywhere."""
+        """See :class:`circuitroute.engines.base.LayeredEngine`."""
         return self._in_chunks(logits_TN, None)
 
     def _in_chunks(self, logits_TN: Tensor, key_T: Tensor | None) -> Tensor:

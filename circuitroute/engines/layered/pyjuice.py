@@ -1,14 +1,14 @@
-"""The engine ``pyjuice`` of arbitrary circuits: PyJuice's kernels. Runs on machines with a CUDA GPU only.
+"""The engine ``pyjuice`` of arbitrary circuits: PyJuice's kernels, on CUDA GPUs only.
 
-What it does through PyJuice, for float32 logits: log Z by the forward pass, and marginals by the backward pass, whose
-flow through the input "i is present" is the probability of just that. Everything is in float32 log space, so errors
-grow with the logits. What PyJuice does not offer is left to the engine ``torch``, and this is all of it:
+For float32 logits PyJuice gives log Z, by its forward pass, and marginals, by its backward pass: the flow through the
+input "i is present" is the probability that it is. All of it is in float32 log space, so errors grow with the logits.
+What PyJuice does not offer is inherited from the engine ``torch``:
 
 - float64 logits (PyJuice computes in float32);
 - samples that are a function of a key, the mode with its rule for ties, the posterior of the count;
 - derivatives of the marginals.
 
-Forced only, by ``circuit.with_engine("pyjuice")``: never chosen by itself.
+It runs only when forced, by ``circuit.with_engine("pyjuice")``.
 
 Legend: T tokens, N variables.
 """
@@ -30,7 +30,7 @@ from circuitroute.engines.logspace import log_coins, log_normaliser, nan_rows
 from circuitroute.errors import EngineError
 from circuitroute.interop.pyjuice_circuit import LOG_ZERO, to_pyjuice
 
-# Values held at once, one per node, product and token, twice over; bounds memory whatever the circuit.
+# Values held at once, two per node, product and token, which bounds memory for any circuit.
 MAX_VALUES = 1 << 28
 
 

@@ -1,4 +1,4 @@
-"""The naive engine of the count family: float64, log space, plain autograd. The others are held to it.
+"""The naive engine of the count family: float64, log space, plain autograd. All others are tested against it.
 
 Legend: T tokens, N variables, K the largest allowed count, J = K + 1; m nodes at a level, d their degree.
 
@@ -58,13 +58,13 @@ def log_count_weights(logits_TN: Tensor, K: int) -> Tensor:
 
 
 def solve_shift(logits_TN: Tensor, phi_TJ: Tensor) -> Tensor:
-    """[T] zero where independent coins already show an allowed count, else between two sorted logits."""
+    """[T] zero where independent coins show an allowed count by themselves, else between two sorted logits."""
     n = logits_TN.shape[1]
     low, high = allowed_range(phi_TJ)
     coins = torch.sigmoid(logits_TN).sum(1)
     target = torch.minimum(torch.maximum(coins, low), high).round().long().clamp(0, n)
     descending = logits_TN.sort(1, descending=True).values
-    descending = F.pad(descending, (1, 1))  # so that entry k is the k-th largest
+    descending = F.pad(descending, (1, 1))  # entry k is the k-th largest
     descending[:, 0], descending[:, -1] = math.inf, -math.inf
     at = descending.gather(1, target[:, None]).squeeze(1)
     after = descending.gather(1, target[:, None] + 1).squeeze(1)

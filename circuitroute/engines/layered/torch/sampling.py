@@ -1,12 +1,9 @@
-"""Down from the root, one element of every sum that is reached: at random for a sample, the best for the mode.
+"""Down from the root, choosing an element of every sum that is reached: at random for a sample, the best for the mode.
 
 Legend: B tokens, m blocks of one step, F the most elements any of their sums has.
 
-A chosen subset is a tree inside the circuit with one element per sum. It meets every scope at most once, so per token
-and block at most one sum is reached, and only its elements are looked at.
-
-As on the count family's engine, a choice that rounding could have decided is reported, and the caller draws that token
-again in higher precision: the outcome is that of the naive engine.
+A subset is a tree inside the circuit with one element per sum. It meets every scope at most once, so at most one sum
+per token and block is reached, and only its elements are looked at.
 """
 
 from __future__ import annotations
@@ -29,7 +26,7 @@ MAX_ENTRIES = 1 << 22
 
 
 class Draw:
-    """Choice by inversion at the uniform that belongs to the sum; notes tokens whose outcome is in doubt."""
+    """Choice by inversion at the uniform that belongs to the sum; collects the tokens whose outcome is uncertain."""
 
     def __init__(self, plan: Plan, key_B: Tensor, margin: float) -> None:
         self._number = plan.tensor("number", plan.number)
@@ -99,7 +96,7 @@ def _reach_root(plan: Plan, reached: Tensor, root: Tensor) -> None:
 
 
 def _take(array: Tensor, at: Tensor) -> Tensor:
-    """array[at], which for one dimension is several times faster said this way."""
+    """array[at]; for one dimension, index_select is several times faster."""
     return array.index_select(0, at.view(-1)).view(at.shape)
 
 

@@ -30,13 +30,13 @@ from circuitroute.engines.base import given
 from circuitroute.engines.root import NEGLIGIBLE, SMALLEST_COEFFICIENT
 from circuitroute.engines.sampling import MARGIN
 from circuitroute.engines.subset.naive import NaiveSubset
-from circuitroute.engines.subset.torch.sweep import forward_at_mode
+from circuitroute.engines.subset.torch.sweep import Centre, forward
 from circuitroute.engines.subset.torch.tree import even
 from circuitroute.engines.sweep import Inputs, Sweep, SweepEngine
 from circuitroute.errors import EngineError
 
 MAX_TREE = 1 << 24
-# Fewer logits than this are not worth a second thread.
+# A second thread is not worth it for fewer logits.
 LOGITS_PER_THREAD = 1 << 14
 # Compiling that takes longer logs a warning meanwhile.
 SLOW_SECONDS = 2.0
@@ -45,7 +45,7 @@ COMPILING = (
     "circuitroute.engines.warmup() does it ahead of time"
 )
 
-# Kernels by name and dtype that this process has compiled, or read from numba's cache.
+# Kernels, by name and dtype, that this process has compiled or read from numba's cache.
 _READY: set[tuple[str, str]] = set()
 
 _log = logging.getLogger("circuitroute")
@@ -97,7 +97,7 @@ class NumbaSubset(SweepEngine):
 
     def sweep_again(self, rows: Inputs, key_T: Tensor | None, moments: bool) -> Sweep:
         """See :class:`circuitroute.engines.sweep.SweepEngine`; by the engine ``torch``."""
-        return forward_at_mode(rows, key_T, moments)
+        return forward(rows, key_T, moments, Centre.at_mode(rows))
 
     def derivative(self, rows: Inputs, shift_T: Tensor, u_TN: Tensor, v_TJ: Tensor | None) -> tuple[Tensor, Tensor]:
         """See :class:`circuitroute.engines.sweep.SweepEngine`."""
@@ -149,7 +149,7 @@ def _kernels() -> Any:
 
 
 def _in_threads(kernel: Any, rows: _Arrays, arguments: tuple[Any, ...]) -> None:
-    """Run the kernel on all rows, split evenly among as many threads as torch uses (kernels hold no lock)."""
+    """Run the kernel on all rows, split evenly among as many threads as torch uses (kernels release the GIL)."""
 
     def run(part: tuple[int, int]) -> None:
         kernel(part, *rows, *arguments)
@@ -164,7 +164,7 @@ def _in_threads(kernel: Any, rows: _Arrays, arguments: tuple[Any, ...]) -> None:
     if threads == 1:
         run((0, T))
         return
-    # Threads are made anew: a pool kept for later would not survive a fork, as data loaders do.
+    # New threads each time: a pool that is kept would not survive a fork, such as a data loader's.
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(run, pairwise(bounds)))
 

@@ -1,4 +1,4 @@
-"""The rule of :mod:`circuitroute.engines.root` in compiled form, for a few tokens at a time.
+"""The root of :mod:`circuitroute.engines.root` in compiled form, for a few tokens at a time.
 
 Legend: J counts; all per lane. Weights are float64 whatever the dtype of the tree.
 """
@@ -19,7 +19,7 @@ from circuitroute.engines.subset.numba.simd.lanes import (
     store,
     where,
 )
-from circuitroute.engines.subset.numba.tree import root_coefficient
+from circuitroute.engines.subset.numba.tree import coefficient, root
 
 
 @inlined
@@ -36,12 +36,12 @@ def weigh(tree, shape, phi, s, forced, limits, adjoint, probs, spare):
     Returns:
         (log_total, whether a count that matters may have lost its coefficient).
     """
-    J, floor, negligible = len(phi) // WIDTH, limits[0], limits[1]
+    (start, degree), J, floor, negligible = root(shape), len(phi) // WIDTH, limits[0], limits[1]
     nothing, zero = fill(phi, -math.inf), fill(phi, 0.0)
     largest = nothing
     for j in range(J):
         log_weight = load(phi, j * WIDTH) + s * (fill(phi, j) - forced)
-        c = root_coefficient(tree, shape, j)
+        c = coefficient(tree, start, degree, j)
         store(adjoint, j * WIDTH, log_weight)
         store(probs, j * WIDTH, c)
         largest = maximum(largest, where(c < floor, nothing, log_weight + exponent_log(c)))
@@ -73,11 +73,11 @@ def weigh_tangent(tangents, shape, v, adjoint, probs):
         v: [J] float64, its place is taken by dq.
         probs: likewise by dA.
     """
-    slope = fill(v, 0.0)
-    for j in range(len(v) // WIDTH):
+    (start, degree), J, slope = root(shape), len(v) // WIDTH, fill(v, 0.0)
+    for j in range(J):
         A, q = load(adjoint, j * WIDTH), load(probs, j * WIDTH)
-        slope += A * root_coefficient(tangents, shape, j) + q * load(v, j * WIDTH)
-    for j in range(len(v) // WIDTH):
+        slope += A * coefficient(tangents, start, degree, j) + q * load(v, j * WIDTH)
+    for j in range(J):
         A, q, excess = load(adjoint, j * WIDTH), load(probs, j * WIDTH), load(v, j * WIDTH) - slope
-        store(v, j * WIDTH, A * root_coefficient(tangents, shape, j) + q * excess)
+        store(v, j * WIDTH, A * coefficient(tangents, start, degree, j) + q * excess)
         store(probs, j * WIDTH, A * excess)

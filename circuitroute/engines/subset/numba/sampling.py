@@ -1,8 +1,8 @@
-"""The sampler of :mod:`circuitroute.engines.subset.torch.sampling` in compiled form, for a few tokens at a time.
+"""The sample of :mod:`circuitroute.engines.subset.torch.sampling` in compiled form, for a few tokens at a time.
 
 Legend: as in :mod:`circuitroute.engines.subset.numba.tree`; u uniform in (0, 1). All per lane.
 
-The same uniforms, pairs and margins as there: a lane is *uncertain* if rounding could have decided any of its splits.
+Uniforms, pairs and margins are the same: a lane is *uncertain* if rounding could have decided any of its splits.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def uniform(kind, low, high, number):
 
 @inlined
 def draw(tree, shape, probs, key_T, first, last, margin, counts, words, spare):
-    """Fill ``counts`` [N] with 0 and 1 by the rows' keys; which lanes are uncertain.
+    """Fill ``counts`` [N] with the sample, 0 or 1, of the rows' keys; returns the uncertain lanes.
 
     Args:
         probs: [J] float64, the count posterior.
@@ -89,7 +89,7 @@ def draw_count(probs, low, high, margin):
 
 @inlined
 def split_counts(tree, shape, counts, low, high, margin, reached):
-    """Split the root's count, ``counts[0]``, down to the leaves, whose counts are 0 or 1; which lanes are uncertain.
+    """Split the root's count, ``counts[0]``, down to the leaves, whose counts are 0 or 1; returns the uncertain lanes.
 
     Args:
         reached: room for the cumulative weights of one split.
@@ -118,7 +118,7 @@ def split_counts(tree, shape, counts, low, high, margin, reached):
 
 @inlined
 def _split(tree, a, b, d, count, u, margin, reached):
-    """How many of ``count`` go to the node at a, and where that is in doubt: inversion of the cumulative weights."""
+    """How many of ``count`` go to the node at a, and where that is uncertain: inversion of the cumulative weights."""
     total = fill(tree, 0.0)
     most = min(d, largest_lane(count))
     for take in range(most + 1):

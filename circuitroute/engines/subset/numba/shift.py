@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 
-from circuitroute.engines.shift import MAX_STEPS, TOLERANCE
+from circuitroute.engines.shift import BEYOND, FIRST_STRIDE, LEAST_WANTED, MAX_STEPS, TOLERANCE
 from circuitroute.engines.subset.numba.coins import coins, sigmoids
 from circuitroute.engines.subset.numba.simd.functions import exp, rough_log
 from circuitroute.engines.subset.numba.simd.lanes import (
@@ -88,11 +88,11 @@ def solve_shift(x, n, evidence, aim, tree, present):
         target = minimum(maximum(expected, fewest), most)
         natural = natural & (expected >= fewest) & (expected <= most)
     wanted = target - forced
-    # Everything undecided is out, or in: any shift well past the last logit does.
-    past = rough_log(maximum(finite, fill(x, 1.0))) + 2.0
+    # All undecided variables are out, or all are in: any shift well beyond the last logit will do.
+    past = rough_log(maximum(finite, fill(x, 1.0))) + BEYOND
     none_in, all_in = wanted <= 0.0, wanted >= finite
     total = _sum_exp(x, n, top)
-    s = rough_log(total / maximum(wanted, fill(x, 1e-3)))
+    s = rough_log(total / maximum(wanted, fill(x, LEAST_WANTED)))
     s = where(none_in, past, where(all_in, (bottom - top) - past, s))
     s = where(natural, -tilt - top, s)
     return _newton(x, n, top, s, target, natural | none_in | all_in, tree, present)
@@ -100,7 +100,7 @@ def solve_shift(x, n, evidence, aim, tree, present):
 
 @inlined
 def _newton(x, n, top, s, target, done, tree, present):
-    below, above, stride = fill(x, -math.inf), fill(x, math.inf), fill(x, 6.0)
+    below, above, stride = fill(x, -math.inf), fill(x, math.inf), fill(x, FIRST_STRIDE)
     for step in range(MAX_STEPS + 1):
         high = top + s
         low = s - (high - top)

@@ -1,8 +1,8 @@
 """The balanced tree of :mod:`circuitroute.engines.subset.torch.tree` in compiled form, for a few tokens at a time.
 
-Legend: m nodes at a level, d their degree; ``shape`` [levels, 3] int64 tells each level's first coefficient, m and d.
+Legend: m nodes at a level, d their degree; ``shape`` [levels, 3] int64 has each level's first coefficient, m and d.
 
-The same nodes and pairs as there: node i is multiplied by node i + m/2, odd levels end in the polynomial 1.
+Nodes and pairs are the same: node i is multiplied by node i + m/2, and odd levels end in the polynomial 1.
 Coefficients are kept until the way down, where adjoints take their place.
 """
 
@@ -20,22 +20,23 @@ def node(shape, level, i):
 
 @inlined
 def root(shape):
-    """Where the root begins."""
-    return shape[-1, 0] * WIDTH
+    """Where the root begins, and its degree."""
+    return shape[-1, 0] * WIDTH, shape[-1, 2]
 
 
 @inlined
 def put_root(tree, shape, values):
     """Float64 ``values``, one per count, in the place of the root's coefficients; 0 where there are fewer."""
-    for j in range(shape[-1, 2] + 1):
-        value = as_kind_of(tree, load(values, j * WIDTH)) if j < len(values) // WIDTH else fill(tree, 0.0)
-        store(tree, root(shape) + j * WIDTH, value)
+    (start, degree), J = root(shape), len(values) // WIDTH
+    for j in range(degree + 1):
+        value = as_kind_of(tree, load(values, j * WIDTH)) if j < J else fill(tree, 0.0)
+        store(tree, start + j * WIDTH, value)
 
 
 @inlined
-def root_coefficient(tree, shape, j):
-    """Coefficient j of the root in float64; 0 beyond its degree."""
-    return as_double(load(tree, root(shape) + j * WIDTH)) if j <= shape[-1, 2] else as_double(fill(tree, 0.0))
+def coefficient(tree, start, degree, j):
+    """Coefficient j of a node in float64; 0 beyond its degree."""
+    return as_double(load(tree, start + j * WIDTH)) if j <= degree else as_double(fill(tree, 0.0))
 
 
 @inlined
@@ -56,10 +57,15 @@ def _pad(tree, shape, n, constant):
 
 
 @inlined
-def _family(shape, level, i):
-    """Where two children and their parent begin, and the degrees of the children and of the parent."""
-    a, b = node(shape, level, i), node(shape, level, i + shape[level, 1] // 2)
-    return a, b, node(shape, level + 1, i), shape[level, 2], shape[level + 1, 2]
+def _level(shape, level):
+    """How many pairs of children a level has, and the degrees of the children and of their parents."""
+    return shape[level, 1] // 2, shape[level, 2], shape[level + 1, 2]
+
+
+@inlined
+def _family(shape, level, i, half):
+    """Where two children and their parent begin."""
+    return node(shape, level, i), node(shape, level, i + half), node(shape, level + 1, i)
 
 
 @inlined
@@ -67,16 +73,20 @@ def up(tree, shape, n):
     """All levels from the leaves of ``n`` variables to the root."""
     _pad(tree, shape, n, 1.0)
     for level in range(len(shape) - 1):
-        for i in range(shape[level, 1] // 2):
-            product(tree, *_family(shape, level, i))
+        half, d, D = _level(shape, level)
+        for i in range(half):
+            a, b, parent = _family(shape, level, i, half)
+            product(tree, a, b, parent, d, D)
 
 
 @inlined
 def down(tree, shape, spare):
     """Adjoints of all nodes in the place of their values, from the root's in the place of its own."""
     for level in range(len(shape) - 2, -1, -1):
-        for i in range(shape[level, 1] // 2):
-            adjoints(tree, spare, *_family(shape, level, i))
+        half, d, D = _level(shape, level)
+        for i in range(half):
+            a, b, parent = _family(shape, level, i, half)
+            adjoints(tree, spare, a, b, parent, d, D)
 
 
 @inlined
@@ -85,13 +95,17 @@ def dual_up(tree, tangents, shape, n):
     _pad(tree, shape, n, 1.0)
     _pad(tangents, shape, n, 0.0)
     for level in range(len(shape) - 1):
-        for i in range(shape[level, 1] // 2):
-            dual_product(tree, tangents, *_family(shape, level, i))
+        half, d, D = _level(shape, level)
+        for i in range(half):
+            a, b, parent = _family(shape, level, i, half)
+            dual_product(tree, tangents, a, b, parent, d, D)
 
 
 @inlined
 def dual_down(tree, tangents, shape, spare):
     """:func:`down` on dual numbers."""
     for level in range(len(shape) - 2, -1, -1):
-        for i in range(shape[level, 1] // 2):
-            dual_adjoints(tree, tangents, spare, *_family(shape, level, i))
+        half, d, D = _level(shape, level)
+        for i in range(half):
+            a, b, parent = _family(shape, level, i, half)
+            dual_adjoints(tree, tangents, spare, a, b, parent, d, D)

@@ -28,7 +28,7 @@ class TorchSubset(SweepEngine):
 
     def sweep_again(self, rows: Inputs, key_T: Tensor | None, moments: bool) -> Sweep:
         """See :class:`circuitroute.engines.sweep.SweepEngine`; around the count of the mode."""
-        return sweep.forward_at_mode(rows, key_T, moments)
+        return sweep.forward(rows, key_T, moments, sweep.Centre.at_mode(rows))
 
     def derivative(self, rows: Inputs, shift_T: Tensor, u_TN: Tensor, v_TJ: Tensor | None) -> tuple[Tensor, Tensor]:
         """See :class:`circuitroute.engines.sweep.SweepEngine`."""

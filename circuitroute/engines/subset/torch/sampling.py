@@ -39,7 +39,7 @@ def split_counts(levels: list[Tensor], count_1T: Tensor, key_T: Tensor) -> tuple
 
 
 def _split_level(level: Tensor, counts: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """How many of each node's ``counts`` [m/2, T] go to its left child, and where that is in doubt."""
+    """How many of each node's ``counts`` [m/2, T] go to its left child, and where that is uncertain."""
     half, d = level.shape[1] // 2, level.shape[0] - 1
     # A zero row on either side of the right child's coefficients serves the impossible splits.
     right = F.pad(level[:, half:], (0, 0, 0, 0, 1, 1))

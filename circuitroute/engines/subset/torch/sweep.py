@@ -33,7 +33,11 @@ class Centre(NamedTuple):
 
     @staticmethod
     def at_mode(rows: Inputs) -> Centre:
-        """On the count of the mode."""
+        """On the count of the mode, for rows that underflow.
+
+        Far-apart allowed counts, or potentials that fight the logits, put the weight where the first shift does not
+        look.
+        """
         scores, _ = best_scores(rows.logits, given(rows.potential))
         return Centre(best_count(scores).to(rows.logits.dtype), count_ceilings(scores, rows.logits.shape[1]))
 
@@ -45,14 +49,6 @@ def forward(rows: Inputs, key_T: Tensor | None, moments: bool, centre: Centre | 
         block = _Block.up(rows, part, None, None if centre is None else Centre(*(x[part] for x in centre)))
         sweep.fill(part, block, key_T)
     return sweep
-
-
-def forward_at_mode(rows: Inputs, key_T: Tensor | None, moments: bool) -> Sweep:
-    """The second sweep of rows that underflow.
-
-    Far-apart allowed counts, or potentials that fight the logits, put the weight where the first shift does not look.
-    """
-    return forward(rows, key_T, moments, Centre.at_mode(rows))
 
 
 def second_derivative(rows: Inputs, shift_T: Tensor, u_TN: Tensor, v_TJ: Tensor | None) -> tuple[Tensor, Tensor]:

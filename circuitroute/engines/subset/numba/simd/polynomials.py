@@ -76,7 +76,7 @@ def _against(A: Polynomial, b: Polynomial, i: int) -> list[tuple[Vector, Vector]
 def _switch(build: Callable[[_Memory, Any, Any, int, int], None]) -> Any:
     """An intrinsic (tree, tangents, a, b, parent, d, D) -> bool: ``build`` for the degrees of _UNROLLED, else False.
 
-    For float32 only: twice as wide, the sums would not fit the registers anyway, and compiling takes its time.
+    For float32 only: float64 sums would not fit the registers anyway, and compiling takes time.
     ``tree`` and ``tangents`` are arrays that hold nodes at the same offsets a, b and parent.
     """
 
