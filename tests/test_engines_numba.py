@@ -309,5 +309,6 @@ def test_nowhere_to_keep_kernels_is_told(monkeypatch, caplog):
 def test_the_cache_on_disk_knows_every_source():
     """Numba looks at the file of a cached function only; the digest of all of them is one of its constants."""
     sweep = engine._kernels()
+    assert {"sweep.py", "tree.py", "lanes.py", "polynomials.py"} <= {path.name for path in sweep._sources()}
     for kernel in (sweep.forward, sweep.second_derivative):
         assert [cell.cell_contents for cell in kernel.py_func.__closure__] == [sweep._source_digest()]

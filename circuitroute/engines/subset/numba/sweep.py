@@ -93,10 +93,13 @@ def _marginal_tangents(tree, tangents, present, u, n):
         store(u, i * WIDTH, load(present, i * WIDTH) * (dA + A * load(u, i * WIDTH)))
 
 
+def _sources() -> list[Path]:
+    """All that is compiled. Numba's cache on disk looks at the file of a kernel only, not at what it calls."""
+    return [*sorted(Path(__file__).parent.rglob("*.py")), Path(constants.__file__)]
+
+
 def _source_digest() -> int:
-    """Of everything that is compiled. Numba's cache on disk looks at the file of a function, not at what it calls."""
-    sources = [*sorted(Path(__file__).parent.rglob("*.py")), Path(constants.__file__)]
-    return int(hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12], 16)
+    return int(hashlib.sha256(b"".join(path.read_bytes() for path in _sources())).hexdigest()[:12], 16)
 
 
 def _kernel(function: Callable[..., None]) -> Any:

@@ -82,8 +82,8 @@ class _Block(Block):
         evidence = Evidence.of(logits)
         if shift is None:
             shift = _solve(logits, phi_JB, evidence, None if centre is None else centre.counts)
-        absent, present = coins(logits, shift, evidence)
-        levels = tree.up(tree.leaves(absent, present), len(phi_JB) - 1)
+        levels = tree.up(tree.leaves(*coins(logits, shift, evidence)), len(phi_JB) - 1)
+        absent, present = levels[0][:, : len(logits)]
         coefficients = levels[-1][: len(phi_JB), 0]
         counts = torch.arange(len(coefficients), device=logits.device, dtype=torch.float64)
         ceilings = None
