@@ -61,14 +61,6 @@ def _write_line(values, first, last, line, rows_T):
 
 
 @inlined
-def _read_potential(phi_PJ, first, last, phi):
-    if len(phi_PJ) > 1:
-        read(phi_PJ, first, last, phi)
-    else:
-        read(phi_PJ, 0, 0, phi)
-
-
-@inlined
 def _marginals(tree, x, present, n):
     """P(i in S) = A_i p_i, with A_i the adjoint of the leaf's present weight, in the place of the logits."""
     one = fill(x, 1.0)
@@ -128,7 +120,7 @@ def _forward_kernel(digest):
             mask_TN: filled if there are keys.
         """
         _ = digest  # part of what the cache on disk knows this function by
-        n, J, kind, wide = logits_TN.shape[1], phi_PJ.shape[1], logits_TN.dtype, phi_PJ.dtype
+        n, (P, J), kind, wide = logits_TN.shape[1], phi_PJ.shape, logits_TN.dtype, phi_PJ.dtype
         log_partition_T, log_root_T, shift_T, underflow_T, uncertain_T = lines
         x, present = _room(n, kind), _room(n, kind)
         tree, spare = _room(size(shape), kind), _room(shape[-1, 2] + 2, kind)
@@ -137,8 +129,8 @@ def _forward_kernel(digest):
         last = rows[1] - 1
         for first in range(rows[0], rows[1], WIDTH):
             read(logits_TN, first, last, x)
-            if first == rows[0] or len(phi_PJ) > 1:
-                _read_potential(phi_PJ, first, last, phi)
+            if first == rows[0] or P > 1:
+                read(phi_PJ, min(first, P - 1), min(last, P - 1), phi)
                 fill_aim(phi_PJ, first, last, aim)
             evidence = find_evidence(x, n)
             high, low = solve_shift(x, n, evidence, aim, tree, present)
@@ -174,7 +166,7 @@ def _second_derivative_kernel(digest):
         The derivation stands in :meth:`circuitroute.engines.subset.torch.sweep._Block.derivative`.
         """
         _ = digest  # part of what the cache on disk knows this function by
-        n, J, kind, wide = logits_TN.shape[1], phi_PJ.shape[1], logits_TN.dtype, phi_PJ.dtype
+        n, (P, J), kind, wide = logits_TN.shape[1], phi_PJ.shape, logits_TN.dtype, phi_PJ.dtype
         x, u, present = _room(n, kind), _room(n, kind), _room(n, kind)
         tree, tangents, spare = _room(size(shape), kind), _room(size(shape), kind), _room(shape[-1, 2] + 2, kind)
         phi, v, adjoint, probs, line = _room(J, wide), _room(J, wide), _room(J, wide), _room(J, wide), _room(1, wide)
@@ -183,8 +175,8 @@ def _second_derivative_kernel(digest):
             read(logits_TN, first, last, x)
             read(u_TN, first, last, u)
             read(v_TJ, first, last, v)
-            if first == rows[0] or len(phi_PJ) > 1:
-                _read_potential(phi_PJ, first, last, phi)
+            if first == rows[0] or P > 1:
+                read(phi_PJ, min(first, P - 1), min(last, P - 1), phi)
             s = _read_line(shift_T, first, last, line)
             high = as_kind_of(x, s)
             coins(x, n, high, as_kind_of(x, s - as_double(high)), tree, present)
