@@ -258,7 +258,7 @@ def test_where_it_can_run_logits_must_be_on_the_gpu(monkeypatch: pytest.MonkeyPa
 
 
 def test_count_constraints_have_other_engines() -> None:
-    with pytest.raises(cr.EngineError, match="'pyjuice' runs no circuit of op 'subset'"):
+    with pytest.raises(cr.EngineError, match="'pyjuice' does not run circuits of op 'subset'"):
         cr.compile(cr.Exactly(2), 5).with_engine("pyjuice")
 
 
