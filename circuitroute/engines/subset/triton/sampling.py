@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from circuitroute.engines.subset.torch import sampling
+from circuitroute.engines import sampling
 from circuitroute.engines.subset.triton import tree
 from circuitroute.engines.subset.triton.coins import LOG_ZERO
 from circuitroute.engines.subset.triton.levels import BLOCK, extent, term
