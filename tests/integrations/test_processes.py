@@ -45,33 +45,17 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
 
 
-def run_together(processes: int, directory: Path, worker: Path = WORKER) -> dict[str, Any]:
-    """What the worker's scenarios give on that many processes."""
-    store, out = directory / f"store-{processes}", directory / f"{processes}.json"
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(store), str(rank), str(processes), str(out)],
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
-    try:
-        printed = [process.communicate(timeout=300)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0] * processes, "\n".join(printed)
-    found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-    return found
+def run_together(directory: Path, worker: Path = WORKER) -> dict[int, dict[str, Any]]:
+    """What the worker's scenarios give, by the number of processes."""
+    command = [sys.executable, str(worker), str(directory)]
+    run = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return {processes: json.loads((directory / f"{processes}.json").read_text("utf-8")) for processes in (1, 2)}
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
-    directory = tmp_path_factory.mktemp("processes")
-    return {processes: run_together(processes, directory) for processes in (1, 2)}
+    return run_together(tmp_path_factory.mktemp("processes"))
 
 
 def test_all_scenarios_ran(together: dict[int, dict[str, Any]]) -> None:
