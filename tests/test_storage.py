@@ -177,10 +177,10 @@ def test_a_forced_engine_is_not_saved(path):
 def test_a_circuit_that_cannot_be_judged_is_loaded_all_the_same(path, monkeypatch):
     """Determinism is verified where it can be decided; whoever compiled the circuit vouches for the rest."""
     from circuitroute.circuit.verify import conflicts
-    from tests.test_interop import _both_parities
+    from tests.interop.files import both_parities
 
     source = path.with_name("a.nnf")
-    source.write_text(_both_parities(7)[0])
+    source.write_text(both_parities(7)[0])
     circuit = cr.read_nnf(source)
     circuit.save(path)
     monkeypatch.setattr(conflicts, "MAX_ENUMERATED", 3)
