@@ -41,13 +41,16 @@ PAGE = Path(__file__).parents[2] / "docs" / "transformers.md"
 
 # What every test run checks of every family; the other cells of the table take most of the time and differ least.
 ALWAYS_CHECKED = ("forward, backward", "save, load", "ragged")
+
+
+def marks(family: str, check: str) -> list[Any]:
+    """Compilation, the slowest check, is held to one family; the rest of the table is in the slow tests."""
+    in_every_run = check in ALWAYS_CHECKED or family == ALWAYS[0] or (family in ALWAYS and check != "compile")
+    return [] if in_every_run else [pytest.mark.slow]
+
+
 CELLS = [
-    pytest.param(
-        family,
-        check,
-        marks=[] if family in ALWAYS or check in ALWAYS_CHECKED else pytest.mark.slow,
-        id=f"{family}-{check}",
-    )
+    pytest.param(family, check, marks=marks(family, check), id=f"{family}-{check}")
     for family in FAMILIES
     for check in CHECKS
 ]
