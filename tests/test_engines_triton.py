@@ -25,7 +25,7 @@ from circuitroute.engines.subset.triton import engine as fused
 from tests.test_engines_subset import evidence_rows, phi_of
 from tests.truth import count_gradient, count_truth
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.3")
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

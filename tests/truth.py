@@ -137,7 +137,8 @@ def _remembered(size: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]
 
         @functools.wraps(compute)
         def recall(*given: Any) -> Any:
-            key = tuple((array.shape, array.dtype, array.tobytes()) for array in map(np.asarray, given))
+            arrays = [np.asarray(values.detach() if hasattr(values, "detach") else values) for values in given]
+            key = tuple((array.shape, array.dtype, array.tobytes()) for array in arrays)
             if key not in kept:
                 if len(kept) == size:
                     del kept[next(iter(kept))]

@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -496,12 +495,14 @@ def _needs_grad(logits: Tensor, potential: Tensor | None) -> bool:
 
 def _with_nan(inference: Inference, bad_T: Tensor) -> Inference:
     counts = inference.count_probs
-    return replace(
-        inference,
-        log_partition=nan_rows(bad_T, inference.log_partition),
-        marginals=nan_rows(bad_T, inference.marginals),
-        count_probs=None if counts is None else nan_rows(bad_T, counts),
-        log_root=nan_rows(bad_T, inference.log_root),
+    return Inference(  # torch 2.6 cannot trace dataclasses.replace
+        nan_rows(bad_T, inference.log_partition),
+        nan_rows(bad_T, inference.marginals),
+        None if counts is None else nan_rows(bad_T, counts),
+        inference.shift,
+        nan_rows(bad_T, inference.log_root),
+        inference.mask,
+        inference.fallback,
     )
 
 

@@ -21,6 +21,7 @@ from circuitroute.routing.estimators import Estimator, as_estimator
 Combine: TypeAlias = Literal["softmax", "normalized", "sigmoid", "marginal"]
 Decide: TypeAlias = Literal["sample", "mode", "count"]
 Pad: TypeAlias = Literal["distinct", "sentinel", "minus_one"]
+COMBINES, PADS = get_args(Combine), get_args(Pad)  # here, since torch 2.6 cannot trace get_args
 
 # An unchosen expert's weight relative to the chosen ones enters a gradient only; e^30 keeps that finite.
 MAX_RELATIVE_LOGIT = 30.0
@@ -83,8 +84,8 @@ class Routing:
         Raises:
             ValueError: an unknown ``pad``, ``width`` outside 1..E, or a token with more experts than ``width``.
         """
-        if pad not in get_args(Pad):
-            raise ValueError(f"pad={pad!r}: choose one of {', '.join(map(repr, get_args(Pad)))}")
+        if pad not in PADS:
+            raise ValueError(f"pad={pad!r}: choose one of {', '.join(map(repr, PADS))}")
         experts = self.mask.shape[-1]
         largest = self.max_count
         slots = largest if width is None else int_at_least("width", width, 1)
@@ -273,8 +274,8 @@ def route_with(
 
 def as_combine(combine: Combine) -> Combine:
     """``combine``, or a ValueError that lists the known ones."""
-    if combine not in get_args(Combine):
-        raise ValueError(f"combine={combine!r}: choose one of {', '.join(map(repr, get_args(Combine)))}")
+    if combine not in COMBINES:
+        raise ValueError(f"combine={combine!r}: choose one of {', '.join(map(repr, COMBINES))}")
     return combine
 
 
