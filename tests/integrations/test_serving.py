@@ -294,8 +294,9 @@ def test_too_large_a_circuit_is_served_but_not_exported(monkeypatch, tmp_path):
         assert_same(call(run, logits_of(), topk), expected)
     with pytest.raises(ValueError, match=r"has 8\d products, .* at most .*: simplify the constraint, or serve it"):
         serving.export(function, tmp_path / "no.pt2", topk=topk, renormalize=True)
-    with pytest.raises(ValueError, match="simplify the constraint, or serve it"):
-        torch.export.export(function, (torch.zeros(3, H), logits_of(rows=3), topk, True))
+    if hasattr(torch.compiler, "is_exporting"):  # from torch 2.7 on: before, an export looks like a compilation
+        with pytest.raises(ValueError, match="simplify the constraint, or serve it"):
+            torch.export.export(function, (torch.zeros(3, H), logits_of(rows=3), topk, True))
     assert list(tmp_path.iterdir()) == []
     counting = serving.routing_function(cr.Exactly(3), n)
     assert counting.portable
