@@ -5,7 +5,6 @@ Kernels are compiled by one process for all others.
 
 import importlib.util
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,12 +16,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+VALIDATES = Distribution._validate_args
+
+
 @pytest.fixture(autouse=True)
-def default_validation() -> Iterator[None]:
-    """The first use of torch.compile in a process switches off the default of torch.distributions' validation."""
-    default = Distribution._validate_args
-    yield
-    Distribution.set_default_validate_args(default)
+def default_validation() -> None:
+    """The first use of torch.compile in a process, PyJuice's import for one, switches off this default."""
+    Distribution.set_default_validate_args(VALIDATES)
 
 
 @pytest.fixture(scope="session", autouse=True)

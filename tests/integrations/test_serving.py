@@ -353,5 +353,6 @@ def test_a_topk_that_is_too_small_is_refused_while_tracing_too():
     function = serving.routing_function(cr.Between(2, 4), 12)
     with pytest.raises(ValueError, match="topk=3"):
         serving.export(function, topk=3, renormalize=True)
-    with pytest.raises(Exception, match="topk=3"):
+    # Before torch 2.7, a traced program says no more than that there was an exception.
+    with pytest.raises(Exception, match="topk=3" if hasattr(torch.compiler, "is_exporting") else "Observed exception"):
         call(traced(function), logits_of(), 3)
