@@ -18,6 +18,7 @@ from tests.truth import count_gradient, count_truth
 ENGINES = ["numba", "torch", "naive"]
 SIZES = [1, 2, 5, 60, 64, 100, 257, 512]
 SCALES = [0.1, 1.0, 10.0, 100.0, 1e4]
+LARGE = {(257, 0.1), (257, 100.0), (512, 1.0), (512, 1e4)}
 T = 8
 
 
@@ -88,20 +89,27 @@ def _add(phi_C, potential_TJ):
     return result
 
 
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("n", SIZES)
-@pytest.mark.parametrize("engine", ["numba", "torch"])
-def test_float32(engine, n, scale):
+# The truth of large sizes takes long: in the ordinary run they are held at two scales each, small sizes at all.
+CELLS = [
+    pytest.param(n, scale, marks=[] if n <= 100 or (n, scale) in LARGE else pytest.mark.slow)
+    for n in SIZES
+    for scale in SCALES
+]
+
+
+@pytest.mark.parametrize("engine", ["numba", "torch"])  # last, so that engines find each other's truth
+@pytest.mark.parametrize(("n", "scale"), CELLS)
+def test_float32(n, scale, engine):
     for constraint in kinds(n):
         circuit = cr.compile(constraint, n).with_engine(engine)
         assert circuit.engine_for("cpu") == engine
         hold(circuit, rows(n, scale), 2e-6, 1e-5, 1e-5)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("scale", [1.0, 10.0, 1e4])
 @pytest.mark.parametrize("n", [1, 5, 60, 257])
-@pytest.mark.parametrize("engine", ENGINES)
-def test_float64(engine, n, scale):
+def test_float64(n, scale, engine):
     for constraint in kinds(n):
         if engine == "naive" and n > 100 and constraint != cr.Exactly(16):
             continue  # the log-space tree is slow; one large case says as much

@@ -10,8 +10,6 @@ Untraced programs call engines directly, with gradients of any order. Operators 
 marginals and count posterior), which is what training needs.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -22,7 +20,8 @@ from circuitroute.circuit.compiled import of_handle
 from circuitroute.engines.base import Inference
 from circuitroute.engines.choice import engine_of
 
-# (log Z, marginals, count posterior, shift, log root, mask, fallback)
+# (log Z, marginals, count posterior, shift, log root, mask, fallback). Annotations are not strings in this file: torch
+# 2.6 makes an operator's schema of them, and would look up the names in a module of its own.
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 

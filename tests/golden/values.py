@@ -131,6 +131,7 @@ def signatures() -> dict[str, str]:
 
 
 PUBLIC_MODULES = ("losses", "metrics", "replay")
+RECORDS = "circuitroute.routing.records"  # which replay shows as its own
 # For engines and compilers, not for users: free to change.
 INTERNAL = ("Circuit", "Circuit.engine", "Circuit.handle", "Circuit.of_handle", "Circuit.holds", "Circuit.as_mask")
 
@@ -139,7 +140,8 @@ def _members(prefix: str, thing: Any) -> dict[str, str]:
     """Functions, methods and properties of a class or a module of our own."""
     found = {}
     for name, member in vars(thing).items():
-        if name.startswith("_") or (inspect.ismodule(thing) and getattr(member, "__module__", None) != thing.__name__):
+        home = getattr(member, "__module__", None)
+        if name.startswith("_") or (inspect.ismodule(thing) and home not in (thing.__name__, RECORDS)):
             continue
         if isinstance(member, property) or type(member).__name__ == "cached_property":
             found[f"{prefix}.{name}"] = "property"

@@ -161,7 +161,7 @@ class NaiveLayered(NaiveEngine):
             return terms.new_zeros(step.sums, *terms.shape[1:]).index_add(0, step.segment, terms)
 
         at_points = plan.upward(leaves.expand(-1, len(logits_TN), -1), combine)[-1]
-        probs = torch.fft.fft(at_points, dim=-1).real / (K + 1)
+        probs = torch.fft.fft(at_points.contiguous(), dim=-1).real / (K + 1)
         return nan_rows(is_zero(values[-1].detach()), probs.clamp(min=0.0)).to(logits_TN.dtype)
 
 

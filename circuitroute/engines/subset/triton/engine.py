@@ -24,6 +24,8 @@ CPU tensors are taken under Triton's interpreter, for tests: set ``TRITON_INTERP
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import importlib.util
 import os
 from contextlib import AbstractContextManager
@@ -63,15 +65,22 @@ def refusal(n: int, max_count: int) -> str | None:
     return None
 
 
+@functools.cache
 def installed() -> bool:
-    """Whether triton can be imported."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether there is a triton with all that kernels use: 3.2, which comes with torch 2.6, has no gather."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        release = importlib.metadata.version("triton").split(".")
+    except importlib.metadata.PackageNotFoundError:  # builds that go by another name
+        return True
+    return (int(release[0]), int(release[1])) >= (3, 4)
 
 
 def missing() -> str | None:
     """What this machine lacks for the engine; None if nothing."""
     if not installed():
-        return "triton is not installed; it comes with CUDA builds of torch, or: pip install triton"
+        return "triton is not installed, or older than 3.4; CUDA builds of torch bring it from torch 2.8 on"
     if not torch.cuda.is_available() and not _interpreter_wanted():
         return (
             "it needs a CUDA GPU, and there is none; to try it on CPU tensors under Triton's interpreter, set "
