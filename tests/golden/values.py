@@ -131,7 +131,7 @@ def signatures() -> dict[str, str]:
 
 
 PUBLIC_MODULES = ("losses", "metrics", "replay")
-RECORDS = "circuitroute.routing.records"  # which replay shows as its own
+SHOWN = ("LayerRecord", "RoutingRecord")  # which replay shows as its own
 # For engines and compilers, not for users: free to change.
 INTERNAL = ("Circuit", "Circuit.engine", "Circuit.handle", "Circuit.of_handle", "Circuit.holds", "Circuit.as_mask")
 
@@ -141,7 +141,7 @@ def _members(prefix: str, thing: Any) -> dict[str, str]:
     found = {}
     for name, member in vars(thing).items():
         home = getattr(member, "__module__", None)
-        if name.startswith("_") or (inspect.ismodule(thing) and home not in (thing.__name__, RECORDS)):
+        if name.startswith("_") or (inspect.ismodule(thing) and home != thing.__name__ and name not in SHOWN):
             continue
         if isinstance(member, property) or type(member).__name__ == "cached_property":
             found[f"{prefix}.{name}"] = "property"
