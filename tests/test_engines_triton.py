@@ -170,7 +170,7 @@ def test_doubtful_draws_are_found_and_redrawn_in_float64(wide):
     circuit = cr.compile(cr.Exactly(3), 8)
     sweep = same_samples(circuit, torch.randn(2000, 8, generator=torch.Generator().manual_seed(5)))
     assert not sweep.fallback.any()
-    doubtful = sweep.todo[: int(sweep.count)].long()
+    doubtful = sweep.todo[: int(sweep.length)].long()
     assert 0 < len(set(doubtful.tolist())) == len(doubtful) < 10
 
 
@@ -206,7 +206,7 @@ def test_far_apart_counts_are_swept_again_in_log_space(where, request):
     x = torch.tensor([[90.0, 60.0, -70.0, -80.5], [0.3, -0.2, 1.0, 0.0]])
     sweep = hold(circuit, x)
     assert sweep.fallback[0]
-    assert 0 in sweep.todo[: int(sweep.count)].tolist()
+    assert 0 in sweep.todo[: int(sweep.length)].tolist()
     same_samples(circuit, x)
 
 

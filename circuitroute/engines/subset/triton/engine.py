@@ -117,7 +117,7 @@ class Swept(NamedTuple):
     mask: Tensor | None
     fallback: Tensor
     todo: Tensor
-    count: Tensor
+    length: Tensor
 
 
 class Slopes(NamedTuple):
@@ -141,12 +141,12 @@ class Sweep(Inference):
     """The outcome of a sweep, with the list of rows that were swept again; ``fallback`` marks lost coefficients.
 
     Attributes:
-        todo: [T] int32, whose first ``count`` entries are the rows, in no order.
-        count: [1] int32.
+        todo: [T] int32, whose first ``length`` entries are the rows, in no order.
+        length: [1] int32.
     """
 
     todo: Tensor | None = None
-    count: Tensor | None = None
+    length: Tensor | None = None
 
     @staticmethod
     def listed(inference: Inference) -> Sweep:
@@ -156,7 +156,7 @@ class Sweep(Inference):
         if inference.fallback is None:
             raise ValueError("inference: this engine marks the rows that it swept again, and this one has no marks")
         todo = (~inference.fallback).to(torch.int8).argsort(stable=True).to(torch.int32)
-        return Sweep(**vars(inference), todo=todo, count=inference.fallback.sum(0, dtype=torch.int32, keepdim=True))
+        return Sweep(**vars(inference), todo=todo, length=inference.fallback.sum(0, dtype=torch.int32, keepdim=True))
 
 
 class TritonSubset:
@@ -184,7 +184,7 @@ class TritonSubset:
             return TorchSubset().second_derivative(logits_TN, potential, inference, u_TN, v_TJ)
         return _Problem.of(logits_TN, given(potential)).backward(Sweep.listed(inference), u_TN, v_TJ)
 
-    def naive_moments(self, logits_TN: Tensor, potential: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def naive_moments(self, logits_TN: Tensor, potential: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """See :class:`circuitroute.engines.autograd.Differentiable`."""
         return NaiveSubset().moments(logits_TN, given(potential))
 
@@ -247,7 +247,7 @@ class _Problem:
             mask=self._new(torch.bool)(T, N) if with_sample else None,
             fallback=self._new(torch.bool)(T),
             todo=self._new(torch.int32)(T),
-            count=torch.zeros(1, dtype=torch.int32, device=self.logits.device),
+            length=torch.zeros(1, dtype=torch.int32, device=self.logits.device),
         )
 
     def forward(self, key_T: Tensor | None, with_moments: bool) -> Swept:

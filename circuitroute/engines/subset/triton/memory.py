@@ -123,7 +123,7 @@ def forward(
     TREE = scratch.trees + program.to(tl.int64) * (2 * SIZE)
     COUNTS = scratch.counts + program * (N + 2)
     i, j = tl.arange(0, 1 << DEPTH if N > 1 else 2)[None, :], tl.arange(0, JP)[None, :]
-    at, many = program, tl.load(swept.count) if LOG else rows.tokens
+    at, many = program, tl.load(swept.length) if LOG else rows.tokens
     while at < many:
         row = (tl.load(swept.todo + at) if LOG else at).to(tl.int64)
         x, phi = _load_row(rows, row, i, j, N, J)
@@ -164,7 +164,7 @@ def forward(
                 _store_one(swept.log_root, row, log_root)
         if not LOG:
             if flagged > 0:
-                tl.store(swept.todo + tl.atomic_add(swept.count, 1), at)
+                tl.store(swept.todo + tl.atomic_add(swept.length, 1), at)
         at += tl.num_programs(0)
 
 
@@ -192,7 +192,7 @@ def backward(
     program = tl.program_id(0)
     TREE = scratch.trees + program.to(tl.int64) * (4 * SIZE)
     i, j = tl.arange(0, 1 << DEPTH if N > 1 else 2)[None, :], tl.arange(0, JP)[None, :]
-    at, many = program, tl.load(swept.count) if LOG else rows.tokens
+    at, many = program, tl.load(swept.length) if LOG else rows.tokens
     while at < many:
         row = (tl.load(swept.todo + at) if LOG else at).to(tl.int64)
         wanted = tl.load(swept.fallback + row).to(tl.int32) if LOG else 1

@@ -4,7 +4,7 @@ Legend: T tokens (rows), N variables, K the largest count, J = K + 1; 2^LE slots
 rows of a program; tensors are [BT, G]. Per row and count, lane g works on the counts g, g + G, ...
 
 Float32 decides what it can. Rows where a coefficient that matters is lost (marked as ``fallback``), or where rounding
-could decide the sample, are appended to the list ``todo``, their number to ``count``. The host never looks: a kernel of
+could decide the sample, are appended to the list ``todo``, their number to ``length``. The host never looks: a kernel of
 :mod:`~circuitroute.engines.subset.triton.memory` works the list off.
 """
 
@@ -110,7 +110,7 @@ def _append(swept, flagged, token):
     """Put the flagged rows of a program on the list."""
     many = tl.sum(flagged, axis=0)
     if many > 0:
-        first = tl.atomic_add(swept.count, many)
+        first = tl.atomic_add(swept.length, many)
         tl.store(swept.todo + first + tl.cumsum(flagged, axis=0) - flagged, token, mask=flagged > 0)
 
 
