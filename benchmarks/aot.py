@@ -1,15 +1,15 @@
 """Compile the engine ``triton`` ahead of time, for GPUs that need not be there, and predict its times.
 
-``python -m benchmarks.aot`` (without ``TRITON_INTERPRET``) compiles the kernels that a forward and a backward call
-launch, and writes a row per kernel: registers, spilled bytes, shared memory and SASS instructions by kind, as the
-assembler and the disassembler that come with triton tell. Rows are marked ``"predicted": true``: nothing was run.
+``python -m benchmarks.aot`` (without ``TRITON_INTERPRET``) makes the engine's own calls with a driver that has no GPU,
+compiles what they would launch, and writes a row per kernel: registers, spilled bytes, shared memory and SASS
+instructions by kind, from the assembler and the disassembler that come with triton. Rows are marked
+``"predicted": true``: nothing was run.
 
 The prediction, for the kernels that hold a row in lanes, is the largest of these floors, with nothing for launching:
 
-* issue: each of a multiprocessor's schedulers issues an instruction per cycle, so a kernel takes at least
-  (instructions per row and lane) x (lanes per row) x T / 32 / (multiprocessors x schedulers x clock). Instructions
-  are counted once each, as the code has no loop but the shift's Newton iteration, whose body is counted once, and
-  branches that few rows take are counted as taken;
+* issue: each scheduler of a multiprocessor issues one instruction per cycle, so a kernel takes at least
+  (instructions per row and lane) x (lanes per row) x T / 32 / (multiprocessors x schedulers x clock). Every
+  instruction counts once: the only loop is the shift's Newton iteration, and rarely taken branches count as taken;
 * pipes: the same for the slower units, each with its own rate (exponentials and conversions: 16 lanes a cycle and
   multiprocessor, shuffles and shared memory: 32, float64: 64);
 * memory: the bytes that are read and written, each once, at the sustained bandwidth.
@@ -26,11 +26,14 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.rows import Row, append
+from circuitroute.engines.subset.triton import engine
 
 ROWS = Path(__file__).parent / "rows" / "aot-subset.jsonl"
 TOKENS = 65536
@@ -57,18 +60,6 @@ PIPES = {
 }
 TARGETS = {80: Machine("A100", 108, 1.41, 1.7e12), 90: Machine("H200", 132, 1.7, 4.3e12)}
 
-POINTERS = {
-    "KEY": "*i64",
-    "LOG_ROOT": "*fp64",
-    "SHIFT": "*fp64",
-    "MASK": "*i8",
-    "LOST": "*i8",
-    "TODO": "*i32",
-    "COUNT": "*i32",
-    "COUNTS": "*i32",
-}
-NUMBERS = {"tokens": "i32", "phi_stride": "i32"}
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile what the command line asks for and append the rows."""
@@ -76,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for size in options.sizes:
         for kind in options.kinds:
             for target in options.targets:
-                found = [compiled(*size, name, constants, target, kind) for name, constants in kernels(*size, kind)]
+                found = [row_of(*size, kind, target, *kernel) for kernel in compiled(*size, kind, target)]
                 append(options.out, found)
                 for row in found:
                     print(describe(row), flush=True)
@@ -84,47 +75,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def kernels(n: int, k: int, kind: str) -> list[tuple[str, dict[str, Any]]]:
-    """The kernels that a call launches, with their constants."""
-    from circuitroute.engines.subset.triton import engine as fused
+@dataclass(frozen=True)
+class _Compiler(engine._Problem):
+    """Compiles what it would launch: names, constants and binaries."""
 
-    J = k + 1
-    in_memory = {"N": n, "J": J, **fused.row_shape(n, J)}
-    flags: dict[str, Any] = {"HAS_V": True}
-    name = "backward"
-    if kind != "backward":
-        flags = {"MOMENTS": kind != "sample", "SAMPLE": "sample" in kind}
-        name = "forward"
-    launched: list[tuple[str, dict[str, Any]]] = [(f"memory.{name}", {**in_memory, **flags, "LOG": True})]
-    if fused.lanes_fit(n, k):
-        shape = fused.lane_shape(n, name == "backward")
-        return [(f"registers.{name}", {"N": n, "J": J, **shape, **flags}), *launched]
-    return [(f"memory.{name}", {**in_memory, **flags, "LOG": False}), *launched]
+    compiled: list[tuple[str, dict[str, Any], bytes]] = field(default_factory=list)
+
+    def _run(self, kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        binary = kernel.warmup(*arguments, grid=(programs,), **constants, **engine.on_gpu())
+        name = f"{kernel.fn.__module__.split('.')[-1]}.{kernel.fn.__name__}"
+        self.compiled.append((name, constants, binary.asm["cubin"]))
 
 
-def compiled(n: int, k: int, name: str, constants: dict[str, Any], target: int, kind: str) -> Row:
+@dataclass(frozen=True)
+class _Driver:
+    """What triton asks of a GPU before it compiles for it."""
+
+    target: int
+
+    def get_current_device(self) -> int:
+        return self.target  # compiled kernels are kept by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.target, 32)
+
+
+def compiled(n: int, k: int, kind: str, target: int) -> list[tuple[str, dict[str, Any], bytes]]:
+    """The kernels that a call launches: names, constants and binaries."""
+    from triton.runtime import driver
+
+    driver.set_active(_Driver(target))
+    T = 16  # triton tells multiples of 16 apart, and no more
+    logits, potential = torch.zeros(T, n), torch.zeros(k + 1)
+    problem = _Compiler(logits, potential, interpreted=False)
+    if kind == "backward":
+        known = engine.Sweep(**problem.room(with_moments=True, with_sample=False)._asdict())
+        problem.backward(known, logits, torch.zeros(T, k + 1))
+    else:
+        problem.forward(torch.zeros(T, dtype=torch.int64) if "sample" in kind else None, kind != "sample")
+    return problem.compiled
+
+
+def row_of(n: int, k: int, kind: str, target: int, name: str, constants: dict[str, Any], cubin: bytes) -> Row:
     """The row of one kernel."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    from circuitroute.engines.subset.triton import engine as fused
-
-    kernel = _kernel(name)
-    constants = {**constants, "FAST": True}
-    signature = {argument: _type(argument, constants) for argument in kernel.arg_names}
-    aligned = {
-        (at,): [["tt.divisibility", 16]] for at, kind_of in enumerate(signature.values()) if kind_of.startswith("*")
-    }
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(kernel.arg_names.index(argument),): value for argument, value in constants.items()},
-        attrs=aligned,
-    )
-    options = {"num_warps": fused.WARPS, "enable_fp_fusion": True}
-    binary = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
-    counts = instructions(binary.asm["cubin"])
+    counts = instructions(cubin)
     row = {
         "op": "subset",
         "kernel": name,
@@ -134,7 +135,7 @@ def compiled(n: int, k: int, name: str, constants: dict[str, Any], target: int, 
         "k": k,
         "T": TOKENS,
         "sm": target,
-        **resources(binary.asm["cubin"]),
+        **resources(cubin),
         "instructions": sum(counts.values()),
         "by_kind": dict(counts.most_common(24)),
         "triton": triton.__version__,
@@ -147,21 +148,6 @@ def compiled(n: int, k: int, name: str, constants: dict[str, Any], target: int, 
     return row
 
 
-def _kernel(name: str) -> Any:
-    from circuitroute.engines.subset.triton import memory, registers
-
-    module, function = name.split(".")
-    return getattr({"registers": registers, "memory": memory}[module], function)
-
-
-def _type(argument: str, constants: dict[str, Any]) -> str:
-    if argument in constants:
-        return "constexpr"
-    if argument == "SCRATCH":
-        return "*fp64" if constants["LOG"] else "*fp32"
-    return NUMBERS.get(argument) or POINTERS.get(argument, "*fp32")
-
-
 # ---------------------------------------------------------------------------------------------- what the code is
 
 
@@ -170,7 +156,7 @@ def resources(cubin: bytes) -> Row:
     text = _dump(cubin, "--dump-resource-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", text)
     if found is None:
-        raise ValueError(f"cuobjdump told no resources: {text[-300:]}")
+        raise ValueError(f"cuobjdump printed no resources: {text[-300:]}")
     registers, stack, shared = map(int, found.groups())
     return {"registers": registers, "spilled_bytes": stack, "shared_bytes": shared}
 

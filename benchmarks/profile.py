@@ -24,7 +24,7 @@ import circuitroute as cr
 from benchmarks import rows
 from benchmarks.measure import ProcessClock, quiet
 from circuitroute.engines import engine_of
-from circuitroute.engines.subset.numba import root, sampling, shift, sweep, tree
+from circuitroute.engines.subset.numba import coins, root, sampling, shift, sweep, tree
 from circuitroute.engines.subset.numba.engine import _shape
 from circuitroute.engines.subset.numba.simd import lanes
 from circuitroute.engines.subset.numba.simd.lanes import WIDTH
@@ -41,57 +41,38 @@ def _prefix(stages, shape, logits_TN, phi_PJ, key_T, marginals_TN, mask_TN):  # 
     T, n = logits_TN.shape
     J = phi_PJ.shape[1]
     kind = logits_TN.dtype
-    nodes, x, present = np.empty(sweep._size(shape), kind), np.empty(n * WIDTH, kind), np.empty(n * WIDTH, kind)
+    nodes, x, present = np.empty(tree.size(shape) * WIDTH, kind), np.empty(n * WIDTH, kind), np.empty(n * WIDTH, kind)
     spare, aim = np.empty((shape[-1, 2] + 2) * WIDTH, kind), np.empty(3 * WIDTH, kind)
     phi, adjoint, probs = np.empty(J * WIDTH), np.empty(J * WIDTH), np.empty(J * WIDTH)
     counts, words, line = np.empty(shape[0, 1] * WIDTH, np.int32), np.empty(2 * WIDTH, np.int32), np.empty(WIDTH)
     read(phi_PJ, 0, 0, phi)
-    sweep._aim(phi_PJ, 0, 0, aim)
+    shift.fill_aim(phi_PJ, 0, 0, aim)
     total = 0.0
     for first in range(0, T, WIDTH):
         last = T - 1
         read(logits_TN, first, last, x)
         total += x[0]
         if stages > 1:
-            forced, finite, largest, smallest = shift.evidence(x, n)
-            fewest, most, tilt = lanes.load(aim, 0), lanes.load(aim, WIDTH), lanes.load(aim, 2 * WIDTH)
-            high, low = shift.solve(x, n, forced, finite, largest, smallest, fewest, most, tilt, nodes, present)
-            log_coins = shift.log_normaliser(x, n, high, low, nodes, line)
+            evidence = shift.find_evidence(x, n)
+            high, low = shift.solve_shift(x, n, evidence, aim, nodes, present)
+            s = lanes.as_double(high) + lanes.as_double(low)
+            normaliser = coins.log_normaliser(x, n, s, nodes, line)
             total += nodes[0]
             if stages > 2:
-                tree.fill_padding(nodes, shape, n, 1.0)
-                tree.up(nodes, shape)
-                total += nodes[tree.root(shape)]
+                tree.up(nodes, shape, n)
+                total += nodes[tree.root(shape)[0]]
                 if stages > 3:
-                    s = lanes.as_double(high) + lanes.as_double(low)
-                    log_root, _ = root.weigh(
-                        nodes,
-                        tree.root(shape),
-                        shape[-1, 2],
-                        phi,
-                        s,
-                        lanes.as_double(forced),
-                        LIMITS[0],
-                        LIMITS[1],
-                        adjoint,
-                        probs,
-                        line,
-                    )
-                    lanes.store(line, 0, log_root + log_coins)
+                    forced = lanes.as_double(evidence[0])
+                    log_root, _ = root.weigh(nodes, shape, phi, s, forced, LIMITS, adjoint, probs, line)
+                    lanes.store(line, 0, log_root + normaliser)
                     total += line[0]
                     if stages > 4:
-                        sweep._keys(key_T, first, last, words)
-                        a, b = lanes.load(words, 0), lanes.load(words, WIDTH)
-                        count, _ = sampling.draw_count(probs, J, a, b, LIMITS[2])
-                        lanes.store(counts, 0, count)
-                        sampling.split_counts(nodes, shape, counts, a, b, LIMITS[2], spare)
+                        sampling.draw(nodes, shape, probs, key_T, first, last, LIMITS[2], counts, words, spare)
                         sweep.write(counts, first, last, mask_TN)
                     if stages > 5:
-                        sweep._start_down(adjoint, J, shape, nodes)
+                        tree.put_root(nodes, shape, adjoint)
                         tree.down(nodes, shape, spare)
-                        for i in range(n):
-                            m = lanes.load(nodes, (2 * i + 1) * WIDTH) * lanes.load(present, i * WIDTH)
-                            lanes.store(x, i * WIDTH, m)
+                        sweep._marginals(nodes, x, present, n)
                         sweep.write(x, first, last, marginals_TN)
     return total
 

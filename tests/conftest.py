@@ -1,10 +1,14 @@
-"""What holds for all tests: an interpreter stands in for a GPU, and no test changes how the next one validates."""
+"""What holds for all tests: an interpreter stands in for a GPU, and no test changes how the next one validates.
 
+Kernels are compiled by one process for all others.
+"""
+
+import importlib.util
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
+from filelock import FileLock
 from torch.distributions import Distribution
 
 # Whether kernels are interpreted is settled when triton is imported, so it cannot wait for the tests that need it.
@@ -12,9 +16,25 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+VALIDATES = Distribution._validate_args
+
+
 @pytest.fixture(autouse=True)
-def default_validation() -> Iterator[None]:
-    """The first use of torch.compile in a process switches off the default of torch.distributions' validation."""
-    default = Distribution._validate_args
-    yield
-    Distribution.set_default_validate_args(default)
+def default_validation() -> None:
+    """The first use of torch.compile in a process, PyJuice's import for one, switches off this default."""
+    Distribution.set_default_validate_args(VALIDATES)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Where several processes run tests, each kernel is compiled by one of them, and by the others read from disk."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is None or importlib.util.find_spec("numba") is None:
+        return
+    import circuitroute as cr
+
+    circuit, dtypes = cr.compile(cr.Exactly(1), 2), [torch.float32, torch.float64]
+    for dtype in dtypes if int(worker.removeprefix("gw")) % 2 else dtypes[::-1]:
+        with FileLock(tmp_path_factory.getbasetemp().parent / f"{dtype}.lock"):
+            logits = torch.zeros(1, 2, dtype=dtype, requires_grad=True)
+            torch.autograd.grad(circuit.with_engine("numba")(logits).marginals[0, 0], logits)

@@ -14,8 +14,7 @@ from circuitroute.circuit import Graph, NodeKind
 from circuitroute.circuit.counting import split_by_count
 from circuitroute.engines import layered_engine
 from circuitroute.engines.layered import NaiveLayered, TorchLayered, evaluated
-from circuitroute.engines.layered.torch import engine as eager
-from circuitroute.engines.layered.torch import steps, walk
+from circuitroute.engines.layered.torch import sampling, steps, sweep
 from circuitroute.engines.layered.torch.plan import lay_out
 from circuitroute.engines.layered.torch.runs import Contraction, LargestSum
 from circuitroute.engines.layered.torch.steps import Dense, Pairs, Pool
@@ -86,9 +85,18 @@ def test_against_enumeration(case, engine):
     np.testing.assert_allclose(dist.log_prob(dist.mode).detach(), truth.log_probs.max(1), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0, 100.0, 1e4])
-@pytest.mark.parametrize("case", LARGE, ids=name)
+# Naive sweeps of costs take seconds, at large scales several: the other constraints hold those scales.
+LARGE_CELLS = [
+    pytest.param(
+        case, scale, dtype, marks=pytest.mark.slow if isinstance(case[0], cr.Cost) and scale not in (1.0, 10.0) else []
+    )
+    for case in LARGE
+    for scale in (0.1, 1.0, 10.0, 100.0, 1e4)
+    for dtype in (torch.float32, torch.float64)
+]
+
+
+@pytest.mark.parametrize(("case", "scale", "dtype"), LARGE_CELLS, ids=name)
 def test_torch_is_held_to_naive(case, scale, dtype):
     """Marginals, log Z, gradient, count posterior, log-probability, mode and samples, with evidence in some rows."""
     constraint, n = case
@@ -192,9 +200,9 @@ def test_blocks_change_nothing(case, monkeypatch):
     logits, key = logits_of(70, n, 2.0, torch.float32), cr.random_key(0, torch.arange(70))
     whole = circuit(logits)
     expected = whole.sample(key=key), whole.mode
-    monkeypatch.setattr(eager, "BLOCK_VALUES", {"cpu": 1})
+    monkeypatch.setattr(sweep, "BLOCK_VALUES", {"cpu": 1})
     monkeypatch.setattr(steps, "MAX_PRODUCTS", 100)
-    monkeypatch.setattr(walk, "MAX_ENTRIES", 100)
+    monkeypatch.setattr(sampling, "MAX_ENTRIES", 100)
     pieces = cr.compile(constraint, n)(logits)
     torch.testing.assert_close(pieces.marginals, whole.marginals, rtol=0, atol=3e-7)
     assert torch.equal(pieces.sample(key=key), expected[0])
@@ -330,7 +338,7 @@ def test_choices_that_rounding_could_decide_are_noticed():
     plan, key = lay_out(cr.compile(GROUPS, 64).graph, CPU), cr.random_key(0, torch.arange(5))
     u = uniform(key, 3, 1, torch.float64)[0]
     share = u + torch.tensor([0.0, 5e-5, -5e-5, 2e-4, -2e-4], dtype=torch.float64)
-    draw = walk.Draw(plan, key, margin=1e-4)
+    draw = sampling.Draw(plan, key, margin=1e-4)
     chosen = draw.invert(torch.stack([share, 1 - share])[:, None], torch.full((1, 5), 3))
     assert draw.uncertain.tolist() == [True, True, True, False, False]
     assert chosen[0, 3:].tolist() == [0, 1]
@@ -344,7 +352,7 @@ def test_samples_in_doubt_are_drawn_again(monkeypatch):
     redrawn = []
     naive = NaiveLayered.sample
     monkeypatch.setattr(NaiveLayered, "sample", lambda self, x, *rest: redrawn.append(len(x)) or naive(self, x, *rest))
-    monkeypatch.setattr(eager, "MARGIN", {torch.float32: 2.0, torch.float64: 2.0})
+    monkeypatch.setattr(sweep, "MARGIN", {torch.float32: 2.0, torch.float64: 2.0})
     assert torch.equal(circuit(logits).sample(key=key), expected)
     assert torch.equal(circuit(logits).sample_in_sweep(key).float(), expected)
     assert redrawn == [30, 30]

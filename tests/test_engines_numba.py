@@ -17,6 +17,7 @@ import circuitroute as cr
 from circuitroute import engines
 from circuitroute.engines.subset import NaiveSubset, NumbaSubset, TorchSubset
 from circuitroute.engines.subset.numba import engine
+from circuitroute.engines.sweep import Inputs
 from circuitroute.keys import uniform
 from tests.truth import count_gradient, count_truth
 
@@ -141,8 +142,7 @@ def test_rows_that_underflow_go_through_torch_and_are_flagged():
     x = normal(6, n, 0.3)
     x[2:] -= x[2:].sum(1, keepdim=True) / n
     phi, key = potential_of([0, n]), cr.random_key(0, torch.arange(6))
-    rows = engine._Rows.of(x, phi)
-    assert engine._Sweep.run(rows, None, True).underflow[2:].all()
+    assert NumbaSubset().sweep(Inputs(x, phi), None, moments=True).fallback[2:].all()
     ours, theirs = NumbaSubset().infer(x, phi, key), TorchSubset().infer(x, phi, key)
     assert ours.fallback is not None
     assert torch.equal(ours.fallback, theirs.fallback)
@@ -175,7 +175,7 @@ def test_samples_are_those_of_the_naive_engine(n, counts, dtype):
 
 def test_doubtful_draws_are_found_and_redrawn():
     x, phi, key = normal(20000, 64, seed=5), potential_of([8]), cr.random_key(1, torch.arange(20000))
-    sweep = engine._Sweep.run(engine._Rows.of(x, phi), key, with_marginals=False)
+    sweep = NumbaSubset().sweep(Inputs(x, phi), key, moments=False)
     assert 0.0005 < sweep.uncertain.double().mean() < 0.02
     truth = NaiveSubset().sample(x, phi, key)
     assert torch.equal(sweep.mask[~sweep.uncertain], truth[~sweep.uncertain])
@@ -280,18 +280,18 @@ def test_layouts_and_modes_of_torch():
 def test_warmup_compiles_all_there_is():
     engines.warmup()
     kernels = engine._kernels()
-    assert len(kernels.moments.signatures) == len(kernels.second_derivative.signatures) == 2
+    assert len(kernels.forward.signatures) == len(kernels.second_derivative.signatures) == 2
 
 
 def test_slow_compiling_is_told(monkeypatch, caplog):
-    kernel = engine._kernels().moments
+    kernel = engine._kernels().forward
     engine._compile(kernel, lambda rows: None)
     assert not caplog.records
     monkeypatch.setattr(engine, "SLOW_SECONDS", 0.0)
     engine._compile(kernel, lambda rows: time.sleep(0.5))
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert record.getMessage().startswith("compiling the numba kernel 'moments'")
+    assert record.getMessage().startswith("compiling the numba kernel 'forward'")
 
 
 def test_nowhere_to_keep_kernels_is_told(monkeypatch, caplog):
@@ -300,7 +300,7 @@ def test_nowhere_to_keep_kernels_is_told(monkeypatch, caplog):
     def fail(self):
         raise RuntimeError("cannot cache function 'f': no locator available for file 'sweep.py'")
 
-    monkeypatch.setattr(type(sweep.moments), "enable_caching", fail)
+    monkeypatch.setattr(type(sweep.forward), "enable_caching", fail)
     with caplog.at_level(logging.INFO, logger="circuitroute"):
         assert sweep._kernel(lambda x: x)(3) == 3
     assert "no locator available for file 'sweep.py': compiled kernels last for this process only" in caplog.text
@@ -309,5 +309,6 @@ def test_nowhere_to_keep_kernels_is_told(monkeypatch, caplog):
 def test_the_cache_on_disk_knows_every_source():
     """Numba looks at the file of a cached function only; the digest of all of them is one of its constants."""
     sweep = engine._kernels()
-    for kernel in (sweep.moments, sweep.second_derivative):
+    assert {"sweep.py", "tree.py", "lanes.py", "polynomials.py"} <= {path.name for path in sweep._sources()}
+    for kernel in (sweep.forward, sweep.second_derivative):
         assert [cell.cell_contents for cell in kernel.py_func.__closure__] == [sweep._source_digest()]

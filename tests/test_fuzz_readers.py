@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import circuitroute as cr
 from tests.foreign import DecisionDnnf, random_cnf
-from tests.test_interop import BALANCED, ONE_OF_THREE_C2D, ONE_OF_THREE_D4, TWO_PAIRS_SDD
+from tests.interop.files import BALANCED, ONE_OF_THREE_C2D, ONE_OF_THREE_D4, TWO_PAIRS_SDD
 from tests.truth import enumerate_worlds
 
 NUMBERS = [0, 1, -1, 2, 3, 4, 5, 7, 12, 13, 255, 65_536, 2**31, 2**63, 10**18, 10**30]

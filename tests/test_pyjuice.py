@@ -149,10 +149,14 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 class Interpreted(PyjuiceLayered):
     """The engine with an interpreter in place of PyJuice's kernels: forward, and backward by autograd."""
 
+    def __init__(self, circuit: Circuit) -> None:
+        super().__init__(circuit.graph, circuit.max_count, repr(circuit.constraint))
+        self._root = circuit.to_pyjuice()
+
     def _sweep(self, coins_TN2: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             inputs = coins_TN2.double().requires_grad_()
-            value = interpret(self._circuit.to_pyjuice(), inputs)
+            value = interpret(self._root, inputs)
             (flows,) = torch.autograd.grad(value.sum(), inputs)
         return value.detach().float(), flows.float()
 
@@ -258,7 +262,7 @@ def test_where_it_can_run_logits_must_be_on_the_gpu(monkeypatch: pytest.MonkeyPa
 
 
 def test_count_constraints_have_other_engines() -> None:
-    with pytest.raises(cr.EngineError, match="'pyjuice' runs no circuit of op 'subset'"):
+    with pytest.raises(cr.EngineError, match="'pyjuice' does not run circuits of op 'subset'"):
         cr.compile(cr.Exactly(2), 5).with_engine("pyjuice")
 
 
@@ -279,9 +283,13 @@ import circuitroute as cr
 from circuitroute.engines.layered import NaiveLayered, PyjuiceLayered
 
 class Kernels(PyjuiceLayered):
+    def __init__(self, circuit):
+        super().__init__(circuit.graph, circuit.max_count, repr(circuit.constraint))
+        self._root = circuit.to_pyjuice()
+
     def _program(self, device):
         if not self._compiled:
-            program = pyjuice.compile(self._circuit.to_pyjuice(), disable_gpu_compilation=True, verbose=False)
+            program = pyjuice.compile(self._root, disable_gpu_compilation=True, verbose=False)
             for layer in program.input_layer_group:
                 layer.device = types.SimpleNamespace(type="cuda", index=0)
             self._compiled[device] = program

@@ -1,5 +1,6 @@
 """Traced programs: torch.compile without graph breaks and torch.export give what untraced ones give."""
 
+import itertools
 import math
 
 import pytest
@@ -36,8 +37,16 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("combine", ["softmax", "normalized", "sigmoid", "marginal"])
-@pytest.mark.parametrize("name", CIRCUITS)
+COMBINES = ("softmax", "normalized", "sigmoid", "marginal")
+# Every circuit and every rule is in the ordinary run, every pair of them among the slow tests.
+ORDINARY = {("count", "softmax"), ("range", "normalized"), ("composed", "sigmoid"), ("composed", "marginal")}
+PAIRS = [
+    pytest.param(*pair, marks=[] if pair in ORDINARY else pytest.mark.slow)
+    for pair in itertools.product(CIRCUITS, COMBINES)
+]
+
+
+@pytest.mark.parametrize(("name", "combine"), PAIRS)
 def test_routing_compiles_in_one_graph(name, combine):
     circuit, key = circuit_of(name), cr.random_key(0, torch.arange(T))
 

@@ -1,7 +1,7 @@
 """Circuit -> tensor programs: one folder per op, a naive engine beside its fast versions.
 
-Two ops cover everything: ``subset``, the flat count family, and ``layered``, any circuit. Which engine runs is
-decided by device and by what is installed, on declared reasons, and can be forced and asked for.
+Two ops cover everything: ``subset``, the flat count family, and ``layered``, any circuit. Which engine runs depends on
+the device and on what is installed; ``Circuit.engine_for`` names it and ``Circuit.with_engine`` forces one.
 """
 
 from circuitroute.engines.base import Engine as Engine

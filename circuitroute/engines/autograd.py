@@ -1,14 +1,34 @@
-"""Known moments as differentiable functions of logits and potential, for engines that are no autograd graph.
+"""Moments whose values are known already, as differentiable functions of logits and potential.
 
-Legend: T tokens, N variables, J = K + 1 counts.
+Legend: T tokens, N variables, J = K + 1 counts. Everything below is per token.
 
-With theta the logits and phi the count potential, m = d log Z / d theta and q = d log Z / d phi, so for upstream
-gradients (w, u, v) of (log Z, m, q) the backward pass is w m and w q plus the derivative of (m, q) along (u, v): the
-second derivative of log Z is symmetric. An engine supplies that derivative; in particular dm/dtheta is Cov(z).
+**The function.** Let F(x) = log Z at x = (theta, phi), the logits and the count potential. A sweep gives F and its
+gradient, m = dF / dtheta (the marginals) and q = dF / dphi (the count posterior). The operator differentiated here is
+x -> (F, m, q) = (F, grad F), whose values are handed in.
+
+**The gradient.** For a loss L with w = dL / dF, u = dL / dm and v = dL / dq the chain rule says
+
+    dL / dx = w grad F + J^T (u, v),    J = d(grad F) / dx = H, the second derivative of F.
+
+H is symmetric, since F is smooth: J^T (u, v) = H (u, v), which is the derivative of (m, q) along the direction (u, v),
+
+    H (u, v) = d/de grad F(x + e (u, v)) at e = 0.
+
+So the backward pass is a sweep in forward mode, on dual numbers, in the memory of a sweep and without a matrix; an
+engine supplies it as ``second_derivative``. The block dm / dtheta of H is the covariance of the variables.
+
+**Gradients of gradients** (``create_graph=True``). The two summands above are themselves functions of x, w, u and v:
+
+- w grad F: the factor grad F is (m, q), so this same operator, attached to the same values, gives it a gradient;
+- H (u, v) = grad <(u, v), grad F>, with u and v held fixed: autograd takes it through the naive engine, whose moments
+  are differentiable to any order. There u and v go in as upstream gradients, so that their own graphs are kept.
+
+**Evidence.** An infinite logit conditions F on its variable and is not an argument of it: its gradient is 0.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -56,78 +76,57 @@ class _Moments(torch.autograd.Function):
         ctx: Any, w_T: Tensor | None, u_TN: Tensor | None, v_TJ: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
         logits, potential = ctx.saved_tensors
-        backward = _differentiable_backward if torch.is_grad_enabled() else _backward
-        grad_logits, grad_phi = backward(ctx.engine, logits, potential, ctx.inference, w_T, u_TN, v_TJ)
+        engine, known, again = ctx.engine, ctx.inference, torch.is_grad_enabled()
+        by_logits = by_potential = None
+        if u_TN is not None or v_TJ is not None:
+            if again:
+                by_logits, by_potential = naive_second_derivative(engine.naive_moments, logits, potential, u_TN, v_TJ)
+            else:
+                u = torch.zeros_like(logits) if u_TN is None else u_TN
+                by_logits, by_potential = engine.second_derivative(logits, potential, known, u, v_TJ)
+        if w_T is not None:
+            known = attach(engine, known, logits, potential) if again else known
+            by_logits = _plus(by_logits, known.marginals, w_T)
+            by_potential = _plus(by_potential, known.count_probs, w_T)
+        if by_potential is not None and potential is not None and potential.dim() == 1:
+            by_potential = by_potential.sum(0)
         wanted = ctx.needs_input_grad
-        return grad_logits if wanted[0] else None, grad_phi if wanted[1] else None, None, None
+        by_logits = _without_evidence(by_logits, logits) if wanted[0] else None
+        return by_logits, by_potential if wanted[1] else None, None, None
 
 
-def _backward(
-    engine: Differentiable,
+def _plus(total: Tensor | None, values: Tensor | None, w_T: Tensor) -> Tensor | None:
+    """total + w values, where what is None is left out."""
+    if values is None:
+        return total
+    return values * w_T[:, None] if total is None else torch.addcmul(total, values, w_T[:, None])
+
+
+def _without_evidence(gradient: Tensor | None, logits_TN: Tensor) -> Tensor | None:
+    # A GPU would have to be waited for to know that there is none.
+    if gradient is None or (not logits_TN.is_cuda and certainly_finite(logits_TN)):
+        return gradient
+    return torch.where(torch.isinf(logits_TN), 0.0, gradient)
+
+
+def naive_second_derivative(
+    moments: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None]],
     logits_TN: Tensor,
     potential: Tensor | None,
-    inference: Inference,
-    w_T: Tensor | None,
     u_TN: Tensor | None,
     v_TJ: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients in logits and potential: w m + dm and w q + dq."""
-    marginals, count_probs = inference.marginals, inference.count_probs
-    if u_TN is None and v_TJ is None:
-        grad_logits = torch.zeros_like(marginals)
-        grad_phi = None if count_probs is None else torch.zeros_like(count_probs)
-    else:
-        u = torch.zeros_like(marginals) if u_TN is None else u_TN
-        grad_logits, grad_phi = engine.second_derivative(logits_TN, potential, inference, u, v_TJ)
-    if w_T is not None:
-        grad_logits.addcmul_(marginals, w_T[:, None])
-        if grad_phi is not None and count_probs is not None:
-            grad_phi.addcmul_(count_probs, w_T[:, None])
-    # Infinite logits are evidence: nothing is a function of them. (A GPU would have to be waited for to know.)
-    if logits_TN.is_cuda or not certainly_finite(logits_TN):
-        grad_logits.masked_fill_(torch.isinf(logits_TN), 0.0)
-    if potential is None or grad_phi is None:
-        return grad_logits, None
-    return grad_logits, grad_phi if potential.dim() == 2 else grad_phi.sum(0)
+    """([T, N], [T, J]) H (u, v) through moments that are a graph; itself differentiable.
 
-
-def _differentiable_backward(
-    engine: Differentiable,
-    logits: Tensor,
-    potential: Tensor | None,
-    inference: Inference,
-    w: Tensor | None,
-    u: Tensor | None,
-    v: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients that can be differentiated again (create_graph=True).
-
-    Those of log Z are the engine's own differentiable marginals; second derivatives go through the naive engine.
+    Only what depends on an input that requires a gradient is computed; the rest is 0.
     """
-    grads: list[Tensor | None] = [None, None]
-    if u is not None or v is not None:
-        grads = _naive_gradients(engine, logits, potential, u, v)
-    if w is not None:
-        known = attach(engine, inference, logits, potential)
-        by_logits = (known.marginals * w[:, None]).masked_fill(torch.isinf(logits), 0.0)
-        by_phi = None
-        if potential is not None and known.count_probs is not None:
-            by_phi = known.count_probs * w[:, None]
-            by_phi = by_phi if potential.dim() == 2 else by_phi.sum(0)
-        grads = [x if g is None else x if x is None else x + g for g, x in zip(grads, (by_logits, by_phi), strict=True)]
-    return grads[0], grads[1]
-
-
-def _naive_gradients(
-    engine: Differentiable, logits: Tensor, potential: Tensor | None, u: Tensor | None, v: Tensor | None
-) -> list[Tensor | None]:
-    _, marginals, count_probs = engine.naive_moments(logits, potential)
-    # As upstream gradients, not as factors: u and v may be functions of the logits themselves.
-    pairs = [(x, g) for x, g in ((marginals, u), (count_probs, v)) if x is not None and g is not None]
-    pairs = [(x, g) for x, g in pairs if x.requires_grad]
-    inputs = [x for x in (logits, potential) if x is not None and x.requires_grad]
-    if not pairs:
-        return [None if x is None or not x.requires_grad else torch.zeros_like(x) for x in (logits, potential)]
-    outputs, upstream = [x for x, _ in pairs], [g.to(x.dtype) for x, g in pairs]
-    found = iter(torch.autograd.grad(outputs, inputs, upstream, create_graph=True, materialize_grads=True))
-    return [next(found) if x is not None and x.requires_grad else None for x in (logits, potential)]
+    inputs = [logits_TN] if potential is None else [logits_TN, potential.expand(len(logits_TN), -1)]
+    _, marginals, count_probs = moments(logits_TN, inputs[1] if potential is not None else None)
+    pairs = [(x, g) for x, g in ((marginals, u_TN), (count_probs, v_TJ)) if x is not None and g is not None]
+    pairs = [(x, g.to(x.dtype)) for x, g in pairs if x.requires_grad]
+    found: Iterator[Tensor] = iter(())
+    if pairs:
+        outputs, upstream, wanted = [x for x, _ in pairs], [g for _, g in pairs], [x for x in inputs if x.requires_grad]
+        found = iter(torch.autograd.grad(outputs, wanted, upstream, create_graph=True, materialize_grads=True))
+    by_input = [next(found) if pairs and x.requires_grad else torch.zeros_like(x) for x in inputs]
+    return by_input[0], by_input[1] if potential is not None else None

@@ -1,4 +1,4 @@
-"""What an engine is asked for, and what it answers; the same for every op.
+"""What engines are asked and what they answer, the same for every op.
 
 Legend: T tokens, N variables, K the largest allowed count, J = K + 1.
 """
@@ -14,18 +14,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Inference:
-    """The outcome of one sweep.
+    """What an engine finds in rows of logits.
 
     Attributes:
         log_partition: [T] log Z.
         marginals: [T, N] P(i in S).
-        count_probs: [T, J] P(|S| = j); None where the op gives none.
-        shift: [T] float64, the constant s the sweep took off the logits; no gradient.
+        count_probs: [T, J] P(|S| = j); None where the engine gives none.
+        shift: [T] float64, the constant s that was subtracted from the logits; no gradient.
         log_root: [T] float64, log of the sum over allowed S of exp(potential) P_s(S) e^(s |S|), where P_s draws
             variables as independent coins with logits theta - s; no gradient. log Z is log_root plus the coins'
             log normaliser. Written relative to it, log-probabilities keep their accuracy at any scale.
-        mask: [T, N] bool, the sample if a key was given.
-        fallback: [T] bool, rows that the naive engine had to take over; None where an engine never needs it.
+        mask: [T, N] bool, the sample, if a key was given.
+        fallback: [T] bool, rows that the fast sweep could not settle, see :mod:`circuitroute.engines.sweep`; None for
+            engines without such rows.
     """
 
     log_partition: Tensor
@@ -50,7 +51,7 @@ class Engine(Protocol):
         Args:
             logits_TN: [T, N] float32 or float64 without NaN; infinite values are evidence.
             potential: [J] or [T, J] log potentials of the counts (-inf where not allowed); None for circuits
-                that are no pure count constraint.
+                that are not pure count constraints.
         """
         ...
 
@@ -67,29 +68,29 @@ class Engine(Protocol):
 
 
 class LayeredEngine(Engine, Protocol):
-    """An engine of one circuit that is no pure count constraint."""
+    """An engine of one circuit that is not a pure count constraint."""
 
     gives_counts: bool  # whether :meth:`infer` gives the count posterior
 
     def mode(self, logits_TN: Tensor) -> Tensor:
-        """[T, N] bool, a most probable subset; ties go to the first element of a sum, on every engine the same."""
+        """[T, N] bool, a most probable subset; ties go to the first element of a sum, so all engines agree."""
         ...
 
     def count_probs(self, logits_TN: Tensor, K: int) -> Tensor:
-        """[T, K + 1] P(|S| = j), differentiable, where :meth:`infer` gives none; K is the largest count."""
+        """[T, K + 1] P(|S| = j), differentiable, where :meth:`infer` does not give it; K is the largest count."""
         ...
 
 
 def certainly_finite(values: Tensor) -> bool:
-    """Whether a single sum, which infinities and NaN survive, shows that all values are finite.
+    """Whether one sum, which infinities and NaN survive, shows that all values are finite.
 
-    A cheap way past masks that are nearly always empty; False may also mean that finite values overflow the sum.
+    A cheap way to skip masks that are nearly always empty. False may also mean that the sum of finite values overflows.
     """
     return math.isfinite(values.detach().sum().item())
 
 
 def given(potential: Tensor | None) -> Tensor:
-    """The count potential that every engine of the count family is called with."""
+    """The count potential, which every engine of the count family needs."""
     if potential is None:
         raise ValueError("potential=None: the count family needs the log potentials of its counts")
     return potential

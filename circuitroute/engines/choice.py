@@ -1,4 +1,4 @@
-"""Which engine runs a circuit on a device: decided on declared reasons, forceable, and what it will cost."""
+"""Which engine runs a circuit on a device, for which reasons, and what a sweep costs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from circuitroute.engines.subset.triton.engine import missing as missing_for_tri
 from circuitroute.engines.subset.triton.engine import refusal as triton_refusal
 from circuitroute.errors import EngineError
 
-# Names in order of preference, by op; "pyjuice" runs only where it is asked for.
+# Names by op, in order of preference; "pyjuice" runs only on request.
 ENGINES: dict[str, tuple[str, ...]] = {
     "subset": ("triton", "numba", "torch", "naive"),
     "layered": ("torch", "naive", "pyjuice"),
@@ -33,10 +33,10 @@ _SUBSET: dict[str, Engine] = {
     "naive": NaiveSubset(),
 }
 
-# Engines of arbitrary circuits hold a plan of theirs, which lives as long as the circuit does.
+# Engines of arbitrary circuits hold a plan, which lives as long as its circuit.
 _LAYERED: WeakKeyDictionary[Compiled, dict[str, LayeredEngine]] = WeakKeyDictionary()
 
-# Engines that need what may not be installed: why they cannot run here, or None.
+# Engines that need more than torch: why they cannot run here, or None.
 _NEEDS: dict[str, Callable[[], str | None]] = {
     "triton": missing_for_triton,
     "numba": missing_for_numba,
@@ -70,7 +70,7 @@ def require(circuit: Compiled, name: str) -> None:
         raise EngineError(f"engine={name!r}: there is no such engine; known are {', '.join(known)}")
     if name not in ENGINES[op_of(circuit)]:
         raise EngineError(
-            f"engine={name!r} runs no circuit of op {op_of(circuit)!r} such as {circuit.constraint!r}; "
+            f"engine={name!r} does not run circuits of op {op_of(circuit)!r} such as {circuit.constraint!r}; "
             f"use one of {', '.join(ENGINES[op_of(circuit)])}"
         )
     lacking = _NEEDS[name]() if name in _NEEDS else None
@@ -89,7 +89,7 @@ def engine_of(circuit: Compiled, device: torch.device) -> Engine:
 
 
 def layered_engine(circuit: Compiled, device: torch.device) -> LayeredEngine:
-    """The engine of a circuit that is no pure count constraint; kept with the circuit, since it holds a plan."""
+    """The engine of a circuit that is not a pure count constraint, kept with the circuit since it holds a plan."""
     name = engine_name(circuit, device)
     made = _LAYERED.setdefault(circuit, {})
     if name not in made:
@@ -115,6 +115,6 @@ class Cost:
 
 
 def cost(circuit: Compiled) -> Cost:
-    """One multiply-add per element up, two down; the gradient sweeps dual numbers, three times as much."""
+    """One multiply-add per element up and two down; the gradient, on dual numbers, takes three times as much."""
     sweep = 3 * circuit.graph.num_edges
     return Cost(multiply_adds=sweep, backward=3 * sweep, bytes_moved=8 * circuit.n)

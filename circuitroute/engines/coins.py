@@ -10,7 +10,7 @@ from torch import Tensor
 
 from circuitroute.engines.shift import Evidence, Shift
 
-# Largest exponent that does not overflow; coins more certain than that are certain.
+# Largest exponent that does not overflow; a coin with larger odds is certain.
 MAX_EXPONENT = {torch.float32: 83.0, torch.float64: 700.0}
 
 
@@ -30,8 +30,8 @@ def log_normaliser(
 ) -> Tensor:
     """[B] float64 log normaliser of the coins, the sum of max(x, 0) - log(max(sigmoid(x), sigmoid(-x))).
 
-    The first part is summed as the logits above s, less s times their number: the logits are exact and most of
-    s cancels against the root's s |S|, where a sum of rounded differences would keep their errors.
+    The first part is the sum of the logits above s, less s times their number: the logits are exact, and most of s
+    cancels against the root's s |S|, whereas a sum of rounded differences would keep their errors.
     """
     above = present > absent
     if evidence is not None:

@@ -1,4 +1,4 @@
-"""What the naive engines share: literals as log-probabilities of independent coins, in float64.
+"""Literals as log-probabilities of independent coins, in float64, for the naive engines.
 
 Legend: T tokens, N variables.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Finite stand-in for log 0: sums of a few never overflow, and logsumexp of them has no NaN gradient.
+# A finite stand-in for log 0: sums of a few do not overflow, and the gradient of their logsumexp is not NaN.
 LOG_ZERO = -1e300
 
 
@@ -21,18 +21,18 @@ def is_zero(log_values: Tensor) -> Tensor:
 
 
 def as_input(x: Tensor) -> Tensor:
-    """``x`` in float64 as something autograd can differentiate by; the caller's own graph is kept."""
+    """``x`` in float64, such that autograd can differentiate by it; the caller's graph is kept."""
     if x.is_inference():
         x = x.clone()
     return x.double() if x.requires_grad else x.detach().double().requires_grad_()
 
 
 def _finite(logits: Tensor) -> Tensor:
-    """Infinite logits replaced by zero, for branches that are masked out afterwards."""
+    """Zero in place of infinite logits, for branches that are masked out afterwards."""
     return torch.where(torch.isinf(logits), 0.0, logits)
 
 
-def log_literals(logits_TN: Tensor, shift_T: Tensor) -> tuple[Tensor, Tensor]:
+def log_coins(logits_TN: Tensor, shift_T: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities (absent, present) of coins with logits theta - s, each [N, T]; evidence is certain."""
     centred = (_finite(logits_TN) - shift_T[:, None]).t()
     forced, forbidden = (logits_TN == math.inf).t(), (logits_TN == -math.inf).t()
@@ -42,18 +42,17 @@ def log_literals(logits_TN: Tensor, shift_T: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def log_weights(logits_TN: Tensor) -> tuple[Tensor, Tensor]:
-    """Log weights (absent, present) of the literals, each [N, T], for the mode: what is lost by having it this way.
+    """Log weights (absent, present) of the literals, each [N, T], for the mode: -max(theta, 0) and min(theta, 0).
 
-    -max(theta, 0) and min(theta, 0): up to a constant of the row the sum of the chosen logits, and as accurate as coins
-    when a logit dwarfs the others. There is no logarithm in it. Float64 sums of bfloat16 logits are exact, so subsets
-    that tie do so on every machine, and no rounding decides between them.
+    Up to a constant of the row this is the sum of the chosen logits, as accurate as coins when one logit dwarfs the
+    others, and without logarithms. Float64 sums of bfloat16 logits are exact, so ties are ties on every machine.
     """
     theta = logits_TN.t()
     return (-theta).clamp(LOG_ZERO, 0.0), theta.clamp(LOG_ZERO, 0.0)
 
 
-def log_coins(logits_TN: Tensor, shift_T: Tensor) -> Tensor:
-    """[T] log normaliser of those coins; decided variables have none."""
+def log_normaliser(logits_TN: Tensor, shift_T: Tensor) -> Tensor:
+    """[T] log normaliser of these coins; decided variables contribute nothing."""
     each = F.softplus(_finite(logits_TN) - shift_T[:, None], threshold=50)
     return torch.where(torch.isinf(logits_TN), 0.0, each).sum(1)
 

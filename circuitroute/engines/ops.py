@@ -1,16 +1,14 @@
-"""What an engine does as torch operators, for programs that are traced: torch.compile, torch.export.
+"""Engines as torch operators, for programs that are traced: torch.compile, torch.export.
 
 Legend: T tokens, N variables, J = K + 1 counts (0 where a circuit gives none).
 
-A traced program cannot look into an engine, nor branch on values. These operators hide both: ``infer`` is one sweep
-with its gradient, ``sample`` and ``mode`` draw and decide, ``satisfies`` judges. Tracing sees their shapes only. A
-circuit is passed by its :attr:`~circuitroute.Circuit.handle`: traced programs belong to the process that holds it.
+A traced program can neither look into an engine nor branch on values. These operators hide both: ``infer`` is one
+sweep with its gradient, ``sample`` and ``mode`` choose a subset, ``satisfies`` checks one. Tracing sees shapes only. A
+circuit is passed by its :attr:`~circuitroute.Circuit.handle`, so traced programs belong to the process that holds it.
 
-Untraced programs call engines directly, with gradients of any order; here there is the first, of log Z, marginals and
-the count posterior, which is what training needs.
+Untraced programs call engines directly, with gradients of any order. Operators have first gradients only (of log Z,
+marginals and count posterior), which is what training needs.
 """
-
-from __future__ import annotations
 
 from typing import Any
 
@@ -22,24 +20,17 @@ from circuitroute.circuit.compiled import of_handle
 from circuitroute.engines.base import Inference
 from circuitroute.engines.choice import engine_of
 
-# (log Z, marginals, count posterior, shift, log root, mask, fallback)
+# (log Z, marginals, count posterior, shift, log root, mask, fallback). Annotations are not strings in this file: torch
+# 2.6 makes an operator's schema of them, and would look up the names in a module of its own.
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def infer(circuit: Compiled, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor | None) -> Inference:
     """One sweep, differentiable once; see :meth:`circuitroute.engines.base.Engine.infer`."""
-    log_partition, marginals, counts, shift, log_root, mask, fallback = _infer(
-        logits_TN, potential, key_T, circuit.handle
-    )
-    return Inference(
-        log_partition,
-        marginals,
-        counts if counts.shape[1] else None,
-        shift,
-        log_root,
-        None if key_T is None else mask,
-        fallback,
-    )
+    parts = _infer(logits_TN, potential, key_T, circuit.handle)
+    log_partition, marginals, counts, shift, log_root, mask, fallback = parts
+    posterior, drawn = counts if counts.shape[1] else None, None if key_T is None else mask
+    return Inference(log_partition, marginals, posterior, shift, log_root, drawn, fallback)
 
 
 def sample(circuit: Compiled, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor) -> Tensor:
@@ -121,19 +112,7 @@ def _infer_backward(
 
 
 @_infer_backward.register_fake
-def _(
-    logits: Tensor,
-    potential: Tensor | None,
-    marginals: Tensor,
-    counts: Tensor,
-    shift: Tensor,
-    log_root: Tensor,
-    fallback: Tensor,
-    w: Tensor,
-    u: Tensor,
-    v: Tensor,
-    circuit: str,
-) -> tuple[Tensor, Tensor]:
+def _(logits: Tensor, potential: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
     return logits.new_empty(logits.shape), logits.new_empty((0,) if potential is None else potential.shape)
 
 
@@ -182,7 +161,7 @@ def _(logits: Tensor, potential: Tensor | None, circuit: str) -> Tensor:
 
 @torch.library.custom_op("circuitroute::satisfies", mutates_args=())
 def _satisfies(mask: Tensor, circuit: str) -> Tensor:
-    return boolean.satisfies(of_handle(circuit), mask).clone()  # an operator's result is no view
+    return boolean.satisfies(of_handle(circuit), mask).clone()  # an operator must not return a view of its input
 
 
 @_satisfies.register_fake

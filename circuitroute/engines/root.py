@@ -1,4 +1,4 @@
-"""Where the way up ends and the way down starts: the root's coefficients, weighed by potential and shift.
+"""The root, where the way up ends and the way down starts: its coefficients, weighed by potential and shift.
 
 Legend: B tokens of one block, J counts the root tells apart.
 """
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from circuitroute.engines.shift import Evidence, Shift
 
-# Root coefficients below this may have lost factors to underflow on the way up, and a count may only have one
-# if its share of Z is then below e^-NEGLIGIBLE.
+# Root coefficients below SMALLEST_COEFFICIENT may have lost factors to underflow on the way up. That is harmless for
+# counts whose share of Z is then below e^-NEGLIGIBLE.
 SMALLEST_COEFFICIENT = {torch.float32: 1e-25, torch.float64: 1e-250}
 NEGLIGIBLE = {torch.float32: 23.0, torch.float64: 42.0}
 
@@ -44,13 +44,13 @@ def weigh(
     evidence: Evidence | None,
     ceiling_JB: Tensor | None = None,
 ) -> Root:
-    """Weigh count j by exp(potential_j + s (j - forced)), in log space: the weights alone may span any range.
+    """Weigh count j by exp(potential_j + s (j - forced)), in log space, since the weights may span any range.
 
-    Coefficients too small to trust are left out. That is harmless where the count's share of the total is negligible,
-    by the bounds ``ceiling_JB`` on the logs of the shares, or by what the smallest trusted coefficient would give.
+    Coefficients too small to trust are left out. A count that is left out is negligible, or its row underflows.
 
     Args:
         counts_J: [J] float64, the counts.
+        ceiling_JB: bounds on the logs of the counts' shares; by default what the smallest trusted coefficient gives.
     """
     dtype, floor = coefficients_JB.dtype, SMALLEST_COEFFICIENT[coefficients_JB.dtype]
     lost = coefficients_JB < floor

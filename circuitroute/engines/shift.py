@@ -2,14 +2,14 @@
 
 Legend: T tokens, N variables.
 
-p(S) does not change when a constant s is taken off all logits and s|S| is added back, so every token gets the
-s at which independent coins with logits theta - s show about the wanted number of heads. Then all polynomial
-coefficients that matter are of order one and neither underflow nor need rescaling.
+p(S) does not change when a constant s is subtracted from all logits and s |S| is added back, so every token gets the s
+at which independent coins with logits theta - s show about the wanted number of heads. Then all coefficients that
+matter are of order one: they neither underflow nor need rescaling.
 
 The equation sum_i sigmoid(theta_i - s) = target is solved by Newton's method on log(F / target), from
-s = logsumexp(theta) - log(target), inside a bracket that is found on the way. It need not be solved well:
-an expected count within 0.45 of the target is enough. s is kept as two floats, because the relative accuracy
-of exp(theta - s) is lost when theta is large and s is rounded once.
+s = logsumexp(theta) - log(target), inside a bracket that is found on the way. A rough solution will do: an expected
+count within TOLERANCE of the target is enough. s is kept as two floats, because one rounding of s costs exp(theta - s)
+its relative accuracy when theta is large.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from torch import Tensor
 
 TOLERANCE = 0.45
 MAX_STEPS = 60
+FIRST_STRIDE = 6.0  # of the walk towards a bracket; strides double
+BEYOND = 2.0  # how far beyond the last logit, plus the log of their number, coins are certain enough
+LEAST_WANTED = 1e-3  # heads, for a finite first guess
 FULL_STEPS = 2  # afterwards only the few unfinished tokens are iterated
 
 
@@ -66,7 +69,7 @@ class Evidence:
 
 
 def solve_shift(logits_NT: Tensor, evidence: Evidence | None, low_T: Tensor, high_T: Tensor, tilt_T: Tensor) -> Shift:
-    """Shifts whose expected count lies in [low, high], as near as may be to ``-tilt``.
+    """Shifts whose expected count lies in [low, high], as close to ``-tilt`` as that allows.
 
     Args:
         logits_NT: [N, T], no NaN.
@@ -82,10 +85,10 @@ def solve_shift(logits_NT: Tensor, evidence: Evidence | None, low_T: Tensor, hig
     target = torch.minimum(torch.maximum(expected, low_T), high_T)
     natural = (expected >= low_T) & (expected <= high_T)
     wanted = target - forced
-    # Everything undecided is out, or in: any shift well past the last logit does.
-    past = undecided.clamp(min=1).log() + 2
+    # All undecided variables are out, or all are in: any shift well beyond the last logit will do.
+    past = undecided.clamp(min=1).log() + BEYOND
     none_in, all_in = wanted <= 0, wanted >= undecided
-    start = (total / wanted.clamp(min=1e-3)).log()
+    start = (total / wanted.clamp(min=LEAST_WANTED)).log()
     start = torch.where(none_in, past, torch.where(all_in, bottom - top - past, start))
     start = torch.where(natural, -tilt_T - top, start)
     s = _newton(logits_NT, top, start, target, natural | none_in | all_in)
@@ -142,7 +145,7 @@ def _newton(logits_NT: Tensor, top: Tensor, start: Tensor, target: Tensor, done:
     """Iterate each token until its expected count is within TOLERANCE; finished tokens never move again."""
     s = start.clone()
     columns: Tensor | None = None
-    search = _Search(s, torch.full_like(s, -math.inf), torch.full_like(s, math.inf), torch.full_like(s, 6.0))
+    search = _Search(s, torch.full_like(s, -math.inf), torch.full_like(s, math.inf), torch.full_like(s, FIRST_STRIDE))
     for iteration in range(MAX_STEPS):
         if iteration == FULL_STEPS or columns is not None:
             keep = (~done).nonzero().squeeze(1)

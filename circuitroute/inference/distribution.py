@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -123,12 +122,14 @@ class SubsetDistribution(Distribution):
         bad, counts = self.rows.nan, inference.count_probs
         if bad is None:
             return inference
-        return replace(
-            inference,
-            log_partition=nan_rows(bad, inference.log_partition),
-            marginals=nan_rows(bad, inference.marginals),
-            count_probs=None if counts is None else nan_rows(bad, counts),
-            log_root=nan_rows(bad, inference.log_root),
+        return Inference(  # torch 2.6 cannot trace dataclasses.replace
+            nan_rows(bad, inference.log_partition),
+            nan_rows(bad, inference.marginals),
+            None if counts is None else nan_rows(bad, counts),
+            inference.shift,
+            nan_rows(bad, inference.log_root),
+            inference.mask,
+            inference.fallback,
         )
 
     def invalid_rows(self) -> Tensor | None:

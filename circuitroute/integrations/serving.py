@@ -81,7 +81,8 @@ def routing_function(
         raise ValueError(f"scaling={scaling!r}: expected a finite number")
     if bias is not None:
         bias = _as_bias(bias, circuit.n)
-    place = torch.get_default_device() if device is None else torch.device(device)
+    # Of a tensor, since torch 2.6 does not tell of a default set by "with".
+    place = torch.empty(0).device if device is None else torch.device(device)
     return RoutingFunction(circuit, combine, score, bias, float(scaling)).to(place)
 
 
@@ -99,7 +100,7 @@ class RoutingFunction(nn.Module):
         super().__init__()
         self.circuit = circuit
         self.combine, self.score, self.scaling = combine, score, scaling
-        self.largest = circuit.max_count  # not looked up in forward, which may be traced
+        self.largest, self.rule = circuit.max_count, repr(circuit.constraint)  # not looked up where it may be traced
         self.unrolled: UnrolledMode | None = None
         self.allows_none = False
         if circuit.counts is not None:
@@ -198,7 +199,7 @@ class RoutingFunction(nn.Module):
             int_at_least("topk", topk, 1)
         if topk < self.largest:
             raise ValueError(
-                f"topk={topk}: {self.circuit.constraint!r} chooses up to {self.largest} experts per token; give the "
+                f"topk={topk}: {self.rule} chooses up to {self.largest} experts per token; give the "
                 f"server topk={self.largest} (num_experts_per_tok in most models' configurations)"
             )
         if topk > self.circuit.n:
@@ -238,7 +239,8 @@ def export(
     if not function.portable:
         raise ValueError(_not_portable(function.circuit))
     device = next((table.device for table in function.buffers()), None)
-    tokens, hidden_size = Dim("tokens"), Dim("hidden_size")
+    # torch 2.6 refuses an open range, for a guard against the largest integer.
+    tokens, hidden_size = Dim("tokens", max=2**31), Dim("hidden_size", max=2**31)
     program = torch.export.export(
         function,
         (),

@@ -6,7 +6,7 @@ Legend: T tokens, E experts.
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, float32, promote_types
@@ -76,7 +76,7 @@ def decide(
 def as_share(decide: Decide | float | None, estimator: str | Estimator) -> float:
     """The share of tokens to sample in training, or an error that says what is wrong with ``decide``."""
     scores = type(as_estimator(estimator)) is Score
-    if isinstance(decide, str) and decide not in get_args(Decide):
+    if isinstance(decide, str) and decide not in SHARES:
         raise ValueError(f"decide={decide!r}: choose 'sample', 'mode', or a share of sampled tokens from 0 to 1")
     share = SHARES[decide] if decide is None or isinstance(decide, str) else as_number("decide", decide)
     if not 0 <= share <= 1:

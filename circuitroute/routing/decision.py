@@ -14,6 +14,7 @@ from circuitroute._validate import int_at_least
 from circuitroute.inference.distribution import SubsetDistribution
 
 Pad: TypeAlias = Literal["distinct", "sentinel", "minus_one"]
+PADS = get_args(Pad)  # here, since torch 2.6 cannot trace get_args
 
 
 class Decision(NamedTuple):
@@ -133,8 +134,8 @@ class Routing:
         Raises:
             ValueError: an unknown ``pad``, ``width`` outside 1..E, or a token with more experts than ``width``.
         """
-        if pad not in get_args(Pad):
-            raise ValueError(f"pad={pad!r}: choose one of {', '.join(map(repr, get_args(Pad)))}")
+        if pad not in PADS:
+            raise ValueError(f"pad={pad!r}: choose one of {', '.join(map(repr, PADS))}")
         experts = self.mask.shape[-1]
         largest = self.max_count
         slots = largest if width is None else int_at_least("width", width, 1)

@@ -16,6 +16,7 @@ from circuitroute.routing.decision import Decision
 from circuitroute.routing.estimators import Dense, Estimator, as_estimator
 
 Combine: TypeAlias = Literal["softmax", "normalized", "sigmoid", "marginal"]
+COMBINES = get_args(Combine)  # here, since torch 2.6 cannot trace get_args
 
 # An unchosen expert's weight relative to the chosen ones enters a gradient only; e^30 keeps that finite.
 MAX_RELATIVE_LOGIT = 30.0
@@ -53,8 +54,8 @@ def estimated_mask(decision: Decision, estimator: str | Estimator) -> Tensor:
 
 def as_combine(combine: Combine) -> Combine:
     """``combine``, or a ValueError that lists the known ones."""
-    if combine not in get_args(Combine):
-        raise ValueError(f"combine={combine!r}: choose one of {', '.join(map(repr, get_args(Combine)))}")
+    if combine not in COMBINES:
+        raise ValueError(f"combine={combine!r}: choose one of {', '.join(map(repr, COMBINES))}")
     return combine
 
 

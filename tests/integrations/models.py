@@ -36,6 +36,7 @@ DEEPSEEK = {
     "routed_scaling_factor": 2.5,
     "num_key_value_heads": 4,
 }
+NO_GROUPS = {"n_group": 1, "topk_group": 1}
 LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
 SHARED = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "intermediate_size": 16}
 
@@ -119,3 +120,12 @@ def own_count(family: str) -> int:
 def dynamic(family: str) -> cr.Constraint:
     """Fewer and more experts than the stock model uses."""
     return cr.Between(1, own_count(family) + 1)
+
+
+def ungrouped(family: str, implementation: str = "grouped_mm", **changes: Any) -> Any:
+    """A tiny model of 8 experts whose own rule is a plain top-2."""
+    if family in ("DeepSeek-V3", "GLM4-MoE"):
+        changes |= NO_GROUPS
+    if family == "Qwen2-MoE":
+        changes |= {"num_experts": 8, "num_experts_per_tok": TOP_K}
+    return tiny(family, implementation, **changes)

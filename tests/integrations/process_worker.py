@@ -1,6 +1,7 @@
-"""One of several processes that train together: run by test_processes.py, which reads what the first one writes.
+"""Processes that train together: run by test_processes.py, which reads what the first of them writes.
 
-``python process_worker.py STORE RANK PROCESSES OUT``: all scenarios, or, with one process, what they are held to.
+``python process_worker.py DIRECTORY``: all scenarios on two processes, and on one, to which those are held. All three
+are forked from the process that was started, which has imported what takes long to import.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -15,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
+import torch.multiprocessing
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -175,9 +179,10 @@ def bfloat16_fsdp(s: Scenario) -> dict[str, Any]:
 
 
 def compiled_fsdp(s: Scenario) -> dict[str, Any]:
-    """torch.compile of a block that is recomputed in backward."""
+    """torch.compile of a block that is recomputed in backward, held to one process that compiles nothing."""
     model = s.example.build(recompute=True)
-    model.blocks[0].compile(backend="aot_eager")
+    if s.processes > 1:
+        model.blocks[0].compile(backend="aot_eager")
     return s.run(s.shard(model))
 
 
@@ -219,23 +224,40 @@ SCENARIOS: dict[str, Callable[[Scenario], dict[str, Any]]] = {
 
 
 def run_all(
-    scenarios: dict[str, Callable[[Any], dict[str, Any]]],
-    scenario_class: Callable[[int, int], Any],
-    store: str,
     rank: int,
     processes: int,
-    out: str,
+    directory: Path,
+    scenarios: dict[str, Callable[[Any], dict[str, Any]]],
+    scenario_class: Callable[[int, int], Any],
 ) -> None:
     """All scenarios in one process group; the first process writes what they give."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{directory}/store-{processes}", rank=rank, world_size=processes
+    )
     # cr.MoE's outputs are views of its sum, which FSDP2 warns about in case someone changes them in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")
     results = {name: scenario(scenario_class(rank, processes)) for name, scenario in scenarios.items()}
     if rank == 0:
-        Path(out).write_text(json.dumps(results), encoding="utf-8")
+        (directory / f"{processes}.json").write_text(json.dumps(results), encoding="utf-8")
     dist.destroy_process_group()
 
 
+def fork_all(
+    scenarios: dict[str, Callable[[Any], dict[str, Any]]], scenario_class: Callable[[int, int], Any], directory: Path
+) -> None:
+    """One process alone beside two together; raises what one of them raises, once the others are stopped."""
+    groups = [
+        torch.multiprocessing.start_processes(
+            run_all, (processes, directory, scenarios, scenario_class), processes, join=False, start_method="fork"
+        )
+        for processes in (1, 2)
+    ]
+    for group in groups:
+        while not group.join():
+            pass
+
+
 if __name__ == "__main__":
-    run_all(SCENARIOS, Scenario, sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    fork_all(SCENARIOS, Scenario, Path(sys.argv[1]))

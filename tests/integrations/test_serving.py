@@ -294,8 +294,9 @@ def test_too_large_a_circuit_is_served_but_not_exported(monkeypatch, tmp_path):
         assert_same(call(run, logits_of(), topk), expected)
     with pytest.raises(ValueError, match=r"has 8\d products, .* at most .*: simplify the constraint, or serve it"):
         serving.export(function, tmp_path / "no.pt2", topk=topk, renormalize=True)
-    with pytest.raises(ValueError, match="simplify the constraint, or serve it"):
-        torch.export.export(function, (torch.zeros(3, H), logits_of(rows=3), topk, True))
+    if hasattr(torch.compiler, "is_exporting"):  # from torch 2.7 on: before, an export looks like a compilation
+        with pytest.raises(ValueError, match="simplify the constraint, or serve it"):
+            torch.export.export(function, (torch.zeros(3, H), logits_of(rows=3), topk, True))
     assert list(tmp_path.iterdir()) == []
     counting = serving.routing_function(cr.Exactly(3), n)
     assert counting.portable
@@ -352,5 +353,6 @@ def test_a_topk_that_is_too_small_is_refused_while_tracing_too():
     function = serving.routing_function(cr.Between(2, 4), 12)
     with pytest.raises(ValueError, match="topk=3"):
         serving.export(function, topk=3, renormalize=True)
-    with pytest.raises(Exception, match="topk=3"):
+    # Before torch 2.7, a traced program says no more than that there was an exception.
+    with pytest.raises(Exception, match="topk=3" if hasattr(torch.compiler, "is_exporting") else "Observed exception"):
         call(traced(function), logits_of(), 3)

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import circuitroute as cr
 from circuitroute.integrations import transformers as adapter
 from circuitroute.integrations.transformers.walk import CHECKPOINTING
-from tests.integrations.models import tiny, tokens
+from tests.integrations.models import NO_GROUPS, tiny, tokens
 from tests.integrations.support import SEED, assert_same, block_of, gradients, logits_of, train_once
 
 pytestmark = [
@@ -29,7 +29,6 @@ pytestmark = [
 ]
 LAYERS, EXPERTS = 3, 8
 PER_LAYER, TOTAL = cr.Between(1, 5), cr.Between(5, 7)
-NO_GROUPS = {"n_group": 1, "topk_group": 1}
 
 
 def three(family: str, **changes: Any) -> Any:

@@ -41,8 +41,7 @@ PADDING = {
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
-    directory = tmp_path_factory.mktemp("processes")
-    return {processes: run_together(processes, directory, WORKER) for processes in (1, 2)}
+    return run_together(tmp_path_factory.mktemp("processes"), WORKER)
 
 
 def test_all_scenarios_ran(together: dict[int, dict[str, Any]]) -> None:

@@ -1,14 +1,14 @@
-"""One of several processes that train a patched model of transformers together: run by test_transformers_processes.py.
+"""Processes that train a patched model of transformers together: run by test_transformers_processes.py.
 
-``python transformers_worker.py STORE RANK PROCESSES OUT``: all scenarios, or, with one process, what they are held to.
+``python transformers_worker.py DIRECTORY``: all scenarios on two processes, and on one, to which those are held.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import DistributedConfig, OlmoeForCausalLM
 
 sys.modules["numba"] = None  # type: ignore[assignment]  # kernels that each process would have to compile
 
 import circuitroute as cr  # noqa: E402 - once numba is out of the way
 from circuitroute.integrations.transformers.experts import choose_padding  # noqa: E402
 from tests.integrations.models import tiny, tokens  # noqa: E402
-from tests.integrations.process_worker import digest, run_all  # noqa: E402
+from tests.integrations.process_worker import digest, fork_all  # noqa: E402
 
 STEPS, SEED = 3, 7
 BATCH, LENGTH = 4, 12
@@ -37,8 +38,6 @@ class Scenario:
 
     def build(self, implementation: str = "grouped_mm", dtype: torch.dtype = torch.float32, **layout: Any) -> Any:
         """With the same weights everywhere; laid out over processes by transformers itself where ``layout`` says so."""
-        from transformers import DistributedConfig, OlmoeForCausalLM
-
         whole = tiny("OLMoE", implementation).to(dtype)
         if self.processes == 1 or not layout:
             return whole
@@ -185,10 +184,5 @@ SCENARIOS: dict[str, Callable[[Scenario], dict[str, Any]]] = {
 }
 
 
-def main(store: str, rank: int, processes: int, out: str) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
-    run_all(SCENARIOS, Scenario, store, rank, processes, out)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    fork_all(SCENARIOS, Scenario, Path(sys.argv[1]))

@@ -1,8 +1,8 @@
-"""Which graph the engines run for a circuit: nodes split by their count, where that is cheap.
+"""The graph that engines run for a circuit: nodes split by their count, where that is cheap.
 
 Nodes of definite count allow the logits to be shifted, which keeps float32 in range when they ask for many more or
-fewer variables than the constraint allows, and give the posterior of the count for nothing. Compilers may have merged
-nodes of different counts that no completion tells apart.
+fewer variables than the constraint allows, and make the posterior of the count a by-product. Compilers may have merged
+nodes of different counts.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from circuitroute.circuit.counting import has_definite_counts, most_elements_split, split_by_count
 from circuitroute.circuit.graph import Graph
 
-# How many times more elements, and how many at a price not worth speaking of, the split graph may have.
+# The split graph may have this many times more elements, or up to SMALL, which cost next to nothing.
 MAX_GROWTH = 4
 SMALL = 10_000
 

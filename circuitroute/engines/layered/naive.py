@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from circuitroute.circuit.graph import Graph, NodeKind
-from circuitroute.engines.base import Inference
-from circuitroute.engines.logspace import as_input, is_zero, log_coins, log_literals, log_weights, nan_rows
+from circuitroute.engines.logspace import is_zero, log_coins, log_weights, nan_rows
+from circuitroute.engines.naive import NaiveEngine
 from circuitroute.keys import uniform
 
-# Values held at once while walking down; bounds memory whatever the circuit.
+# Values held at once while walking down, which bounds memory for any circuit.
 MAX_VALUES = 1 << 24
 
 
@@ -65,58 +65,38 @@ class _Plan:
         return known
 
 
-class NaiveLayered:
-    """Float64 log-space inference for any smooth, decomposable, deterministic circuit."""
+class NaiveLayered(NaiveEngine):
+    """Float64 log-space inference for any smooth, decomposable, deterministic circuit.
 
-    name = "naive"
-    gives_counts = False
+    Args:
+        graph: the circuit.
+        K: the largest count, if the moments shall hold the count posterior.
+    """
 
-    def __init__(self, graph: Graph) -> None:
-        self._graph = graph
+    def __init__(self, graph: Graph, K: int | None = None) -> None:
+        self._graph, self._K = graph, K
         self._plans: dict[torch.device, _Plan] = {}
+        self.gives_counts = K is not None
 
     def _plan(self, device: torch.device) -> _Plan:
         if device not in self._plans:
             self._plans[device] = _Plan(self._graph, device)
         return self._plans[device]
 
-    def infer(self, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor | None = None) -> Inference:
-        """See :class:`circuitroute.engines.base.Engine`."""
-        log_partition, marginals = (x.detach() for x in self.moments(logits_TN))
-        with torch.no_grad():
-            log_root = self._log_values(logits_TN.double())[-1]
-            log_root = nan_rows(is_zero(log_root), log_root)
-        mask = None if key_T is None else self.sample(logits_TN, None, key_T)
-        return Inference(log_partition, marginals, None, torch.zeros_like(log_root), log_root, mask)
+    def log_root(self, logits_TN: Tensor, potential_TJ: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See :class:`circuitroute.engines.naive.NaiveEngine`; the coins are taken as they are."""
+        root = self._log_values(logits_TN)[-1]
+        return root, torch.zeros_like(root)
 
-    def attach(self, inference: Inference, logits_TN: Tensor, potential: Tensor | None) -> Inference:
-        """See :class:`circuitroute.engines.base.Engine`; the graph of the naive engine is its own computation."""
-        log_partition, marginals = self.moments(logits_TN)
-        return replace(inference, log_partition=log_partition, marginals=marginals)
-
-    def moments(self, logits_TN: Tensor) -> tuple[Tensor, Tensor]:
-        """(log Z, marginals), differentiable to any order, in the dtype of the logits."""
-        differentiable = torch.is_grad_enabled() and logits_TN.requires_grad
-        # Marginals are taken by autograd, which must be on even where the caller has switched it off.
-        with torch.inference_mode(False), torch.enable_grad():
-            logits = as_input(logits_TN)
-            log_root = self._log_values(logits)[-1]
-            log_partition = log_root + log_coins(logits, torch.zeros_like(log_root))
-            (marginals,) = torch.autograd.grad(log_partition.sum(), logits, create_graph=differentiable)
-            # Log Z is conditioned on forced variables and no function of them.
-            marginals = torch.where(logits == math.inf, 1.0, marginals)
-            empty = is_zero(log_root.detach())
-            log_partition = nan_rows(empty, log_partition).to(logits_TN.dtype)
-            marginals = nan_rows(empty, marginals).to(logits_TN.dtype)
-        return log_partition, marginals
+    def moments(self, logits_TN: Tensor, potential: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See :class:`circuitroute.engines.naive.NaiveEngine`."""
+        log_partition, marginals, _ = super().moments(logits_TN, None)
+        return log_partition, marginals, None if self._K is None else self.count_probs(logits_TN, self._K)
 
     def _log_values(self, logits_TN: Tensor) -> Tensor:
         """[M, T] log-probability of every node, in level order."""
-        return self._plan(logits_TN.device).upward(self._coins(logits_TN), _log_sums)
-
-    def _coins(self, logits_TN: Tensor) -> Tensor:
-        """[leaves, T]"""
-        return self._leaves(*log_literals(logits_TN, logits_TN.new_zeros(len(logits_TN))))
+        coins = log_coins(logits_TN, logits_TN.new_zeros(len(logits_TN)))
+        return self._plan(logits_TN.device).upward(self._leaves(*coins), _log_sums)
 
     def _leaves(self, absent: Tensor, present: Tensor) -> Tensor:
         """The leaves in level order, from literals [N, T]."""
@@ -132,7 +112,7 @@ class NaiveLayered:
 
     @torch.no_grad()
     def mode(self, logits_TN: Tensor) -> Tensor:
-        """[T, N] bool, a most probable subset; ties go to the first element of a sum, the same everywhere."""
+        """See :class:`circuitroute.engines.base.LayeredEngine`."""
         return self._in_chunks(logits_TN, None)
 
     def _in_chunks(self, logits_TN: Tensor, key_T: Tensor | None) -> Tensor:
@@ -181,7 +161,7 @@ class NaiveLayered:
             return terms.new_zeros(step.sums, *terms.shape[1:]).index_add(0, step.segment, terms)
 
         at_points = plan.upward(leaves.expand(-1, len(logits_TN), -1), combine)[-1]
-        probs = torch.fft.fft(at_points, dim=-1).real / (K + 1)
+        probs = torch.fft.fft(at_points.contiguous(), dim=-1).real / (K + 1)
         return nan_rows(is_zero(values[-1].detach()), probs.clamp(min=0.0)).to(logits_TN.dtype)
 
 

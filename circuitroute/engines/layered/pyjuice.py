@@ -1,14 +1,14 @@
-"""The engine ``pyjuice`` of arbitrary circuits: PyJuice's kernels. Runs on machines with a CUDA GPU only.
+"""The engine ``pyjuice`` of arbitrary circuits: PyJuice's kernels, on CUDA GPUs only.
 
-What it does through PyJuice, for float32 logits: log Z by the forward pass, and marginals by the backward pass, whose
-flow through the input "i is present" is the probability of just that. Everything is in float32 log space, so errors
-grow with the logits. What PyJuice does not offer is left to the engine ``torch``, and this is all of it:
+For float32 logits PyJuice gives log Z, by its forward pass, and marginals, by its backward pass: the flow through the
+input "i is present" is the probability that it is. All of it is in float32 log space, so errors grow with the logits.
+What PyJuice does not offer is inherited from the engine ``torch``:
 
 - float64 logits (PyJuice computes in float32);
 - samples that are a function of a key, the mode with its rule for ties, the posterior of the count;
 - derivatives of the marginals.
 
-Forced only, by ``circuit.with_engine("pyjuice")``: never chosen by itself.
+It runs only when forced, by ``circuit.with_engine("pyjuice")``.
 
 Legend: T tokens, N variables.
 """
@@ -23,17 +23,14 @@ import torch
 from torch import Tensor
 
 from circuitroute.circuit.graph import Graph, model_count
-from circuitroute.engines.autograd import attach
 from circuitroute.engines.base import Inference
 from circuitroute.engines.layered.definite import evaluated
 from circuitroute.engines.layered.torch.engine import TorchLayered
-from circuitroute.engines.logspace import log_coins, log_literals, nan_rows
+from circuitroute.engines.logspace import log_coins, log_normaliser, nan_rows
 from circuitroute.errors import EngineError
-from circuitroute.interop.pyjuice_circuit import to_pyjuice
+from circuitroute.interop.pyjuice_circuit import LOG_ZERO, to_pyjuice
 
-# Finite, since PyJuice's kernels subtract log-values from one another; far below any sum of real ones.
-LOG_ZERO = -1e30
-# Values held at once, one per node, product and token, twice over; bounds memory whatever the circuit.
+# Values held at once, two per node, product and token, which bounds memory for any circuit.
 MAX_VALUES = 1 << 28
 
 
@@ -46,36 +43,36 @@ def missing() -> str | None:
     return None
 
 
-class PyjuiceLayered:
+class PyjuiceLayered(TorchLayered):
     """PyJuice inference for any smooth, decomposable, deterministic circuit."""
 
     name = "pyjuice"
-    gives_counts = False
 
     def __init__(self, graph: Graph, max_count: int, name: str) -> None:
-        self._graph, self._name = graph, name
+        super().__init__(evaluated(graph), max_count)
+        self.gives_counts = False
+        self._declared, self._declared_name = graph, name
         self._log_models = math.log(model_count(graph))
-        self._torch = TorchLayered(evaluated(graph), max_count)
         self._compiled: dict[torch.device, Any] = {}
 
     @torch.no_grad()
     def infer(self, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor | None = None) -> Inference:
         """See :class:`circuitroute.engines.base.Engine`."""
         if logits_TN.dtype == torch.float64:
-            return self._torch.infer(logits_TN, None, key_T)
+            return super().infer(logits_TN, None, key_T)
         logits = logits_TN.double()
         unshifted = logits.new_zeros(len(logits))
-        coins = torch.stack(log_literals(logits, unshifted)).permute(2, 1, 0)
+        coins = torch.stack(log_coins(logits, unshifted)).permute(2, 1, 0)
         value, flows = self._in_chunks(coins.clamp(min=LOG_ZERO).float().contiguous())
         empty = value < LOG_ZERO / 2
         log_root = nan_rows(empty, value.double() + self._log_models)
-        log_partition = (log_root + log_coins(logits, unshifted)).to(logits_TN.dtype)
+        log_partition = (log_root + log_normaliser(logits, unshifted)).to(logits_TN.dtype)
         mask = None if key_T is None else self.sample(logits_TN, None, key_T)
         return Inference(log_partition, nan_rows(empty, flows[..., 1]), None, unshifted, log_root, mask)
 
     def _in_chunks(self, coins_TN2: Tensor) -> tuple[Tensor, Tensor]:
         """([T], [T, N, 2]): the log-value of the root, and the probability of every literal."""
-        rows = max(1, MAX_VALUES // (2 * (self._graph.num_nodes + self._graph.num_edges)))
+        rows = max(1, MAX_VALUES // (2 * (self._declared.num_nodes + self._declared.num_edges)))
         parts = [self._sweep(chunk.contiguous()) for chunk in coins_TN2.split(rows)]
         return torch.cat([value for value, _ in parts]), torch.cat([flows for _, flows in parts])
 
@@ -97,36 +94,14 @@ class PyjuiceLayered:
         if device not in self._compiled:
             import pyjuice
 
-            self._compiled[device] = pyjuice.compile(to_pyjuice(self._graph, self._name), device=device, verbose=False)
+            declared = to_pyjuice(self._declared, self._declared_name)
+            self._compiled[device] = pyjuice.compile(declared, device=device, verbose=False)
             self._compiled[device].to(device)
         return self._compiled[device]
 
-    def attach(self, inference: Inference, logits_TN: Tensor, potential: Tensor | None) -> Inference:
-        """See :class:`circuitroute.engines.base.Engine`."""
-        if logits_TN.dtype == torch.float64:
-            return self._torch.attach(inference, logits_TN, None)
-        return attach(self, inference, logits_TN, None)
-
     def second_derivative(
         self, logits_TN: Tensor, potential: Tensor | None, inference: Inference, u_TN: Tensor, v_TJ: Tensor | None
-    ) -> tuple[Tensor, None]:
-        """See :class:`circuitroute.engines.autograd.Differentiable`; by the engine ``torch``."""
-        exact = self._torch.infer(logits_TN, None)
-        return self._torch.second_derivative(logits_TN, None, exact, u_TN, None)
-
-    def naive_moments(self, logits_TN: Tensor, potential: Tensor | None) -> tuple[Tensor, Tensor, None]:
-        """See :class:`circuitroute.engines.autograd.Differentiable`."""
-        log_partition, marginals, _ = self._torch.naive_moments(logits_TN, None)
-        return log_partition, marginals, None
-
-    def sample(self, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor) -> Tensor:
-        """See :class:`circuitroute.engines.base.Engine`; by the engine ``torch``."""
-        return self._torch.sample(logits_TN, None, key_T)
-
-    def mode(self, logits_TN: Tensor) -> Tensor:
-        """See :class:`circuitroute.engines.base.LayeredEngine`; by the engine ``torch``."""
-        return self._torch.mode(logits_TN)
-
-    def count_probs(self, logits_TN: Tensor, K: int) -> Tensor:
-        """See :class:`circuitroute.engines.base.LayeredEngine`; by the engine ``torch``."""
-        return self._torch.count_probs(logits_TN, K)
+    ) -> tuple[Tensor, Tensor | None]:
+        """See :class:`circuitroute.engines.autograd.Differentiable`; around the shift of the engine ``torch``."""
+        known = inference if logits_TN.dtype == torch.float64 else super().infer(logits_TN, None)
+        return super().second_derivative(logits_TN, None, known, u_TN, v_TJ)

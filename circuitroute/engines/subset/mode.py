@@ -1,4 +1,4 @@
-"""The most probable subset of the count family: for every count the top logits are best, so only the count is sought.
+"""The most probable subset of the count family: for every count the top logits are best, so only the count is open.
 
 Legend: T tokens, N variables, J = K + 1 counts.
 """

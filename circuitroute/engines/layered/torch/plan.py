@@ -7,8 +7,8 @@ root's coefficients come last. Blocks of one level whose tables of products agre
 side, state by state, so that a step can treat them as one tensor.
 
 The root is kept apart: where every node below it has a definite number of selected variables, its elements are
-collected by that number, one *coefficient* per count. That is what allows the logits of such circuits to be
-shifted, and it makes the posterior of the count a by-product.
+collected by that number, one *coefficient* per count. That allows the logits of such circuits to be shifted, and makes
+the posterior of the count a by-product.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from circuitroute.circuit.graph import Graph, Level, NodeKind, count_ranges
 from circuitroute.engines.layered.torch.runs import Contraction, IntArray
 from circuitroute.engines.layered.torch.steps import Dense, Pairs, Pool, Step, Table
 
-# A dense step must do at least this many products per tensor operation; otherwise gathering pairs is as good.
+# With fewer products per tensor operation, gathering pairs is as good as a dense step.
 MIN_PRODUCTS_PER_RUN = 12
 
 
@@ -84,6 +84,11 @@ class Plan:
     blocks: int
     device: torch.device
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def present(self) -> slice:
+        """The rows of the literals "present"."""
+        return slice(self.n, 2 * self.n)
 
     def tensor(self, name: str, array: IntArray) -> torch.Tensor:
         """``array`` on the plan's device, made once."""

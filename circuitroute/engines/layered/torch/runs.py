@@ -1,4 +1,4 @@
-"""Batched products of states: out[o] += x[i] * y[j] over a list of triples, as few tensor operations.
+"""Batched products of states: out[o] += x[i] * y[j] over a list of triples, in few tensor operations.
 
 Legend: m blocks that are alike, B tokens; a *slab* is the values [m, B] of one state in all of them.
 

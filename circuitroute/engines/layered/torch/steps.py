@@ -159,7 +159,7 @@ class Pairs:
 class _Ends:
     """One end of every product: the row to read, and where to add.
 
-    One after the other, thousands of float32 terms would lose two digits, so they are added by way of partial sums:
+    Added one after the other, thousands of float32 terms would lose two digits, so they go through partial sums:
     ``stages`` lists, from the products on, which of the next stage's ``sizes`` sums each belongs to; the last are rows.
     """
 

@@ -3,12 +3,12 @@
 Legend: T tokens, N variables, R rows (literals, the constant true, nothing, then the sums), F elements of a sum, m sums
 of one group.
 
-A traced program calls the engines by name, in the process that holds the circuit. This module's operations depend on
-the circuit alone, so tracing unrolls them, and what is exported runs wherever torch does. Up: every sum's largest
-element, and which one it is, the first among equals. Down: from the root along those. The values are the very numbers
-of the engine ``naive``, so the mode is the same one.
+Traced programs usually call engines by name, in the process that holds the circuit. The operations here depend on the
+circuit alone, so tracing unrolls them, and what is exported runs wherever torch does. Up: every sum's largest element,
+and which one it is, the first among equals. Down: from the root along these. The values are the same numbers as on the
+engine ``naive``, hence so is the mode.
 
-The sums of a level that have about as many elements are a *group*: one gather on each side, padded with the row
+Sums of a level with about the same number of elements are a *group*: one gather on each side, padded with the row
 nothing, whose value is log 0.
 """
 
@@ -26,11 +26,11 @@ from circuitroute.circuit.graph import Graph, Level, NodeKind
 
 IntArray = npt.NDArray[np.int64]
 
-# Products of one group, padding included, unless a single sum has more: what an operation holds per token.
+# Products of one group, with padding, unless a single sum has more: what an operation holds per token.
 MAX_PRODUCTS = 1 << 13
-# Padded products that are too few to be worth a second group.
+# So few padded products are not worth a second group.
 FEW_PRODUCTS = 1 << 10
-# Products of a circuit that is worth unrolling: with more, programs get long and their tables large.
+# Circuits with more products make programs too long and their tables too large.
 MAX_UNROLLED = 1 << 15
 
 
@@ -51,7 +51,7 @@ class UnrolledMode(nn.Module):
     """Logits [T, N] to a most probable subset [T, N] bool; all False in rows that nothing satisfies.
 
     Args:
-        graph: a smooth, decomposable circuit. What is infinite in the logits is evidence; they hold no NaN.
+        graph: a smooth, decomposable circuit. Infinite logits are evidence; there must be no NaN.
 
     Raises:
         ValueError: the circuit has more than ``MAX_UNROLLED`` products.
@@ -73,7 +73,7 @@ class UnrolledMode(nn.Module):
         """[T, N] floating to [T, N] bool."""
         theta = logits.double().t()
         values = theta.new_full((self._rows, theta.shape[1]), -math.inf)
-        # As engines.logspace.log_weights; log 0 is -inf here, where nothing is ever subtracted.
+        # The weights of logspace.log_weights, with -inf for log 0: nothing is ever subtracted here.
         values[: self._n], values[self._n : 2 * self._n], values[2 * self._n] = (
             (-theta).clamp(max=0.0),
             theta.clamp(max=0.0),
@@ -96,7 +96,7 @@ class UnrolledMode(nn.Module):
             first, choice = self._firsts[i], choices[i]
             live = reached[first : first + len(choice)]
             for table in self._children(i):
-                # Whatever falls on the row nothing is not read.
+                # The row nothing is never read.
                 child = torch.where(live, table.t().gather(1, choice.long()), 2 * self._n + 1)
                 reached.scatter_(0, child, True)
         return reached[self._n : 2 * self._n].t()
@@ -111,7 +111,7 @@ def _take(values: Tensor, at: Tensor) -> Tensor:
 
 
 def _first(candidates: Tensor) -> Tensor:
-    """[m, T] the number of the first that holds, of [F, m, T] bool; argmax is many times slower along that side."""
+    """[m, T] the index of the first that holds, of [F, m, T] bool; argmax is many times slower along dim 0."""
     F = candidates.shape[0]
     dtype = torch.uint8 if F < 256 else torch.int32
     falling = torch.arange(F, 0, -1, dtype=dtype, device=candidates.device)
@@ -140,7 +140,7 @@ def _groups(graph: Graph) -> tuple[list[_Group], int, int]:
 
 
 def _alike(sizes: IntArray) -> list[IntArray]:
-    """The sums of a level, in groups of at most ``MAX_PRODUCTS``: by size up to a factor of two where that pays."""
+    """The sums of a level in groups of at most ``MAX_PRODUCTS``, of sizes within a factor of two where that pays."""
     padded = len(sizes) * int(sizes.max())
     magnitude = np.ceil(np.log2(sizes)).astype(np.int64)
     if padded <= max(2 * int(sizes.sum()), FEW_PRODUCTS):

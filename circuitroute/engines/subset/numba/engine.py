@@ -1,20 +1,13 @@
 """The engine ``numba`` of the count family: compiled loops on the CPU.
 
-Legend: T tokens, N variables, K the largest allowed count, J = K + 1; P is 1 for a shared potential, else T.
+Legend: T tokens, N variables, K the largest allowed count.
 
-The sweeps of :mod:`..torch.engine`, fused: a few tokens at a time go from logits to marginals,
-posterior and sample while their tree is in the cache. Results depend neither on the number of threads nor on a row's
-neighbours.
+The steps of the engine ``torch``, fused: a few tokens at a time go from logits to marginals, posterior and sample while
+their tree is in the cache. Results depend neither on the number of threads nor on a row's neighbours. Rows that
+underflow are swept again by the engine ``torch``; for all else see :mod:`circuitroute.engines.sweep`.
 
-What it does not do itself, decided by the row alone:
-
-- rows that underflow go through :class:`TorchSubset`, whose second sweep around the mode, or the naive engine, mends
-  them;
-- rows whose sample float32 cannot decide are drawn again in float64 by the same kernels, and by the naive engine where
-  even that is in doubt.
-
-And by the circuit: where the tree of a token has more than ``MAX_TREE`` numbers (each thread holds sixteen such trees,
-for gradients twice that) the engine ``torch`` is preferred.
+Where the tree of a token has more than ``MAX_TREE`` numbers (each thread holds sixteen such trees, for gradients twice
+that) the engine ``torch`` is preferred.
 """
 
 from __future__ import annotations
@@ -25,35 +18,34 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from circuitroute.engines.autograd import attach
-from circuitroute.engines.base import Inference, given
+from circuitroute.engines.base import given
 from circuitroute.engines.root import NEGLIGIBLE, SMALLEST_COEFFICIENT
+from circuitroute.engines.sampling import MARGIN
 from circuitroute.engines.subset.naive import NaiveSubset
-from circuitroute.engines.subset.torch.engine import TorchSubset, _naive_second_derivative, _rows_of
-from circuitroute.engines.subset.torch.sampling import MARGIN
+from circuitroute.engines.subset.torch.sweep import Centre, forward
 from circuitroute.engines.subset.torch.tree import even
+from circuitroute.engines.sweep import Inputs, Sweep, SweepEngine
 from circuitroute.errors import EngineError
 
 MAX_TREE = 1 << 24
-# Fewer logits than this are not worth a second thread.
+# A second thread is not worth it for fewer logits.
 LOGITS_PER_THREAD = 1 << 14
-# Compiling that takes longer is told while it lasts.
+# Compiling that takes longer logs a warning meanwhile.
 SLOW_SECONDS = 2.0
 COMPILING = (
     "compiling the numba kernel %r: 10 to 20 seconds, once, since numba keeps the result on disk; "
     "circuitroute.engines.warmup() does it ahead of time"
 )
 
-# Kernels by name and dtype that this process has compiled, or read from numba's cache.
+# Kernels, by name and dtype, that this process has compiled or read from numba's cache.
 _READY: set[tuple[str, str]] = set()
 
 _log = logging.getLogger("circuitroute")
@@ -85,161 +77,66 @@ def _shape(n: int, K: int) -> NDArray[np.int64]:
         nodes, degree = even(nodes) // 2, min(2 * degree, K)
 
 
-class NumbaSubset:
+class NumbaSubset(SweepEngine):
     """Compiled inference for the count family on the CPU; float32 for float32 logits, float64 for float64."""
 
     name = "numba"
+    naive = NaiveSubset()
 
-    @torch.no_grad()
-    def infer(self, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor | None = None) -> Inference:
-        """See :class:`circuitroute.engines.base.Engine`."""
-        rows = _Rows.of(logits_TN, given(potential))
-        sweep = _Sweep.run(rows, key_T, with_marginals=True)
-        under = sweep.underflow.nonzero().squeeze(1)
-        result = Inference(
-            log_partition=sweep.log_partition.to(logits_TN.dtype),
-            marginals=sweep.marginals,
-            count_probs=sweep.count_probs,
-            shift=sweep.shift,
-            log_root=sweep.log_root,
-            mask=None if key_T is None else sweep.mask,
-            fallback=torch.zeros_like(sweep.underflow),
-        )
-        if len(under):
-            _put(result, under, TorchSubset().infer(*rows.at(under), None if key_T is None else key_T[under]))
-        if key_T is not None:
-            _redraw(sweep.mask, (sweep.uncertain & ~sweep.underflow).nonzero().squeeze(1), rows, key_T)
-        return result
+    def sweep(self, rows: Inputs, key_T: Tensor | None, moments: bool) -> Sweep:
+        """See :class:`circuitroute.engines.sweep.SweepEngine`."""
+        arrays = _Arrays.of(rows)
+        found = Sweep.empty(rows.logits, arrays.phi.shape[1], moments, key_T is not None)
+        key = torch.empty(0, dtype=torch.int64) if key_T is None else key_T
+        mask = torch.empty(0, 0, dtype=torch.bool) if found.mask is None else found.mask
+        lines = (found.log_partition, found.log_root, found.shift, found.fallback, found.uncertain)
+        outputs = (found.marginals, found.count_probs, mask)
+        arguments = (tuple(map(_array, lines)), *(_array(x) for x in outputs if x is not None))
+        _in_threads(_kernels().forward, arrays, (_array(key), *arguments))
+        return found
 
-    def attach(self, inference: Inference, logits_TN: Tensor, potential: Tensor | None) -> Inference:
-        """See :class:`circuitroute.engines.base.Engine`."""
-        return attach(self, inference, logits_TN, given(potential))
+    def sweep_again(self, rows: Inputs, key_T: Tensor | None, moments: bool) -> Sweep:
+        """See :class:`circuitroute.engines.sweep.SweepEngine`; by the engine ``torch``."""
+        return forward(rows, key_T, moments, Centre.at_mode(rows))
 
-    def second_derivative(
-        self, logits_TN: Tensor, potential: Tensor | None, inference: Inference, u_TN: Tensor, v_TJ: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """See :class:`circuitroute.engines.autograd.Differentiable`."""
-        rows = _Rows.of(logits_TN, given(potential))
-        v = logits_TN.new_zeros(len(logits_TN), rows.phi.shape[1]) if v_TJ is None else v_TJ
-        dm, dq = torch.empty(logits_TN.shape, dtype=logits_TN.dtype), torch.empty(v.shape, dtype=v.dtype)
-        arguments = (_array(inference.shift), rows.limits, _array(u_TN), _array(v), _array(dm), _array(dq))
-        _in_threads(_kernels().second_derivative, rows, arguments)
-        under = None if inference.fallback is None else inference.fallback.nonzero().squeeze(1)
-        if under is not None and len(under):
-            logits, phi = rows.at(under)
-            dm[under], dq[under] = _naive_second_derivative(logits, phi, u_TN[under], v[under])
+    def derivative(self, rows: Inputs, shift_T: Tensor, u_TN: Tensor, v_TJ: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See :class:`circuitroute.engines.sweep.SweepEngine`."""
+        arrays = _Arrays.of(rows)
+        v = rows.logits.new_zeros(len(u_TN), arrays.phi.shape[1]) if v_TJ is None else v_TJ
+        dm, dq = (torch.empty(x.shape, dtype=rows.logits.dtype) for x in (u_TN, v))
+        _in_threads(_kernels().second_derivative, arrays, tuple(_array(x) for x in (shift_T, u_TN, v, dm, dq)))
         return dm, dq
 
-    def naive_moments(self, logits_TN: Tensor, potential: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """See :class:`circuitroute.engines.autograd.Differentiable`."""
-        return NaiveSubset().moments(logits_TN, given(potential))
 
-    @torch.no_grad()
-    def sample(self, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor) -> Tensor:
-        """See :class:`circuitroute.engines.base.Engine`."""
-        rows = _Rows.of(logits_TN, given(potential))
-        sweep = _Sweep.run(rows, key_T, with_marginals=False)
-        under = sweep.underflow.nonzero().squeeze(1)
-        if len(under):
-            sweep.mask[under] = TorchSubset().sample(*rows.at(under), key_T[under])
-        _redraw(sweep.mask, (sweep.uncertain & ~sweep.underflow).nonzero().squeeze(1), rows, key_T)
-        return sweep.mask
+class _Arrays(NamedTuple):
+    """What all kernels read, sharing the memory of tensors."""
 
-
-@dataclass(frozen=True)
-class _Rows:
-    """What the kernels read: tensors and, sharing their memory, arrays."""
-
-    logits: Tensor
-    potential: Tensor
-    array: NDArray[Any]
-    phi: NDArray[np.float64]
     shape: NDArray[np.int64]
+    logits: NDArray[Any]
+    phi: NDArray[np.float64]
     limits: tuple[float, float, float]
 
     @staticmethod
-    def of(logits_TN: Tensor, potential: Tensor) -> _Rows:
+    def of(rows: Inputs) -> _Arrays:
         """The arrays of logits and potential.
 
         Raises:
             EngineError: tensors that are not in the CPU's memory.
         """
-        if logits_TN.device.type != "cpu":
+        logits, phi = rows.logits, given(rows.potential).double()
+        if logits.device.type != "cpu":
             raise EngineError(
-                f"engine='numba' runs on CPU tensors and these are on {logits_TN.device}: move them, or use the "
+                f"engine='numba' runs on CPU tensors and these are on {logits.device}: move them, or use the "
                 f"engine 'torch' (with_engine('torch')), which runs anywhere"
             )
-        dtype = logits_TN.dtype
-        phi = _array(potential.double() if potential.dim() == 2 else potential.double()[None])
-        shape = _shape(logits_TN.shape[1], phi.shape[1] - 1)
-        limits = (SMALLEST_COEFFICIENT[dtype], NEGLIGIBLE[dtype], MARGIN[dtype])
-        return _Rows(logits_TN, potential, _array(logits_TN), phi, shape, limits)
-
-    def at(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and potential of some rows."""
-        return self.logits[rows], _rows_of(self.potential, rows)
-
-
-@dataclass(frozen=True)
-class _Sweep:
-    """What one run of the kernel fills in."""
-
-    log_partition: Tensor
-    log_root: Tensor
-    shift: Tensor
-    underflow: Tensor
-    uncertain: Tensor
-    marginals: Tensor
-    count_probs: Tensor
-    mask: Tensor
-
-    @staticmethod
-    def run(rows: _Rows, key_T: Tensor | None, with_marginals: bool) -> _Sweep:
-        T, N = rows.logits.shape
-        moments = T if with_marginals else 0
-        dtype = rows.logits.dtype
-        sweep = _Sweep(
-            log_partition=torch.empty(T, dtype=torch.float64),
-            log_root=torch.empty(T, dtype=torch.float64),
-            shift=torch.empty(T, dtype=torch.float64),
-            underflow=torch.zeros(T, dtype=torch.bool),
-            uncertain=torch.zeros(T, dtype=torch.bool),
-            marginals=torch.empty(moments, N, dtype=dtype),
-            count_probs=torch.empty(moments, rows.phi.shape[1], dtype=dtype),
-            mask=torch.empty(0 if key_T is None else T, N, dtype=torch.bool),
-        )
-        key = torch.empty(0, dtype=torch.int64) if key_T is None else key_T
-        lines = (sweep.log_partition, sweep.log_root, sweep.shift, sweep.underflow, sweep.uncertain)
-        outputs = (_array(sweep.marginals), _array(sweep.count_probs), _array(sweep.mask))
-        results = tuple(_array(line) for line in lines)
-        _in_threads(_kernels().moments, rows, (_array(key), rows.limits, results, *outputs))
-        return sweep
+        phi = phi if phi.dim() == 2 else phi[None]
+        limits = (SMALLEST_COEFFICIENT[logits.dtype], NEGLIGIBLE[logits.dtype], MARGIN[logits.dtype])
+        return _Arrays(_shape(logits.shape[1], phi.shape[1] - 1), _array(logits), _array(phi), limits)
 
 
 def _array(x: Tensor) -> NDArray[Any]:
     """A contiguous array that shares the tensor's memory, or has a copy where the tensor is not contiguous."""
     return x.detach().contiguous().numpy()
-
-
-def _put(result: Inference, rows: Tensor, other: Inference) -> None:
-    """Replace ``rows`` of all that is there by those of another inference."""
-    for name in ("log_partition", "marginals", "count_probs", "shift", "log_root", "mask", "fallback"):
-        mine, theirs = getattr(result, name), getattr(other, name)
-        if mine is not None and theirs is not None:
-            mine[rows] = theirs
-
-
-def _redraw(mask_TN: Tensor, doubtful: Tensor, rows: _Rows, key_T: Tensor) -> None:
-    """Draw some rows in float64, and with the naive engine where even that leaves doubt."""
-    if not len(doubtful):
-        return
-    logits, potential = (x.double() for x in rows.at(doubtful))
-    key = key_T[doubtful]
-    again = _Sweep.run(_Rows.of(logits, potential), key, with_marginals=False)
-    still = (again.uncertain | again.underflow).nonzero().squeeze(1)
-    if len(still):
-        again.mask[still] = NaiveSubset().sample(logits[still], _rows_of(potential, still), key[still])
-    mask_TN[doubtful] = again.mask
 
 
 # ---------------------------------------------------------------------------------------------- running kernels
@@ -251,29 +148,29 @@ def _kernels() -> Any:
     return sweep
 
 
-def _in_threads(kernel: Any, rows: _Rows, arguments: tuple[Any, ...]) -> None:
-    """Run the kernel on all rows, split evenly among as many threads as torch uses (kernels hold no lock)."""
+def _in_threads(kernel: Any, rows: _Arrays, arguments: tuple[Any, ...]) -> None:
+    """Run the kernel on all rows, split evenly among as many threads as torch uses (kernels release the GIL)."""
 
     def run(part: tuple[int, int]) -> None:
-        kernel(part, rows.shape, rows.array, rows.phi, *arguments)
+        kernel(part, *rows, *arguments)
 
-    ready = (kernel.__name__, rows.array.dtype.name)
+    ready = (kernel.__name__, rows.logits.dtype.name)
     if ready not in _READY:
         _compile(kernel, run)
         _READY.add(ready)
-    T, N = rows.array.shape
+    T, N = rows.logits.shape
     threads = max(1, min(torch.get_num_threads(), T * N // LOGITS_PER_THREAD))
     bounds = [T * i // threads for i in range(threads + 1)]
     if threads == 1:
         run((0, T))
         return
-    # Threads are made anew: a pool kept for later would not survive a fork, as data loaders do.
+    # New threads each time: a pool that is kept would not survive a fork, such as a data loader's.
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(run, pairwise(bounds)))
 
 
 def _compile(kernel: Any, run: Callable[[tuple[int, int]], None]) -> None:
-    """Run on no rows, which compiles the kernel or reads it from numba's cache; a line tells who waits for what."""
+    """Run on no rows, which compiles the kernel or reads it from numba's cache; a warning if that takes long."""
     notice = threading.Timer(SLOW_SECONDS, _log.warning, [COMPILING, kernel.__name__])
     notice.daemon = True
     notice.start()

@@ -1,8 +1,8 @@
-"""The sampler of :mod:`circuitroute.engines.subset.torch.sampling` in compiled form, for a few tokens at a time.
+"""The sample of :mod:`circuitroute.engines.subset.torch.sampling` in compiled form, for a few tokens at a time.
 
 Legend: as in :mod:`circuitroute.engines.subset.numba.tree`; u uniform in (0, 1). All per lane.
 
-The same uniforms, pairs and margins as there: a lane is *uncertain* if rounding could have decided any of its splits.
+Uniforms, pairs and margins are the same: a lane is *uncertain* if rounding could have decided any of its splits.
 """
 
 from __future__ import annotations
@@ -56,9 +56,25 @@ def uniform(kind, low, high, number):
 
 
 @inlined
-def draw_count(probs, J, low, high, margin):
+def draw(tree, shape, probs, key_T, first, last, margin, counts, words, spare):
+    """Fill ``counts`` [N] with the sample, 0 or 1, of the rows' keys; returns the uncertain lanes.
+
+    Args:
+        probs: [J] float64, the count posterior.
+        words, spare: room for two int32 lanes, and for the cumulative weights of one split.
+    """
+    for lane in range(WIDTH):
+        words[lane], words[WIDTH + lane] = mix64(key_T[min(first + lane, last)])
+    low, high = load(words, 0), load(words, WIDTH)
+    count, uncertain = draw_count(probs, low, high, margin)
+    store(counts, 0, count)
+    return uncertain | split_counts(tree, shape, counts, low, high, margin, spare)
+
+
+@inlined
+def draw_count(probs, low, high, margin):
     """A count from each posterior [J] (float64): (int32 lanes, uncertain)."""
-    u, total = uniform(probs, low, high, 0), fill(probs, 0.0)
+    u, total, J = uniform(probs, low, high, 0), fill(probs, 0.0), len(probs) // WIDTH
     for j in range(J):
         total += load(probs, j * WIDTH)
     threshold, allowance = u * total, total * margin
@@ -73,7 +89,7 @@ def draw_count(probs, J, low, high, margin):
 
 @inlined
 def split_counts(tree, shape, counts, low, high, margin, reached):
-    """Split the root's count, ``counts[0]``, down to the leaves, whose counts are 0 or 1; which lanes are uncertain.
+    """Split the root's count, ``counts[0]``, down to the leaves, whose counts are 0 or 1; returns the uncertain lanes.
 
     Args:
         reached: room for the cumulative weights of one split.
@@ -102,7 +118,7 @@ def split_counts(tree, shape, counts, low, high, margin, reached):
 
 @inlined
 def _split(tree, a, b, d, count, u, margin, reached):
-    """How many of ``count`` go to the node at a, and where that is in doubt: inversion of the cumulative weights."""
+    """How many of ``count`` go to the node at a, and where that is uncertain: inversion of the cumulative weights."""
     total = fill(tree, 0.0)
     most = min(d, largest_lane(count))
     for take in range(most + 1):

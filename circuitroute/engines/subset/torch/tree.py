@@ -15,6 +15,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def even(m: int) -> int:
@@ -93,10 +94,8 @@ def down(levels: list[Tensor], adjoint: Tensor) -> Tensor:
         below = torch.empty_like(level)
         _send_down(below, adjoint, level)
         adjoint = below
-    if adjoint.shape[0] == 1:  # K = 0: nothing can be present
-        return torch.zeros_like(levels[0][1])
-    if len(levels) == 1:
-        return adjoint[1]
+    if len(levels) == 1:  # K may be 0
+        return F.pad(adjoint, (0, 0, 0, 0, 0, 1))[1]
     present = torch.empty_like(levels[0][:1])
     _send_down(present, adjoint[1:], levels[0])  # of the leaves, only the second coefficient is wanted
     return present[0]
@@ -124,9 +123,8 @@ def dual_down(
         _send_down(d_below, d_adjoint, level)
         _send_down(d_below, adjoint, tangent, accumulate=True)
         adjoint, d_adjoint = below, d_below
-    if adjoint.shape[0] == 1:
-        return torch.zeros_like(levels[0][1]), torch.zeros_like(levels[0][1])
     if len(levels) == 1:
+        adjoint, d_adjoint = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (adjoint, d_adjoint))
         return adjoint[1], d_adjoint[1]
     present, d_present = torch.empty_like(levels[0][:1]), torch.empty_like(levels[0][:1])
     _send_down(present, adjoint[1:], levels[0])

@@ -6,11 +6,11 @@ The same mathematics as the engine ``torch``, a row's tree held in registers (:m
 ``MAX_LANES_COUNT`` and ``MAX_LANES_VARIABLES``) or worked through in memory (:mod:`.memory`, up to ``MAX_COUNT``
 and ``MAX_VARIABLES``). Half-precision logits are read as they are and computed with in float32.
 
-The first kernel decides in float32 what float32 can decide. Rows in which a coefficient that matters is lost, and rows
-whose sample rounding could change, it puts on a list on the device; a second kernel, launched always, works the list
-off as the naive engine would, in float64 log space. The host never waits for the device, so sweeps can be captured in
-CUDA graphs. Samples are those of the other engines except where a threshold lies within float64 rounding (about
-1e-13) of a cumulative weight, a matter of one draw in 1e12 or so.
+The first kernel decides in float32 what float32 can decide, and lists on the device the rows in which a coefficient
+that matters is lost or rounding could change the sample. A second kernel, always launched, does the listed rows as the
+naive engine would, in float64 log space. The host never waits for the device, so sweeps can be captured in CUDA
+graphs. Samples are those of the other engines unless a threshold lies within float64 rounding (about 1e-13) of a
+cumulative weight, which happens about once in 1e12 draws.
 
 What runs elsewhere, and why:
 
@@ -24,11 +24,13 @@ CPU tensors are taken under Triton's interpreter, for tests: set ``TRITON_INTERP
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import importlib.util
 import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -63,15 +65,22 @@ def refusal(n: int, max_count: int) -> str | None:
     return None
 
 
+@functools.cache
 def installed() -> bool:
-    """Whether triton can be imported."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether there is a triton with all that kernels use: 3.2, which comes with torch 2.6, has no gather."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        release = importlib.metadata.version("triton").split(".")
+    except importlib.metadata.PackageNotFoundError:  # builds that go by another name
+        return True
+    return (int(release[0]), int(release[1])) >= (3, 4)
 
 
 def missing() -> str | None:
     """What this machine lacks for the engine; None if nothing."""
     if not installed():
-        return "triton is not installed; it comes with CUDA builds of torch, or: pip install triton"
+        return "triton is not installed, or older than 3.4; CUDA builds of torch bring it from torch 2.8 on"
     if not torch.cuda.is_available() and not _interpreter_wanted():
         return (
             "it needs a CUDA GPU, and there is none; to try it on CPU tensors under Triton's interpreter, set "
@@ -84,17 +93,60 @@ def _interpreter_wanted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
+# Arguments of the kernels, which Triton takes as named tuples. What a kernel need not read or write is None.
+
+
+class Rows(NamedTuple):
+    """The rows of a sweep. Their potentials are ``potential_stride`` apart, 0 where all rows share one."""
+
+    logits: Tensor
+    potential: Tensor
+    key: Tensor | None
+    potential_stride: int
+    tokens: int
+
+
+class Swept(NamedTuple):
+    """A :class:`Sweep` as kernels fill it and read it."""
+
+    log_partition: Tensor | None
+    marginals: Tensor | None
+    count_probs: Tensor | None
+    shift: Tensor
+    log_root: Tensor | None
+    mask: Tensor | None
+    fallback: Tensor
+    todo: Tensor
+    length: Tensor
+
+
+class Slopes(NamedTuple):
+    """The direction (u, v), and the derivatives of marginals and posterior along it."""
+
+    u: Tensor
+    v: Tensor | None
+    marginals: Tensor
+    count_probs: Tensor
+
+
+class Scratch(NamedTuple):
+    """Memory for the kernels with one row per program: a few trees for each program, and counts to split."""
+
+    trees: Tensor
+    counts: Tensor | None
+
+
 @dataclass(frozen=True)
 class Sweep(Inference):
     """The outcome of a sweep, with the list of rows that were swept again; ``fallback`` marks lost coefficients.
 
     Attributes:
-        todo: [T] int32, whose first ``count`` entries are the rows, in no order.
-        count: [1] int32.
+        todo: [T] int32, whose first ``length`` entries are the rows, in no order.
+        length: [1] int32.
     """
 
     todo: Tensor | None = None
-    count: Tensor | None = None
+    length: Tensor | None = None
 
     @staticmethod
     def listed(inference: Inference) -> Sweep:
@@ -104,8 +156,7 @@ class Sweep(Inference):
         if inference.fallback is None:
             raise ValueError("inference: this engine marks the rows that it swept again, and this one has no marks")
         todo = (~inference.fallback).to(torch.int8).argsort(stable=True).to(torch.int32)
-        fields = {name: getattr(inference, name) for name in Inference.__dataclass_fields__}
-        return Sweep(**fields, todo=todo, count=inference.fallback.sum(0, dtype=torch.int32, keepdim=True))
+        return Sweep(**vars(inference), todo=todo, length=inference.fallback.sum(0, dtype=torch.int32, keepdim=True))
 
 
 class TritonSubset:
@@ -118,7 +169,8 @@ class TritonSubset:
         """See :class:`circuitroute.engines.base.Engine`."""
         if logits_TN.dtype == torch.float64:
             return TorchSubset().infer(logits_TN, potential, key_T)
-        return _Problem.of(logits_TN, given(potential)).forward(key_T, with_moments=True)
+        swept = _Problem.of(logits_TN, given(potential)).forward(key_T, with_moments=True)
+        return Sweep(**swept._asdict())
 
     def attach(self, inference: Inference, logits_TN: Tensor, potential: Tensor | None) -> Inference:
         """See :class:`circuitroute.engines.base.Engine`."""
@@ -132,7 +184,7 @@ class TritonSubset:
             return TorchSubset().second_derivative(logits_TN, potential, inference, u_TN, v_TJ)
         return _Problem.of(logits_TN, given(potential)).backward(Sweep.listed(inference), u_TN, v_TJ)
 
-    def naive_moments(self, logits_TN: Tensor, potential: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def naive_moments(self, logits_TN: Tensor, potential: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """See :class:`circuitroute.engines.autograd.Differentiable`."""
         return NaiveSubset().moments(logits_TN, given(potential))
 
@@ -174,109 +226,86 @@ class _Problem:
         return T, N, self.potential.shape[-1]
 
     @property
-    def potential_stride(self) -> int:
-        """From one row's potential to the next; 0 where all rows share it."""
-        return 0 if self.potential.dim() == 1 else self.potential.shape[1]
-
-    @property
     def in_lanes(self) -> bool:
         _, N, J = self.shape
         return lanes_fit(N, J - 1)
 
-    def forward(self, key_T: Tensor | None, with_moments: bool) -> Sweep:
-        """The sweep in float32, then the rows of its list in log space."""
+    def rows(self, key_T: Tensor | None = None) -> Rows:
+        T, _, J = self.shape
+        return Rows(self.logits, self.potential, key_T, 0 if self.potential.dim() == 1 else J, T)
+
+    def room(self, with_moments: bool, with_sample: bool) -> Swept:
+        """Memory for the outcome."""
         T, N, J = self.shape
         new, exact = self._new(torch.float32), self._new(torch.float64)
-        mask = None if key_T is None else self._new(torch.bool)(T, N)
-        sweep = Sweep(
-            log_partition=new(T if with_moments else 0),
-            marginals=new(T if with_moments else 0, N),
-            count_probs=new(T if with_moments else 0, J),
+        return Swept(
+            log_partition=new(T) if with_moments else None,
+            marginals=new(T, N) if with_moments else None,
+            count_probs=new(T, J) if with_moments else None,
             shift=exact(T),
-            log_root=exact(T if with_moments else 0),
-            mask=mask,
+            log_root=exact(T) if with_moments else None,
+            mask=self._new(torch.bool)(T, N) if with_sample else None,
             fallback=self._new(torch.bool)(T),
             todo=self._new(torch.int32)(T),
-            count=torch.zeros(1, dtype=torch.int32, device=self.logits.device),
+            length=torch.zeros(1, dtype=torch.int32, device=self.logits.device),
         )
-        if T == 0:
-            return sweep
-        outputs = (sweep.marginals, sweep.count_probs, sweep.log_partition, sweep.log_root, sweep.shift, _bytes(mask))
-        results = (*(key_T, *outputs), _bytes(sweep.fallback), sweep.todo, sweep.count)
-        flags = {"MOMENTS": with_moments, "SAMPLE": mask is not None}
-        sizes = (T, self.potential_stride)
+
+    def forward(self, key_T: Tensor | None, with_moments: bool) -> Swept:
+        """The sweep in float32, then the rows of its list in log space."""
         from circuitroute.engines.subset.triton import memory, registers
 
-        if self.in_lanes:
-            self._launch_lanes(registers.forward, False, (self.logits, self.potential, *results, *sizes), **flags)
-        for log in (False, True) if not self.in_lanes else (True,):
-            self._launch_rows(memory.forward, log, 2, (self.logits, self.potential, *results), sizes, True, **flags)
-        return sweep
+        swept = self.room(with_moments, with_sample=key_T is not None)
+        self._launch(registers.forward, memory.forward, self.rows(key_T), swept)
+        return swept
 
     def backward(self, sweep: Sweep, u_TN: Tensor, v_TJ: Tensor | None) -> tuple[Tensor, Tensor]:
         """The derivative of (marginals, posterior) along (u, v), then again for the rows that underflowed."""
-        T, N, J = self.shape
-        new = self._new(torch.float32)
-        dm, dq = new(T, N), new(T, J)
-        if T == 0:
-            return dm, dq
-        u, v = u_TN.contiguous(), None if v_TJ is None else v_TJ.contiguous()
-        flags = {"HAS_V": v is not None}
         from circuitroute.engines.subset.triton import memory, registers
 
-        if self.in_lanes:
-            arguments = (self.logits, sweep.count_probs, sweep.shift, u, v, dm, dq, T)
-            self._launch_lanes(registers.backward, True, arguments, **flags)
-        known = (sweep.count_probs, sweep.log_root, sweep.shift, _bytes(sweep.fallback), sweep.todo, sweep.count)
-        inputs = (self.logits, self.potential, *known, u, v, dm, dq)
-        for log in (False, True) if not self.in_lanes else (True,):
-            self._launch_rows(memory.backward, log, 4, inputs, (T, self.potential_stride), False, **flags)
-        return dm, dq
+        T, N, J = self.shape
+        new = self._new(torch.float32)
+        slopes = Slopes(u_TN.contiguous(), None if v_TJ is None else v_TJ.contiguous(), new(T, N), new(T, J))
+        self._launch(registers.backward, memory.backward, self.rows(), Swept(**vars(sweep)), slopes)
+        return slopes.marginals, slopes.count_probs
 
     def _new(self, dtype: torch.dtype) -> Any:
         """``new(*shape)``: an uninitialised tensor beside the logits."""
         return lambda *shape: torch.empty(shape, dtype=dtype, device=self.logits.device)
 
-    def _launch_lanes(self, kernel: Any, dual: bool, arguments: tuple[Any, ...], **flags: bool) -> None:
+    def _launch(self, in_registers: Any, in_memory: Any, *arguments: NamedTuple) -> None:
+        """All rows in float32, then those of the list in log space."""
         T, N, J = self.shape
-        shape = lane_shape(N, dual)
-        self._launch(kernel, -(-T // shape["BT"]), arguments, {"N": N, "J": J, **shape, **flags})
+        if T == 0:
+            return
+        dual = len(arguments) > 2  # with slopes
+        if self.in_lanes:
+            shape = lane_shape(N, J, dual)
+            self._run(in_registers, -(-T // shape["BT"]), arguments, shape)
+        else:
+            self._launch_rows(in_memory, arguments, dual, log=False)
+        self._launch_rows(in_memory, arguments, dual, log=True)
 
-    def _launch_rows(
-        self,
-        kernel: Any,
-        log: bool,
-        trees: int,
-        arguments: tuple[Any, ...],
-        sizes: tuple[int, int],
-        with_counts: bool,
-        **flags: bool,
-    ) -> None:
-        """One program per row, or the programs that share the list; each with scratch memory for its trees."""
+    def _launch_rows(self, kernel: Any, arguments: tuple[NamedTuple, ...], dual: bool, log: bool) -> None:
+        """One program per row, or the programs that share the list."""
         T, N, J = self.shape
         shape = row_shape(N, J)
         programs = min(T, LIST_PROGRAMS if log else ROW_PROGRAMS)
-        scratch = [self._new(torch.float64 if log else torch.float32)(programs * trees * shape["SIZE"])]
-        if with_counts:
-            scratch.append(self._new(torch.int32)(programs * (N + 2)))
-        constants = {"N": N, "J": J, **shape, **flags, "LOG": log}
-        self._launch(kernel, programs, (*arguments, *scratch, *sizes), constants)
+        trees = self._new(torch.float64 if log else torch.float32)(programs * (4 if dual else 2) * shape["SIZE"])
+        scratch = Scratch(trees, None if dual else self._new(torch.int32)(programs * (N + 2)))
+        self._run(kernel, programs, (*arguments, scratch), {**shape, "LOG": log})
 
-    def _launch(self, kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
-        """Launch; what a kernel does not look at may be any tensor."""
-        given = [self.logits if x is None else x for x in arguments]
+    def _run(self, kernel: Any, programs: int, arguments: tuple[NamedTuple, ...], constants: dict[str, Any]) -> None:
         # A GPU raises no floating-point warnings; NumPy, which the interpreter runs on, would.
         quiet: AbstractContextManager[Any] = np.errstate(all="ignore")
         if not self.interpreted:
             quiet = torch.cuda.device(self.logits.device)
-        options = {} if self.interpreted else {"num_warps": WARPS, "enable_fp_fusion": True}
         with quiet:
-            kernel[(programs,)](*given, **constants, FAST=not self.interpreted, **options)
+            kernel[(programs,)](*arguments, **constants, **({"FAST": False} if self.interpreted else on_gpu()))
 
 
-def _bytes(flags: Tensor | None) -> Tensor | None:
-    """Truth values as the bytes they are."""
-    return None if flags is None else flags.view(torch.int8)
+def on_gpu() -> dict[str, Any]:
+    """How kernels are compiled for GPUs."""
+    return {"FAST": True, "num_warps": WARPS, "enable_fp_fusion": True}
 
 
 # Logarithm of how many variables a lane holds, forward and backward.
@@ -289,21 +318,19 @@ def lanes_fit(n: int, K: int) -> bool:
     return n <= MAX_LANES_VARIABLES and K <= MAX_LANES_COUNT
 
 
-def lane_shape(n: int, dual: bool) -> dict[str, int]:
+def lane_shape(n: int, J: int, dual: bool) -> dict[str, int]:
     """How rows are dealt out: 2^LE slots of 2^LG lanes, BT rows of a program, which has one lane per thread."""
     depth = max(1, (n - 1).bit_length())
     slots = DUAL_LANE_SLOTS if dual else LANE_SLOTS
     LE = min(depth, max(slots, depth - 5))
-    return {"LE": LE, "LG": depth - LE, "BT": (32 * WARPS) >> (depth - LE)}
+    return {"N": n, "J": J, "LE": LE, "LG": depth - LE, "BT": (32 * WARPS) >> (depth - LE)}
 
 
 def row_shape(n: int, J: int) -> dict[str, int]:
     """Sizes of the tree that a row needs in memory."""
     depth, K = (n - 1).bit_length(), max(J - 1, 1)
     size = sum((min(1 << level, K) + 1) * even(-(-n >> level)) for level in range(depth + 1))
-    width = 1 << (n - 1).bit_length()
-    # Leaves are stored with their padding, so one more than n.
-    return {"DEPTH": depth, "SIZE": size, "NP": max(2, width), "JP": 1 << K.bit_length(), "BLOCK": 128}
+    return {"N": n, "J": J, "DEPTH": depth, "SIZE": size, "JP": 1 << K.bit_length()}
 
 
 def interpreter_runs() -> bool:

@@ -1,15 +1,10 @@
 """A row in the registers of a few neighbouring lanes: marginals, log Z, count posterior, sample; and their gradient.
 
-Legend: T tokens (rows), N variables, K the largest count, J = K + 1; E slots of a lane, G lanes of a row, BT rows of
-a program; tensors are [BT, G].
+Legend: T tokens (rows), N variables, K the largest count, J = K + 1; 2^LE slots of a lane, G = 2^LG lanes of a row, BT
+rows of a program; tensors are [BT, G]. Per row and count, lane g works on the counts g, g + G, ...
 
-The tree is that of :mod:`..torch.tree`, node i of a level times node i + m/2, because that tree
-defines the sample. Seen as a binary tree of E G slots, its lower levels lie within a lane, whose E coins are loaded
-into registers, and its upper levels join lanes, each lane exchanging its polynomial with its partner's. An odd level
-ends in the polynomial 1: slots below it hold no variable. Per row and count, lane g works on the counts g, g + G, ...
-
-Float32 decides what it can. Rows where a coefficient that matters is lost (marked LOST), or where rounding could
-decide the sample, are appended to the list TODO, their number to COUNT. The host never looks: a kernel of
+Float32 decides what it can. Rows where a coefficient that matters is lost (marked as ``fallback``), or where rounding
+could decide the sample, are appended to the list ``todo``, their number to ``length``. The host never looks: a kernel of
 :mod:`~circuitroute.engines.subset.triton.memory` works the list off.
 """
 
@@ -19,61 +14,28 @@ import triton
 import triton.language as tl
 
 from circuitroute.engines.subset.triton import tree
-from circuitroute.engines.subset.triton.root import SMALLEST_COEFFICIENT, allowed_range, weigh
-from circuitroute.engines.subset.triton.shift import (
-    INFINITY,
-    coin,
-    evidence,
-    excess,
-    mixed,
-    row_sum,
-    solve_shift,
-    uniform,
-)
+from circuitroute.engines.subset.triton.coins import INFINITY, coin, exact, from_exact, log_normaliser
+from circuitroute.engines.subset.triton.root import allowed_range, dual_weigh, weigh
+from circuitroute.engines.subset.triton.sampling import draw
+from circuitroute.engines.subset.triton.shift import evidence, solve_shift
 
-MARGIN = tl.constexpr(3e-5)  # as in circuitroute.engines.subset.torch.sampling
-
-
-# ---------------------------------------------------------------------------------------------- where things lie
+# ---------------------------------------------------------------------------------------------- loads and stores
 
 
 @triton.jit
-def _descend(index, valid, path, BITS: tl.constexpr, LEVEL: tl.constexpr, N: tl.constexpr):
-    """Follow the low BITS bits of ``path`` down from a node of level LEVEL: (index, whether there is such a node)."""
-    for bit in tl.static_range(BITS):
-        index, valid = _child(index, valid, (path >> bit) & 1, LEVEL - bit, N)
-    return index, valid
+def _place(tokens, LE: tl.constexpr, LG: tl.constexpr, BT: tl.constexpr, N: tl.constexpr):
+    """(token, row, g, inside, lane, leaves): the program's rows, [BT] and [BT, 1], and lanes; where their nodes lie."""
+    token = tl.program_id(0) * BT + tl.arange(0, BT)
+    row = token[:, None].to(tl.int64)
+    g = tl.arange(0, 1 << LG)[None, :]
+    inside = (row < tokens) & (g < 1 << LG)
+    lane = tree.lane_nodes(g, inside, LE, LG, N)
+    index, there = tree.slots(lane, 0, LE, N)
+    return token, row, g, inside, lane, (row[:, :, None] * N + index, there)
 
 
 @triton.jit
-def _child(index, valid, side, LEVEL: tl.constexpr, N: tl.constexpr):
-    """The left (0) or right (1) child of a node of level LEVEL: node i, or i plus half the level below."""
-    index = index + side * ((N + (1 << LEVEL) - 1) >> LEVEL)
-    return index, valid & (index < ((N + (1 << (LEVEL - 1)) - 1) >> (LEVEL - 1)))
-
-
-@triton.jit
-def _lane_nodes(g, inside, LE: tl.constexpr, LG: tl.constexpr, N: tl.constexpr):
-    """(index, whether there is one) of the node that each lane holds."""
-    index, valid = _descend(g * 0, inside, g, LG, LE + LG, N)
-    if (N + (2 << LE) - 1) >> (LE + 1) == (1 << LG) >> 1:
-        return g, valid  # the same numbers, in a form that the compiler sees to be contiguous
-    else:
-        return index, valid
-
-
-@triton.jit
-def _slots(lane, valid, LEVEL: tl.constexpr, LE: tl.constexpr, N: tl.constexpr):
-    """(index, whether there is one) of all nodes of level LEVEL within each lane, [*, G, nodes]; siblings are next."""
-    path = tl.arange(0, 1 << (LE - LEVEL))[None, None, :]
-    index, there = lane[:, :, None], valid[:, :, None]
-    for bit in tl.static_range(LE - LEVEL):
-        index, there = _child(index, there, (path >> (LE - LEVEL - 1 - bit)) & 1, LE - bit, N)
-    return index, there
-
-
-@triton.jit
-def _load_slots(POINTER, row, lane, valid, other, LE: tl.constexpr, N: tl.constexpr):
+def _load_slots(POINTER, row, lane, other, LE: tl.constexpr, N: tl.constexpr):
     """The left and the right leaves of each lane, as float32.
 
     Slot by slot: that keeps all slots of a lane in its own registers, which the compiler then does with all that is
@@ -81,25 +43,31 @@ def _load_slots(POINTER, row, lane, valid, other, LE: tl.constexpr, N: tl.conste
     """
     left, right = (), ()
     for e in tl.static_range(0, 1 << LE, 2):
-        left = left + (_load_slot(POINTER, row, lane, valid, other, e, LE, N),)
-        right = right + (_load_slot(POINTER, row, lane, valid, other, e + 1, LE, N),)
-    return tree.stacked(left, LE - 1), tree.stacked(right, LE - 1)
+        left = left + (_load_slot(POINTER, row, lane, other, e, LE, N),)
+        right = right + (_load_slot(POINTER, row, lane, other, e + 1, LE, N),)
+    return _stacked(left, LE - 1), _stacked(right, LE - 1)
 
 
 @triton.jit
-def _load_slot(POINTER, row, lane, valid, other, e: tl.constexpr, LE: tl.constexpr, N: tl.constexpr):
-    index, there = lane, valid
-    for bit in tl.static_range(LE):
-        index, there = _child(index, there, (e >> (LE - 1 - bit)) & 1, LE - bit, N)
+def _load_slot(POINTER, row, lane, other, e: tl.constexpr, LE: tl.constexpr, N: tl.constexpr):
+    index, there = tree.descend(lane[0], lane[1], e, LE, LE, N)
     return tl.load(POINTER + row * N + index, mask=there, other=other).to(tl.float32)
 
 
 @triton.jit
-def _load_counts(POINTER, row, g, inside, other, J: tl.constexpr, K: tl.constexpr, G: tl.constexpr):
+def _stacked(parts, LEVELS: tl.constexpr):
+    """2^LEVELS tensors [rows, lanes] as one [rows, lanes, 2^LEVELS]; one alone stays as it is."""
+    for _ in tl.static_range(LEVELS):
+        parts = tree.joined(parts[: len(parts) // 2], parts[len(parts) // 2 :])
+    return parts[0]
+
+
+@triton.jit
+def _load_counts(POINTER, start, g, inside, other, J: tl.constexpr, G: tl.constexpr):
     """Per-count values of a row, [*, J], dealt out to its lanes: a tuple of chunks of G counts."""
     out = ()
-    for first in tl.static_range(0, K + 1, G):
-        out = out + (tl.load(POINTER + row + first + g, mask=inside & (first + g < J), other=other),)
+    for first in tl.static_range(0, J if J > 1 else 2, G):
+        out = out + (tl.load(POINTER + start + first + g, mask=inside & (first + g < J), other=other),)
     return out
 
 
@@ -137,320 +105,124 @@ def _collect(chunks, g, LENGTH: tl.constexpr, G: tl.constexpr):
     return out
 
 
-# ---------------------------------------------------------------------------------------------- the tree
+@triton.jit
+def _append(swept, flagged, token):
+    """Put the flagged rows of a program on the list."""
+    many = tl.sum(flagged, axis=0)
+    if many > 0:
+        first = tl.atomic_add(swept.length, many)
+        tl.store(swept.todo + first + tl.cumsum(flagged, axis=0) - flagged, token, mask=flagged > 0)
+
+
+# ---------------------------------------------------------------------------------------------- leaves
 
 
 @triton.jit
-def _up_in_lane(left, right, LE: tl.constexpr, K: tl.constexpr):
-    """(levels, polynomial): the levels within a lane, each as (left, right), from the leaves', and what they make."""
-    levels = ((left, right),)
-    product = tree.multiply(left, right, K)
-    for _ in tl.static_range(LE - 1):
-        left, right = tree.halves(product)
-        levels = levels + ((left, right),)
-        product = tree.multiply(left, right, K)
-    return levels, product
+def _dual_coin(x, u, shift, FAST: tl.constexpr):
+    """A coin and its tangent along u. The absent weight stays fixed: that rescales the row and changes no result."""
+    absent, present = coin(x, shift, FAST)
+    return absent, present, tl.zeros_like(absent), tl.where(tl.abs(x) < INFINITY, present * u, 0.0)
 
 
 @triton.jit
-def _dual_up_in_lane(levels, d_left, d_right, LE: tl.constexpr, K: tl.constexpr):
-    tangents = ((d_left, d_right),)
-    tangent = tree.dual_multiply(levels[0][0], d_left, levels[0][1], d_right, K)
-    for level in tl.static_range(1, LE):
-        d_left, d_right = tree.halves(tangent)
-        tangents = tangents + ((d_left, d_right),)
-        tangent = tree.dual_multiply(levels[level][0], d_left, levels[level][1], d_right, K)
-    return tangents, tangent
+def _marginal(x, adjoint, leaf):
+    """A variable's marginal. Rounding may go an ulp beyond 1; what is forced is certain."""
+    return tl.where(x == INFINITY, 1.0, tl.minimum(adjoint[1] * leaf[1], 1.0))
 
 
 @triton.jit
-def _siblings(own, g, STEP: tl.constexpr):
-    """The polynomials of a lane and its partner: (left, right), the same for both, so that both multiply alike."""
-    other = tree.from_lane(own, tl.zeros_like(own[0]).to(tl.int32) + (g ^ STEP))
-    is_right = (g & STEP) != 0
-    return tree.where(is_right, other, own), tree.where(is_right, own, other)
-
-
-@triton.jit
-def _up_across(own, g, LG: tl.constexpr, K: tl.constexpr):
-    """What each lane holds at every level across lanes, ending in the root, which all hold."""
-    held = (own,)
-    for level in tl.static_range(LG):
-        left, right = _siblings(held[level], g, 1 << (LG - 1 - level))
-        held = held + (tree.multiply(left, right, K),)
-    return held
-
-
-@triton.jit
-def _dual_up_across(held, tangent, g, LG: tl.constexpr, K: tl.constexpr):
-    tangents = (tangent,)
-    for level in tl.static_range(LG):
-        left, right = _siblings(held[level], g, 1 << (LG - 1 - level))
-        d_left, d_right = _siblings(tangents[level], g, 1 << (LG - 1 - level))
-        tangents = tangents + (tree.dual_multiply(left, d_left, right, d_right, K),)
-    return tangents
-
-
-@triton.jit
-def _down_across(held, adjoint, g, LG: tl.constexpr):
-    """The adjoint of each lane's own polynomial from that of the root."""
-    for up in tl.static_range(LG):
-        own = held[LG - 1 - up]
-        sibling = tree.from_lane(own, tl.zeros_like(own[0]).to(tl.int32) + (g ^ (1 << up)))
-        adjoint = tree.correlate(adjoint, sibling, len(own))
-    return adjoint
-
-
-@triton.jit
-def _dual_down_across(held, tangents, adjoint, d_adjoint, g, LG: tl.constexpr):
-    for up in tl.static_range(LG):
-        own, d_own = held[LG - 1 - up], tangents[LG - 1 - up]
-        partner = tl.zeros_like(own[0]).to(tl.int32) + (g ^ (1 << up))
-        sibling, d_sibling = tree.from_lane(own, partner), tree.from_lane(d_own, partner)
-        d_adjoint = tree.dual_correlate(adjoint, d_adjoint, sibling, d_sibling, len(own))
-        adjoint = tree.correlate(adjoint, sibling, len(own))
-    return adjoint, d_adjoint
-
-
-@triton.jit
-def _down_in_lane(levels, adjoint, LE: tl.constexpr):
-    """Adjoints of the left and the right leaves from that of the lane's polynomial: correlated with the sibling."""
-    for up in tl.static_range(LE - 1):
-        left, right = levels[LE - 1 - up]
-        a, b = tree.correlate(adjoint, right, len(right)), tree.correlate(adjoint, left, len(left))
-        adjoint = tree.joined(a, b)
-    left, right = levels[0]
-    return tree.correlate(adjoint, right, 2), tree.correlate(adjoint, left, 2)
-
-
-@triton.jit
-def _dual_down_in_lane(levels, tangents, adjoint, d_adjoint, LE: tl.constexpr):
-    """Tangents of those adjoints, left and right."""
-    for up in tl.static_range(LE - 1):
-        left, right = levels[LE - 1 - up]
-        d_left, d_right = tangents[LE - 1 - up]
-        a = tree.dual_correlate(adjoint, d_adjoint, right, d_right, len(right))
-        b = tree.dual_correlate(adjoint, d_adjoint, left, d_left, len(left))
-        d_adjoint = tree.joined(a, b)
-        a, b = tree.correlate(adjoint, right, len(right)), tree.correlate(adjoint, left, len(left))
-        adjoint = tree.joined(a, b)
-    left, right = levels[0]
-    d_left, d_right = tangents[0]
-    a = tree.dual_correlate(adjoint, d_adjoint, right, d_right, 2)
-    b = tree.dual_correlate(adjoint, d_adjoint, left, d_left, 2)
-    return a, b
-
-
-# ---------------------------------------------------------------------------------------------- the sample
-
-
-@triton.jit
-def _draw(root, adjoint, held, levels, key, lane, g, N: tl.constexpr, LE: tl.constexpr, LG: tl.constexpr):
-    """Which slots are chosen, and whether rounding could have changed it: the count, then its split down the tree."""
-    K: tl.constexpr = len(root) - 1
-    low, high = mixed(key)
-    shares = ()
-    for j in tl.static_range(K + 1):
-        shares = shares + (adjoint[j] * root[j],)
-    count, doubt = tree.invert(shares, uniform(low, high, g * 0, tl.float32), MARGIN)
-    index, number = g * 0, g * 0 + 1
-    for up in tl.static_range(LG):
-        left, right = _siblings(held[LG - 1 - up], g, 1 << up)
-        u = uniform(low, high, number + index, tl.float32)
-        taken, near = _split(left, right, count, u, K)
-        doubt = doubt | near
-        side = (g >> up) & 1
-        count = tl.where(side == 0, taken, count - taken)
-        index, _ = _child(index, doubt, side, LE + LG - up, N)
-        number += (N + (1 << (LE + LG - up)) - 1) >> (LE + LG - up)
-    for up in tl.static_range(LE):
-        left, right = levels[LE - 1 - up]
-        u = _node_uniforms(low, high, number, lane, LE - up, LE, N)
-        taken, near = _split(left, right, count, u, K)
-        doubt = doubt | (near if len(near.shape) == 2 else tl.max(near.to(tl.int32), axis=2) > 0)
-        count = tree.join_last(taken, count - taken)
-        number += (N + (1 << (LE - up)) - 1) >> (LE - up)
-    return count > 0, doubt
-
-
-@triton.jit
-def _node_uniforms(low, high, number, lane, LEVEL: tl.constexpr, LE: tl.constexpr, N: tl.constexpr):
-    """The uniforms of a lane's nodes of level LEVEL, which are numbered from ``number`` on."""
-    if LEVEL == LE:
-        return uniform(low, high, number + lane, tl.float32)
-    else:
-        index, _ = _slots(lane, lane >= 0, LEVEL, LE, N)
-        return uniform(low[:, :, None], high[:, :, None], number[:, :, None] + index, tl.float32)
-
-
-@triton.jit
-def _split(left, right, count, u, K: tl.constexpr):
-    full: tl.constexpr = len(left) + len(right) - 2
-    most: tl.constexpr = full if full < K else K
-    bits: tl.constexpr = 1 if most < 2 else 2 if most < 4 else 3 if most < 8 else 4 if most < 16 else 5
-    return tree.split(left, right, count, u, MARGIN, bits)
+def _dual_marginal(adjoint, leaf):
+    """Its derivative."""
+    return adjoint[3] * leaf[1] + adjoint[1] * leaf[3]
 
 
 # ---------------------------------------------------------------------------------------------- kernels
 
 
 @triton.jit
-def append(TODO, COUNT, flagged, token):
-    """Put the flagged rows of a program on the list."""
-    many = tl.sum(flagged, axis=0)
-    if many > 0:
-        first = tl.atomic_add(COUNT, many)
-        tl.store(TODO + first + tl.cumsum(flagged, axis=0) - flagged, token, mask=flagged > 0)
-
-
-@triton.jit
 def forward(
-    X,
-    PHI,
-    KEY,
-    MARGINALS,
-    PROBS,
-    LOG_PARTITION,
-    LOG_ROOT,
-    SHIFT,
-    MASK,
-    LOST,
-    TODO,
-    COUNT,
-    tokens,
-    phi_stride,
+    rows,
+    swept,
     N: tl.constexpr,
     J: tl.constexpr,
     LE: tl.constexpr,
     LG: tl.constexpr,
     BT: tl.constexpr,
-    MOMENTS: tl.constexpr,
-    SAMPLE: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """One sweep: logits [T, N] and potential [T, J] or [J] to the moments, and to a sample of each row's key."""
+    """One sweep: the moments, where ``swept`` has room for them, and a sample of each row's key, where there are keys.
+
+    ``rows`` is an :class:`~..engine.Rows`, ``swept`` a :class:`~..engine.Swept`.
+    """
     K: tl.constexpr = J - 1 if J > 1 else 1  # with count 0 alone, a count of 1 that is not allowed
     G: tl.constexpr = 1 << LG
-    token = tl.program_id(0) * BT + tl.arange(0, BT)
-    row = token[:, None].to(tl.int64)
-    g = tl.arange(0, G)[None, :]
-    inside = (row < tokens) & (g < G)
-    lane, valid = _lane_nodes(g, inside, LE, LG, N)
-    index, there = _slots(lane, valid, 0, LE, N)
-    at = row[:, :, None] * N + index
-    x = _load_slots(X, row, lane, valid, -INFINITY, LE, N)
-    phi = _load_counts(PHI, row * phi_stride, g, inside, -INFINITY, J, K, G)
+    token, row, g, inside, lane, leaves = _place(rows.tokens, LE, LG, BT, N)
+    there = token < rows.tokens
+    x = _load_slots(rows.logits, row, lane, -INFINITY, LE, N)
+    phi = _load_counts(rows.potential, row * rows.potential_stride, g, inside, -INFINITY, J, G)
 
-    least, most, tilt = allowed_range(phi, g, J, G)
-    forced, undecided, top, bottom = evidence(x)
-    high, low = solve_shift(x, forced, undecided, top, bottom, least, most, tilt, FAST)
-    shift = high.to(tl.float64) + low.to(tl.float64)
-    left, right = coin(x[0], high, low, FAST), coin(x[1], high, low, FAST)
-    levels, product = _up_in_lane(left, right, LE, K)
-    held = _up_across(product, g, LG, K)
-    root = held[LG]
-    weights, posterior, log_root, underflow = weigh(_deal(root, g, G), phi, g, shift, forced, undecided, G, FAST)
+    known = evidence(x)
+    shift = solve_shift(x, known, allowed_range(phi, g, G), FAST)
+    exact_shift = exact(shift)
+    left, right = coin(x[0], shift, FAST), coin(x[1], shift, FAST)
+    within, across = tree.up(left, right, g, LE, LG, K, False)
+    weights, posterior, log_root, underflow = weigh(_deal(across[LG], g, G), phi, g, exact_shift, known, G, FAST)
     adjoint = _collect(weights, g, K + 1, G)
 
     lost = tl.reshape(tl.where(underflow, 1, 0), [BT])
     flagged = lost
-    if SAMPLE:
-        key = tl.load(KEY + token, mask=token < tokens, other=0)[:, None]
-        chosen, doubt = _draw(root, adjoint, held, levels, key, lane, g, N, LE, LG)
-        tl.store(MASK + at, chosen.to(tl.int8), mask=there)
+    if swept.mask is not None:
+        key = tl.load(rows.key + token, mask=there, other=0)[:, None]
+        chosen, doubt = draw(within, across, adjoint, key, lane, g, N, LE, LG)
+        tl.store(swept.mask + leaves[0], chosen, mask=leaves[1])
         flagged = flagged | tl.max(tl.where(doubt, 1, 0), axis=1)
-    if MOMENTS:
-        a, b = _down_in_lane(levels, _down_across(held, adjoint, g, LG), LE)
-        # Rounding may go an ulp beyond 1; what is forced is certain.
-        m = tl.where(x[0] == INFINITY, 1.0, tl.minimum(a[1] * left[1], 1.0))
-        other = tl.where(x[1] == INFINITY, 1.0, tl.minimum(b[1] * right[1], 1.0))
-        tl.store(MARGINALS + at, tree.join_last(m, other), mask=there)
-        _store_counts(PROBS, posterior, row, g, inside, J, G)
-        log_partition = log_root + excess(x, high, low, FAST)
-        tl.store(LOG_PARTITION + token, tl.reshape(log_partition, [BT]).to(tl.float32), mask=token < tokens)
-        tl.store(LOG_ROOT + token, tl.reshape(log_root, [BT]), mask=token < tokens)
-    tl.store(SHIFT + token, tl.reshape(shift, [BT]), mask=token < tokens)
-    tl.store(LOST + token, lost.to(tl.int8), mask=token < tokens)
-    append(TODO, COUNT, tl.where(token < tokens, flagged, 0), token)
+    if swept.marginals is not None:
+        a, b = tree.down(within, across, adjoint, g, LE, LG, False)
+        marginals = tree.join_last(_marginal(x[0], a, left), _marginal(x[1], b, right))
+        tl.store(swept.marginals + leaves[0], marginals, mask=leaves[1])
+        _store_counts(swept.count_probs, posterior, row, g, inside, J, G)
+        log_partition = log_root + log_normaliser(x, shift, FAST)
+        tl.store(swept.log_partition + token, tl.reshape(log_partition, [BT]).to(tl.float32), mask=there)
+        tl.store(swept.log_root + token, tl.reshape(log_root, [BT]), mask=there)
+    tl.store(swept.shift + token, tl.reshape(exact_shift, [BT]), mask=there)
+    tl.store(swept.fallback + token, lost > 0, mask=there)
+    _append(swept, tl.where(there, flagged, 0), token)
 
 
 @triton.jit
 def backward(
-    X,
-    PROBS,
-    SHIFT,
-    U,
-    V,
-    D_MARGINALS,
-    D_PROBS,
-    tokens,
+    rows,
+    swept,
+    slopes,
     N: tl.constexpr,
     J: tl.constexpr,
     LE: tl.constexpr,
     LG: tl.constexpr,
     BT: tl.constexpr,
-    HAS_V: tl.constexpr,
     FAST: tl.constexpr,
 ):
     """The derivative of (marginals, posterior) along (u, v): the sweep again, on dual numbers.
 
-    The derivation stands at :func:`..torch.engine._second_derivative_block`. The root's adjoint
-    is the posterior that the forward sweep left, over the coefficients.
+    ``slopes`` is an :class:`~..engine.Slopes`. The derivation stands at
+    :func:`..torch.engine._second_derivative_block`.
     """
     K: tl.constexpr = J - 1 if J > 1 else 1
     G: tl.constexpr = 1 << LG
-    token = tl.program_id(0) * BT + tl.arange(0, BT)
-    row = token[:, None].to(tl.int64)
-    g = tl.arange(0, G)[None, :]
-    inside = (row < tokens) & (g < G)
-    lane, valid = _lane_nodes(g, inside, LE, LG, N)
-    index, there = _slots(lane, valid, 0, LE, N)
-    at = row[:, :, None] * N + index
-    x = _load_slots(X, row, lane, valid, -INFINITY, LE, N)
-    u = _load_slots(U, row, lane, valid, 0.0, LE, N)
-    shift = tl.load(SHIFT + token, mask=token < tokens, other=0.0)[:, None]
-    high = shift.to(tl.float32)
-    low = (shift - high.to(tl.float64)).to(tl.float32)
+    token, row, g, inside, lane, leaves = _place(rows.tokens, LE, LG, BT, N)
+    x = _load_slots(rows.logits, row, lane, -INFINITY, LE, N)
+    u = _load_slots(slopes.u, row, lane, 0.0, LE, N)
 
-    left, right = coin(x[0], high, low, FAST), coin(x[1], high, low, FAST)
-    moved_left = tl.where(tl.abs(x[0]) < INFINITY, left[1] * u[0], 0.0)
-    moved_right = tl.where(tl.abs(x[1]) < INFINITY, right[1] * u[1], 0.0)
-    zero = tl.zeros_like(moved_left)
-    levels, product = _up_in_lane(left, right, LE, K)
-    tangents, tangent = _dual_up_in_lane(levels, (zero, moved_left), (zero, moved_right), LE, K)
-    held = _up_across(product, g, LG, K)
-    d_held = _dual_up_across(held, tangent, g, LG, K)
+    shift = from_exact(tl.load(swept.shift + token, mask=token < rows.tokens, other=0.0)[:, None])
+    left, right = _dual_coin(x[0], u[0], shift, FAST), _dual_coin(x[1], u[1], shift, FAST)
+    within, across = tree.up(left, right, g, LE, LG, K, True)
+    root = across[LG]
+    coefficients, tangents = _deal(root[: len(root) // 2], g, G), _deal(root[len(root) // 2 :], g, G)
+    posterior = _load_counts(swept.count_probs, row * J, g, inside, 0.0, J, G)
+    v = _load_counts(slopes.v, row * J, g, inside, 0.0, J, G) if slopes.v is not None else ()
+    adjoint, d_adjoint, d_posterior = dual_weigh(coefficients, tangents, posterior, v)
+    _store_counts(slopes.count_probs, d_posterior, row, g, inside, J, G)
+    adjoint = _collect(adjoint, g, K + 1, G) + _collect(d_adjoint, g, K + 1, G)
 
-    coefficients, d_coefficients = _deal(held[LG], g, G), _deal(d_held[LG], g, G)
-    posterior = _load_counts(PROBS, row * J, g, inside, 0.0, J, K, G)
-    adjoint, gain = (), ()
-    mean = tl.zeros_like(coefficients[0])
-    for c in tl.static_range(len(posterior)):
-        found = coefficients[c] >= SMALLEST_COEFFICIENT
-        weight = tl.where(found, posterior[c] / coefficients[c], 0.0)
-        gain = gain + (weight * d_coefficients[c],)
-        adjoint = adjoint + (weight,)
-        mean += gain[c]
-    v = ()
-    if HAS_V:
-        v = _load_counts(V, row * J, g, inside, 0.0, J, K, G)
-    else:
-        v = posterior
-    for c in tl.static_range(len(posterior)):
-        if HAS_V:
-            mean += posterior[c] * v[c]
-    mean = row_sum(mean)
-    d_adjoint, d_posterior = (), ()
-    for c in tl.static_range(len(posterior)):
-        slope = v[c] - mean if HAS_V else tl.zeros_like(mean) - mean
-        d_adjoint = d_adjoint + (adjoint[c] * slope,)
-        d_posterior = d_posterior + (gain[c] + posterior[c] * slope,)
-    _store_counts(D_PROBS, d_posterior, row, g, inside, J, G)
-
-    a, da = _collect(adjoint, g, K + 1, G), _collect(d_adjoint, g, K + 1, G)
-    a, da = _dual_down_across(held, d_held, a, da, g, LG)
-    da_left, da_right = _dual_down_in_lane(levels, tangents, a, da, LE)
-    a_left, a_right = _down_in_lane(levels, a, LE)
-    d_left = da_left[1] * left[1] + a_left[1] * moved_left
-    d_right = da_right[1] * right[1] + a_right[1] * moved_right
-    tl.store(D_MARGINALS + at, tree.join_last(d_left, d_right), mask=there)
+    a, b = tree.down(within, across, adjoint, g, LE, LG, True)
+    d_marginals = tree.join_last(_dual_marginal(a, left), _dual_marginal(b, right))
+    tl.store(slopes.marginals + leaves[0], d_marginals, mask=leaves[1])

@@ -1,13 +1,64 @@
-"""Polynomials as tuples of tensors, one tensor per coefficient: what :mod:`..torch.tree` does.
+"""A row's tree in the registers of its lanes: polynomials as tuples of tensors, one tensor per coefficient.
+
+The tree is that of :mod:`..torch.tree`, node i of a level times node i + m/2, because that tree defines the sample.
+Seen as a binary tree of 2^LE slots in each of 2^LG lanes, its lower LE levels lie within a lane and its upper LG
+levels join lanes, each lane exchanging its polynomial with its partner's. An odd level ends in the polynomial 1:
+slots below it hold no variable.
 
 A tensor holds one coefficient of all nodes of a level: [rows, lanes, nodes of the lane], or [rows, lanes] where a lane
-has one. Loops over coefficients unroll when the kernel is compiled, so that coefficients are registers.
+has one. Loops over coefficients unroll when the kernel is compiled, so that coefficients are registers. A DUAL
+polynomial is its coefficients followed by as many tangents.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+# ---------------------------------------------------------------------------------------------- where nodes lie
+
+
+@triton.jit
+def child(index, valid, side, LEVEL: tl.constexpr, N: tl.constexpr):
+    """The left (0) or right (1) child of a node of level LEVEL: node i, or i plus half the level below."""
+    index = index + side * nodes(LEVEL, N)
+    return index, valid & (index < nodes(LEVEL - 1, N))
+
+
+@triton.jit
+def nodes(LEVEL: tl.constexpr, N: tl.constexpr):
+    """How many nodes a level has."""
+    return (N + (1 << LEVEL) - 1) >> LEVEL
+
+
+@triton.jit
+def descend(index, valid, path, BITS: tl.constexpr, LEVEL: tl.constexpr, N: tl.constexpr):
+    """Follow the bits of ``path``, the highest first, from a node of level LEVEL: (index, whether it exists)."""
+    for bit in tl.static_range(BITS):
+        index, valid = child(index, valid, (path >> (BITS - 1 - bit)) & 1, LEVEL - bit, N)
+    return index, valid
+
+
+@triton.jit
+def lane_nodes(g, inside, LE: tl.constexpr, LG: tl.constexpr, N: tl.constexpr):
+    """(index, whether it exists) of the node that each lane holds; the lane's lowest bit decides next to the root."""
+    index, valid = g * 0, inside
+    for bit in tl.static_range(LG):
+        index, valid = child(index, valid, (g >> bit) & 1, LE + LG - bit, N)
+    if (N + (2 << LE) - 1) >> (LE + 1) == (1 << LG) >> 1:
+        return g, valid  # the same numbers, in a form that the compiler sees to be contiguous
+    else:
+        return index, valid
+
+
+@triton.jit
+def slots(lane, LEVEL: tl.constexpr, LE: tl.constexpr, N: tl.constexpr):
+    """(index, whether it exists) of all nodes of level LEVEL within each lane, [*, lanes, nodes]; siblings are next."""
+    path = tl.arange(0, 1 << (LE - LEVEL))[None, None, :]
+    return descend(lane[0][:, :, None], lane[1][:, :, None], path, LE - LEVEL, LE, N)
+
+
+# ---------------------------------------------------------------------------------------------- polynomials
 
 
 @triton.jit
@@ -22,20 +73,13 @@ def _product_at(a, b, j: tl.constexpr):
 
 
 @triton.jit
-def multiply(a, b, K: tl.constexpr):
-    """a b, truncated at x^K."""
+def _product(a, b, K: tl.constexpr):
     full: tl.constexpr = len(a) + len(b) - 2
     top: tl.constexpr = full if full < K else K
     out = ()
     for j in tl.static_range(top + 1):
         out = out + (_product_at(a, b, j),)
     return out
-
-
-@triton.jit
-def dual_multiply(a, da, b, db, K: tl.constexpr):
-    """The tangent of a b: da b + a db, truncated at x^K."""
-    return add(multiply(da, b, K), multiply(a, db, K))
 
 
 @triton.jit
@@ -49,8 +93,7 @@ def _correlation_at(a, b, j: tl.constexpr):
 
 
 @triton.jit
-def correlate(a, b, WIDTH: tl.constexpr):
-    """The transpose of multiplying by b: the adjoint of one factor from the product's adjoint a."""
+def _correlation(a, b, WIDTH: tl.constexpr):
     out = ()
     for j in tl.static_range(WIDTH):
         out = out + (_correlation_at(a, b, j),)
@@ -58,14 +101,7 @@ def correlate(a, b, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def dual_correlate(a, da, b, db, WIDTH: tl.constexpr):
-    """The tangent of that adjoint."""
-    return add(correlate(da, b, WIDTH), correlate(a, db, WIDTH))
-
-
-@triton.jit
-def add(a, b):
-    """a + b, of the same degree."""
+def _add(a, b):
     out = ()
     for j in tl.static_range(len(a)):
         out = out + (a[j] + b[j],)
@@ -73,7 +109,29 @@ def add(a, b):
 
 
 @triton.jit
-def where(condition, a, b):
+def multiply(a, b, K: tl.constexpr, DUAL: tl.constexpr):
+    """a b, truncated at x^K; its tangent is da b + a db."""
+    if DUAL:
+        m: tl.constexpr = len(a) // 2
+        n: tl.constexpr = len(b) // 2
+        return _product(a[:m], b[:n], K) + _add(_product(a[m:], b[:n], K), _product(a[:m], b[n:], K))
+    else:
+        return _product(a, b, K)
+
+
+@triton.jit
+def correlate(a, b, DUAL: tl.constexpr):
+    """The transpose of multiplying by b: the adjoint of b's sibling, of as many coefficients, from the product's, a."""
+    if DUAL:
+        m: tl.constexpr = len(a) // 2
+        n: tl.constexpr = len(b) // 2
+        return _correlation(a[:m], b[:n], n) + _add(_correlation(a[m:], b[:n], n), _correlation(a[:m], b[n:], n))
+    else:
+        return _correlation(a, b, len(b))
+
+
+@triton.jit
+def _where(condition, a, b):
     """a or b, by lane."""
     out = ()
     for j in tl.static_range(len(a)):
@@ -82,8 +140,9 @@ def where(condition, a, b):
 
 
 @triton.jit
-def from_lane(a, source):
-    """The polynomial that another lane of the row holds."""
+def _partner(a, g, STEP: tl.constexpr):
+    """The polynomial that the lane's partner holds."""
+    source = tl.zeros_like(a[0]).to(tl.int32) + (g ^ STEP)
     out = ()
     for j in tl.static_range(len(a)):
         out = out + (tl.gather(a[j], source, axis=1),)
@@ -91,11 +150,19 @@ def from_lane(a, source):
 
 
 @triton.jit
-def halves(level):
+def siblings(own, g, STEP: tl.constexpr):
+    """The polynomials of a lane and its partner: (left, right), the same for both, so that both multiply alike."""
+    other = _partner(own, g, STEP)
+    is_right = (g & STEP) != 0
+    return _where(is_right, other, own), _where(is_right, own, other)
+
+
+@triton.jit
+def _halves(level):
     """The nodes of a level, [rows, lanes, m] per coefficient, as left and right children; these are neighbours."""
     left, right = (), ()
     for j in tl.static_range(len(level)):
-        a, b = split_last(level[j])
+        a, b = _split_last(level[j])
         left, right = left + (a,), right + (b,)
     return left, right
 
@@ -110,7 +177,7 @@ def joined(left, right):
 
 
 @triton.jit
-def split_last(x):
+def _split_last(x):
     """Even and odd entries along the last of three dimensions, which goes when nothing is left of it."""
     if x.shape[2] == 2:
         return tl.split(x)
@@ -120,7 +187,7 @@ def split_last(x):
 
 @triton.jit
 def join_last(a, b):
-    """The inverse of :func:`split_last`."""
+    """The inverse of :func:`_split_last`."""
     both = tl.join(a, b)
     if len(a.shape) == 2:
         return both
@@ -128,71 +195,36 @@ def join_last(a, b):
         return tl.reshape(both, [a.shape[0], a.shape[1], 2 * a.shape[2]])
 
 
-@triton.jit
-def stacked(parts, LEVELS: tl.constexpr):
-    """2^LEVELS tensors [rows, lanes] as one [rows, lanes, 2^LEVELS]; one alone stays as it is."""
-    for _ in tl.static_range(LEVELS):
-        parts = joined(parts[: len(parts) // 2], parts[len(parts) // 2 :])
-    return parts[0]
+# ---------------------------------------------------------------------------------------------- up and down
 
 
 @triton.jit
-def _window(right, MAX: tl.constexpr, SIZE: tl.constexpr):
-    """right[MAX - i] for i = 0.., zero where there is none."""
-    zero = tl.zeros_like(right[0])
-    out = ()
-    for i in tl.static_range(SIZE):
-        out = out + (right[MAX - i] if MAX - i < len(right) and i <= MAX else zero,)
-    return out
+def up(left, right, g, LE: tl.constexpr, LG: tl.constexpr, K: tl.constexpr, DUAL: tl.constexpr):
+    """(within, across): the tree above the leaves, which are each lane's ``left`` and ``right`` ones.
 
-
-@triton.jit
-def _advance(window, distance, STEP: tl.constexpr, LEFT: tl.constexpr):
-    """The window moved on by STEP where that bit of ``distance`` is set, as far as later steps will look."""
-    move = (distance & STEP) != 0
-    out = ()
-    for i in tl.static_range(STEP + LEFT):
-        out = out + (tl.where(move, window[i + STEP], window[i]),)
-    return out
-
-
-@triton.jit
-def taken_from(right, count, LEFT: tl.constexpr, BITS: tl.constexpr):
-    """right[count - a] for a = 0 .. LEFT, where ``count`` differs by row: a barrel shifter of BITS stages."""
-    most: tl.constexpr = (1 << BITS) - 1
-    window = _window(right, most, most + LEFT + 1)
-    for stage in tl.static_range(BITS):
-        window = _advance(window, most - count, 1 << (BITS - 1 - stage), LEFT)
-    return window
-
-
-@triton.jit
-def split(left, right, count, u, MARGIN: tl.constexpr, BITS: tl.constexpr):
-    """How many of ``count`` go to the left factor, drawn by inversion at u, and whether rounding could decide.
-
-    Counts have at most BITS bits.
+    ``within`` holds the LE levels of a lane as (left, right), from the leaves up; ``across`` what each lane holds at
+    every level from there to the root, which all lanes hold.
     """
-    rest = taken_from(right, count, len(left) - 1, BITS)
-    weights = ()
-    for a in tl.static_range(len(left)):
-        weights = weights + (left[a] * rest[a],)
-    taken, doubt = invert(weights, u, MARGIN)
-    # An empty node leaves nothing to decide.
-    return taken, doubt & (count > 0)
+    within = ((left, right),)
+    product = multiply(left, right, K, DUAL)
+    for _ in tl.static_range(LE - 1):
+        left, right = _halves(product)
+        within = within + ((left, right),)
+        product = multiply(left, right, K, DUAL)
+    across = (product,)
+    for level in tl.static_range(LG):
+        left, right = siblings(across[level], g, 1 << (LG - 1 - level))
+        across = across + (multiply(left, right, K, DUAL),)
+    return within, across
 
 
 @triton.jit
-def invert(weights, u, MARGIN: tl.constexpr):
-    """How many cumulative weights lie at or below u times the total, and whether one lies within the margin."""
-    total = weights[0]
-    for a in tl.static_range(1, len(weights)):
-        total += weights[a]
-    threshold = u * total
-    chosen = tl.zeros_like(total).to(tl.int32)
-    cumulative, nearest = tl.zeros_like(total), total
-    for a in tl.static_range(len(weights) - 1):
-        cumulative += weights[a]
-        gap = cumulative - threshold
-        chosen += (gap <= 0.0).to(tl.int32)
-        nearest = tl.minimum(nearest, tl.abs(gap))
-    return chosen, nearest <= MARGIN * total
+def down(within, across, adjoint, g, LE: tl.constexpr, LG: tl.constexpr, DUAL: tl.constexpr):
+    """Adjoints of the left and the right leaves from the root's: at each node, correlated with the sibling."""
+    for above in tl.static_range(LG):
+        adjoint = correlate(adjoint, _partner(across[LG - 1 - above], g, 1 << above), DUAL)
+    for above in tl.static_range(LE - 1):
+        left, right = within[LE - 1 - above]
+        adjoint = joined(correlate(adjoint, right, DUAL), correlate(adjoint, left, DUAL))
+    left, right = within[0]
+    return correlate(adjoint, right, DUAL), correlate(adjoint, left, DUAL)

@@ -76,7 +76,7 @@ def _against(A: Polynomial, b: Polynomial, i: int) -> list[tuple[Vector, Vector]
 def _switch(build: Callable[[_Memory, Any, Any, int, int], None]) -> Any:
     """An intrinsic (tree, tangents, a, b, parent, d, D) -> bool: ``build`` for the degrees of _UNROLLED, else False.
 
-    For float32 only: twice as wide, the sums would not fit the registers anyway, and compiling takes its time.
+    For float32 only: float64 sums would not fit the registers anyway, and compiling takes time.
     ``tree`` and ``tangents`` are arrays that hold nodes at the same offsets a, b and parent.
     """
 
@@ -187,19 +187,13 @@ def dual_product(tree, tangents, a, b, parent, d, D):
         return
     zero = fill(tree, 0.0)
     for j in range(D + 1):
-        store(tree, parent + j * WIDTH, _product_term(tree, a, tree, b, d, j, zero))
         tangent = _product_term(tangents, a, tree, b, d, j, zero)
         store(tangents, parent + j * WIDTH, _product_term(tree, a, tangents, b, d, j, tangent))
+    product(tree, a, b, parent, d, D)
 
 
 @inlined
-def _move(source, to, at, d):
-    for j in range(d + 1):
-        store(to, at + j * WIDTH, load(source, j * WIDTH))
-
-
-@inlined
-def adjoints(tree, a, b, parent, d, D, spare):
+def adjoints(tree, spare, a, b, parent, d, D):
     """The children's adjoints in the place of their values, from the parent's in the place of its own."""
     if _small_adjoints(tree, tree, a, b, parent, d, D):
         return
@@ -213,18 +207,22 @@ def adjoints(tree, a, b, parent, d, D, spare):
 
 
 @inlined
-def dual_adjoints(tree, tangents, a, b, parent, d, D, spare, spare_tangent):
-    """The same on dual numbers."""
+def dual_adjoints(tree, tangents, spare, a, b, parent, d, D):
+    """The same on dual numbers: the tangents first, since they need the values."""
     if _small_dual_adjoints(tree, tangents, a, b, parent, d, D):
         return
     zero = fill(tree, 0.0)
     for i in range(d + 1):
-        store(spare, i * WIDTH, _adjoint_term(tree, parent, tree, b, d, D, i, zero))
         tangent = _adjoint_term(tangents, parent, tree, b, d, D, i, zero)
-        store(spare_tangent, i * WIDTH, _adjoint_term(tree, parent, tangents, b, d, D, i, tangent))
+        store(spare, i * WIDTH, _adjoint_term(tree, parent, tangents, b, d, D, i, tangent))
     for i in range(d + 1):
-        store(tree, b + i * WIDTH, _adjoint_term(tree, parent, tree, a, d, D, i, zero))
         tangent = _adjoint_term(tangents, parent, tree, a, d, D, i, zero)
         store(tangents, b + i * WIDTH, _adjoint_term(tree, parent, tangents, a, d, D, i, tangent))
-    _move(spare, tree, a, d)
-    _move(spare_tangent, tangents, a, d)
+    _move(spare, tangents, a, d)
+    adjoints(tree, spare, a, b, parent, d, D)
+
+
+@inlined
+def _move(source, to, at, d):
+    for j in range(d + 1):
+        store(to, at + j * WIDTH, load(source, j * WIDTH))

@@ -1,4 +1,4 @@
-"""Sweeps over a plan: values up, adjoints down, and both with their tangents.
+"""A circuit up and down, as the count family does with its tree: values, adjoints, and both with their tangents.
 
 Legend: rows are [M, B], one per node and token; see :class:`circuitroute.engines.layered.torch.plan.Plan`.
 
@@ -21,7 +21,7 @@ def up(steps: Sequence[Step], rows: Tensor) -> None:
         step.combine(rows, rows, rows)
 
 
-def tangent_up(steps: Sequence[Step], rows: Tensor, tangents: Tensor) -> None:
+def dual_up(steps: Sequence[Step], rows: Tensor, tangents: Tensor) -> None:
     """Fill the sums' tangents, given the values and the tangents of the leaves (all others zero)."""
     for step in steps:
         step.combine(tangents, tangents, rows)
@@ -35,7 +35,7 @@ def down(steps: Sequence[Step], rows: Tensor, adjoints: Tensor) -> None:
         step.to_right(adjoints, adjoints, rows)
 
 
-def tangent_down(steps: Sequence[Step], rows: Tensor, tangents: Tensor, adjoints: Tensor, moved: Tensor) -> None:
+def dual_down(steps: Sequence[Step], rows: Tensor, tangents: Tensor, adjoints: Tensor, moved: Tensor) -> None:
     """Fill the adjoints and their tangents ``moved``, given the root's (all others zero)."""
     down(steps, rows, adjoints)
     for step in reversed(steps):

@@ -1,12 +1,9 @@
-"""Down from the root, one element of every sum that is reached: at random for a sample, the best for the mode.
+"""Down from the root, choosing an element of every sum that is reached: at random for a sample, the best for the mode.
 
 Legend: B tokens, m blocks of one step, F the most elements any of their sums has.
 
-A chosen subset is a tree inside the circuit with one element per sum. It meets every scope at most once, so per token
-and block at most one sum is reached, and only its elements are looked at.
-
-As on the count family's engine, a choice that rounding could have decided is reported, and the caller draws that token
-again in higher precision: the outcome is that of the naive engine.
+A subset is a tree inside the circuit with one element per sum. It meets every scope at most once, so at most one sum
+per token and block is reached, and only its elements are looked at.
 """
 
 from __future__ import annotations
@@ -18,6 +15,7 @@ import torch
 from torch import Tensor
 
 from circuitroute.engines.layered.torch.plan import Plan
+from circuitroute.engines.sampling import invert
 from circuitroute.keys import uniform_at
 
 # (weights or scores [F, m, B], the reached rows [m, B]) -> which element [m, B]
@@ -28,7 +26,7 @@ MAX_ENTRIES = 1 << 22
 
 
 class Draw:
-    """Choice by inversion at the uniform that belongs to the sum; notes tokens whose outcome is in doubt."""
+    """Choice by inversion at the uniform that belongs to the sum; collects the tokens whose outcome is uncertain."""
 
     def __init__(self, plan: Plan, key_B: Tensor, margin: float) -> None:
         self._number = plan.tensor("number", plan.number)
@@ -42,11 +40,9 @@ class Draw:
     def invert(self, weights: Tensor, number: Tensor) -> Tensor:
         """How many cumulative ``weights`` [F, m, B] lie below the uniforms ``number`` [m, B] of the tokens."""
         cumulative = weights.cumsum(0)
-        total = cumulative[-1]
-        gaps = cumulative[:-1] - uniform_at(self._key, number, weights.dtype) * total
-        if len(gaps):
-            self.uncertain |= ((gaps.abs().amin(0) <= self._margin * total) & (total > 0)).any(0)
-        return (gaps <= 0).sum(0)
+        index, doubt = invert(cumulative, uniform_at(self._key, number, weights.dtype), self._margin)
+        self.uncertain |= (doubt & (cumulative[-1] > 0)).any(0)
+        return index
 
 
 def first_best(scores: Tensor, row: Tensor) -> Tensor:
@@ -100,7 +96,7 @@ def _reach_root(plan: Plan, reached: Tensor, root: Tensor) -> None:
 
 
 def _take(array: Tensor, at: Tensor) -> Tensor:
-    """array[at], which for one dimension is several times faster said this way."""
+    """array[at]; for one dimension, index_select is several times faster."""
     return array.index_select(0, at.view(-1)).view(at.shape)
 
 

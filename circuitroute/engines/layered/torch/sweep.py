@@ -1,0 +1,149 @@
+"""A block of tokens through the six steps and the derivative, and the mode, in batched tensor operations.
+
+Legend: T tokens, B tokens of one block, N variables, M rows (one per node), J the counts that the root tells apart.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from circuitroute.engines.coins import coins
+from circuitroute.engines.layered.torch import tree
+from circuitroute.engines.layered.torch.plan import Plan
+from circuitroute.engines.layered.torch.sampling import Draw, first_best, walk
+from circuitroute.engines.logspace import LOG_ZERO, is_zero, log_weights
+from circuitroute.engines.root import weigh
+from circuitroute.engines.sampling import MARGIN
+from circuitroute.engines.shift import Evidence, Shift, solve_shift
+from circuitroute.engines.sweep import Block, Sweep
+
+# Values per block of tokens, and fewest tokens: near the cache, yet enough to drown the cost of launching operations.
+BLOCK_VALUES = {"cpu": 1 << 21}
+BLOCK_VALUES_ELSEWHERE = 1 << 27
+MIN_BLOCK = 32
+# Rounding grows with depth; so does the margin within which a choice counts as undecided.
+DEPTH_OF_MARGIN = 32
+
+
+def forward(plan: Plan, logits_TN: Tensor, J: int, key_T: Tensor | None, moments: bool) -> Sweep:
+    """A sweep; where the root tells counts apart, with the posterior of ``J`` of them."""
+    sweep = Sweep.empty(logits_TN, J if plan.counts else None, moments, key_T is not None)
+    for part in _blocks(logits_TN, plan):
+        sweep.fill(part, _Block.up(plan, logits_TN[part]), key_T)
+    return sweep
+
+
+def second_derivative(plan: Plan, logits_TN: Tensor, shift_T: Tensor, u_TN: Tensor, v_TJ: Tensor | None) -> Tensor:
+    """The derivative of the marginals along u in the logits and v in a potential on the counts."""
+    dm = torch.empty_like(u_TN)
+    for part in _blocks(logits_TN, plan):
+        block = _Block.up(plan, logits_TN[part], Shift.from_exact(shift_T[part], logits_TN.dtype))
+        dm[part] = block.derivative(u_TN[part].t(), None if v_TJ is None else v_TJ[part].t()).t()
+    return dm
+
+
+def mode(plan: Plan, logits_TN: Tensor) -> Tensor:
+    """[T, N] bool, a most probable subset; ties go to the first element of a sum, as on the naive engine.
+
+    In float64, where each value is the very number the naive engine computes: a sum of logits.
+    """
+    mask = torch.zeros_like(logits_TN, dtype=torch.bool, memory_format=torch.contiguous_format)
+    for part in _blocks(logits_TN, plan):
+        mask[part] = _mode_block(plan, logits_TN[part].double())
+    return mask
+
+
+def _blocks(logits_TN: Tensor, plan: Plan) -> list[slice]:
+    values = BLOCK_VALUES.get(logits_TN.device.type, BLOCK_VALUES_ELSEWHERE)
+    size = max(MIN_BLOCK, values // plan.rows)
+    return [slice(i, min(i + size, len(logits_TN))) for i in range(0, len(logits_TN), size)]
+
+
+@dataclass(frozen=True)
+class _Block(Block):
+    """A block of tokens swept upward, with the values of all nodes."""
+
+    plan: Plan
+    rows: Tensor  # [M, B]
+
+    @staticmethod
+    def up(plan: Plan, logits_BN: Tensor, shift: Shift | None = None) -> _Block:
+        """Shift (unless it is known), coins, the circuit up, root."""
+        logits = logits_BN.t().contiguous()
+        evidence = Evidence.of(logits)
+        shift = _solve(plan, logits, evidence) if shift is None else shift
+        absent, present = coins(logits, shift, evidence)
+        rows = logits.new_zeros(plan.rows, logits.shape[1])
+        _set_leaves(plan, rows, absent, present, 1.0)
+        tree.up(plan.steps, rows)
+        counts = torch.tensor(plan.counts or (0,), dtype=torch.float64, device=logits.device)
+        coefficients = rows[_coefficients(plan)]
+        potential = torch.zeros_like(coefficients[:, :1])
+        root = weigh(coefficients, counts, potential, shift, evidence if plan.counts else None)
+        return _Block(logits, evidence, shift, absent, present, root, list(plan.counts or ()), plan, rows)
+
+    def sample(self, key_B: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`circuitroute.engines.sweep.Block`."""
+        plan = self.plan
+        draw = Draw(plan, key_B, MARGIN[self.rows.dtype] * max(1.0, len(plan.steps) / DEPTH_OF_MARGIN))
+        chosen = torch.zeros_like(key_B)
+        if plan.root is not None:
+            left, right, slot = (plan.tensor(f"root {i}", array) for i, array in enumerate(plan.root))
+            weights = (self.rows[left] * self.rows[right]).mul_(self.root.adjoint[slot])
+            chosen = draw.invert(weights[:, None], key_B.new_full((1, len(key_B)), plan.nodes - 1))[0]
+        mask = walk(plan, self.rows, torch.Tensor.mul_, 0.0, draw, chosen)
+        return mask, draw.uncertain
+
+    def down(self) -> Tensor:
+        """See :class:`circuitroute.engines.sweep.Block`."""
+        adjoints = torch.zeros_like(self.rows)
+        adjoints[_coefficients(self.plan)] = self.root.adjoint
+        tree.down(self.plan.steps, self.rows, adjoints)
+        return adjoints[self.plan.present]
+
+    def derivative(self, u_NB: Tensor, v_JB: Tensor | None) -> Tensor:
+        """[N, B] the derivative of the marginals along (u, v): dual numbers through the same circuit.
+
+        The derivation stands in :meth:`circuitroute.engines.subset.torch.sweep._Block.derivative`.
+        """
+        plan, coefficients, adjoint = self.plan, _coefficients(self.plan), self.root.adjoint
+        tangents, adjoints, moved = (torch.zeros_like(self.rows) for _ in range(3))
+        tangents[plan.present] = self.present * torch.where(torch.isinf(self.logits), 0.0, u_NB)
+        tree.dual_up(plan.steps, self.rows, tangents)
+        slope = torch.zeros_like(adjoint) if v_JB is None or not plan.counts else v_JB[self.counts]
+        d_log_partition = (adjoint * tangents[coefficients] + self.root.probs * slope).sum(0)
+        adjoints[coefficients] = adjoint
+        moved[coefficients] = adjoint * (slope - d_log_partition)
+        tree.dual_down(plan.steps, self.rows, tangents, adjoints, moved)
+        return (moved[plan.present] * self.present).addcmul_(adjoints[plan.present], tangents[plan.present])
+
+
+def _mode_block(plan: Plan, logits_BN: Tensor) -> Tensor:
+    rows = logits_BN.new_full((plan.rows, len(logits_BN)), 2 * LOG_ZERO)
+    _set_leaves(plan, rows, *log_weights(logits_BN), 0.0)
+    tree.largest_up(plan.steps, rows)
+    chosen = torch.zeros(len(logits_BN), dtype=torch.int64, device=logits_BN.device)
+    best = rows[_coefficients(plan)].amax(0)
+    if plan.root is not None:
+        left, right = (plan.tensor(f"root {i}", plan.root[i]) for i in (0, 1))
+        chosen = first_best(rows[left] + rows[right], chosen)
+    return walk(plan, rows, torch.Tensor.add_, -math.inf, first_best, torch.where(is_zero(best), -1, chosen))
+
+
+def _set_leaves(plan: Plan, rows: Tensor, absent_NB: Tensor, present_NB: Tensor, true: float) -> None:
+    rows[: plan.n], rows[plan.present], rows[2 * plan.n] = absent_NB, present_NB, true
+
+
+def _coefficients(plan: Plan) -> Tensor:
+    return plan.tensor("coefficients", plan.coefficients)
+
+
+def _solve(plan: Plan, logits_NB: Tensor, evidence: Evidence | None) -> Shift:
+    zero = torch.zeros_like(logits_NB[0])
+    if plan.counts is None:
+        return Shift(zero, zero)
+    return solve_shift(logits_NB, evidence, zero + plan.counts[0], zero + plan.counts[-1], zero)
