@@ -250,7 +250,10 @@ def test_whatever_is_in_a_sealed_file_is_checked(tmp_path):
     sound = arrays_of(record)
     wrong = {
         "it is of kind 'model'": arrays_of(record, kind="model"),
-        "it is of version 2, and this circuitroute reads version 1: update it": arrays_of(record, version=2),
+        "it is of version 3, and this circuitroute reads versions 1 to 2: update it": arrays_of(record, version=3),
+        "not a readable routing record: 'temperature'": arrays_of(record, version=2),
+        "temperature=-1.0: must be positive": arrays_of(record, version=2, temperature=-1),
+        "temperature='hot': expected a number": arrays_of(record, version=2, temperature="hot"),
         "layer_0 does not hold indices of 2 experts": arrays_of(record, experts=[2]),
         "layer_0 does not hold bits of 12 experts": arrays_of(record, forms=["bits"]),
         "form 'list'": arrays_of(record, forms=["list"]),
