@@ -37,11 +37,6 @@ class Decision(NamedTuple):
     logits: Tensor
     temperature: float | Tensor
 
-    @property
-    def finite(self) -> bool:
-        """Whether all logits are known to be finite."""
-        return self.untempered.rows.finite
-
     def routing(self, gates: Tensor) -> Routing:
         """The decision with its weights, [T, E]."""
         return Routing(self.distribution, self.mask, gates, self.untempered, self.logits, self.temperature)

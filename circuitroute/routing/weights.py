@@ -35,7 +35,8 @@ def weigh(
     """
     with torch.autocast(decision.mask.device.type, enabled=False):
         g = estimated_mask(decision, estimator)
-        finite = decision.finite and logits is None
+        # Not a property of the decision: torch 2.6 cannot trace those of a named tuple.
+        finite = logits is None and decision.untempered.rows.finite
         logits = decision.logits if logits is None else logits.to(g.dtype)
         if isinstance(as_estimator(estimator), Dense):
             gates = _dense(decision, logits, combine)
