@@ -4,8 +4,8 @@ Legend: T tokens (rows), N variables, K the largest count, J = K + 1; 2^LE slots
 rows of a program; tensors are [BT, G]. Per row and count, lane g works on the counts g, g + G, ...
 
 Float32 decides what it can. Rows where a coefficient that matters is lost (marked as ``fallback``), or where rounding
-could decide the sample, are appended to the list ``todo``, their number to ``length``. The host never looks: a kernel of
-:mod:`~circuitroute.engines.subset.triton.memory` works the list off.
+could decide the sample, are appended to the list ``todo``, their number to ``length``. The host never looks: a kernel
+of :mod:`~circuitroute.engines.subset.triton.memory` works the list off.
 """
 
 from __future__ import annotations
