@@ -1,1 +1,1 @@
-"""A hidden mixture of experts with a known router is learned by a student of the same shape: which routers can learn?"""
+"""A hidden mixture of experts is learned by a student of the same shape: which routers find the hidden routing?"""

@@ -45,13 +45,13 @@ def _gumbel_like(logits: Tensor) -> Tensor:
 
 
 def _successive_softmaxes(scores: Tensor, k: int) -> Tensor:
-    """[T, E] that sums to k in every row."""
-    total = torch.zeros_like(scores)
+    """[T, E] that sums to k in every row; in float64, where 1 - share is not rounded to 0 too soon."""
+    left, total = scores.double(), torch.zeros_like(scores, dtype=torch.float64)
     for _ in range(k):
-        share = scores.softmax(-1)
+        share = left.softmax(-1)
         total = total + share
-        scores = scores + (1 - share).clamp(min=1e-6).log()
-    return total
+        left = left + (1 - share).clamp(min=1e-300).log()
+    return total.to(scores.dtype)
 
 
 class RandomRouter(cr.Router):

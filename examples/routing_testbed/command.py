@@ -11,15 +11,15 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 
-from . import gradients, report
+from . import gradients, report, timing
 from .methods import methods_of, usual_methods
-from .pairing import summarise, summarise_gradients
+from .pairing import GRADIENT_MEASURES, summarise
 from .setting import MAIN, OF_DOMAINS, SHAPES, VARIABLE, Setting, Shape
 from .training import Row, run_task
 
 Job = Callable[[], list[Row]]
 DEFAULT_SHAPES = [str(shape) for shape in (*MAIN, VARIABLE, OF_DOMAINS)]
-TABLES = ("learning", "gradients")
+TABLES = ("learning", "gradients", "timing")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,37 +30,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
         jobs = _jobs(options)
     except ValueError as error:
         parser.error(str(error))
-    rows = []
-    with _opened(options.out) as out:
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    with options.out.open("w", encoding="utf-8") as out:
         for done, found in enumerate(_finished(jobs, options.processes), 1):
             rows += found
-            for row in found:
-                out.write(json.dumps(row) + "\n")
+            out.writelines(json.dumps(row) + "\n" for row in found)
             out.flush()
-            print(f"{done}/{len(jobs)}  {found[0]['table']} {found[0]['shape']}, seed {found[0]['seed']}", flush=True)
-    order = {name: place for place, name in enumerate((*SHAPES, *gradients.SHAPES))}
-    rows.sort(key=lambda row: (order[row["shape"]], row["seed"]))  # stable: methods keep their order
-    report.show_learning(summarise(row for row in rows if row["table"] == "learning"))
-    report.show_gradients(summarise_gradients(row for row in rows if row["table"] == "gradients"))
+            print(f"{done}/{len(jobs)}  {found[0]['table']}, {found[0]['shape']}, seed {found[0]['seed']}", flush=True)
+    show(rows)
     print(f"rows in {options.out}")
     return 0
 
 
-def _opened(path: Path):  # type: ignore[no-untyped-def]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open("w", encoding="utf-8")
+def show(rows: Sequence[Row]) -> None:
+    """All tables that there are rows for, whatever order tasks finished in; a task's methods keep theirs."""
+    order = [*SHAPES, *gradients.SHAPES]
+    ordered = sorted(rows, key=lambda row: (order.index(row["shape"]), row.get("size", ""), row["seed"]))
+    of_table = {name: [row for row in ordered if row["table"] == name] for name in TABLES}
+    report.show_learning(summarise(of_table["learning"]))
+    report.show_gradients(summarise(of_table["gradients"], "cosine", GRADIENT_MEASURES))
+    report.show_timing(of_table["timing"])
 
 
 def _jobs(options: argparse.Namespace) -> list[Job]:
-    """One per shape and seed, the longest first."""
+    """What there is to do, in tasks that need nothing of one another; the longest come first."""
     setting = Setting(steps=options.steps)
+    shapes = sorted((SHAPES[name] for name in options.shapes), key=lambda shape: -shape.experts)
     jobs: list[Job] = []
-    for seed in range(options.seeds):
-        if "learning" in options.tables:
-            for shape in sorted((SHAPES[name] for name in options.shapes), key=lambda shape: -shape.experts):
-                jobs.append(partial(run_task, shape, _chosen(shape, options.methods), seed, setting))
-        if "gradients" in options.tables:
-            jobs += [partial(gradients.run, name, seed) for name in gradients.SHAPES]
+    if "learning" in options.tables:
+        for shape in shapes:
+            names = _chosen(shape, options.methods)
+            jobs += [partial(run_task, shape, names, seed, setting) for seed in range(options.seeds)]
+    if "gradients" in options.tables:
+        jobs += [partial(gradients.run, name, seed) for name in gradients.SHAPES for seed in range(options.seeds)]
+    if "timing" in options.tables:
+        timed = [str(shape) for shape in shapes if shape.kind == "fixed"]
+        jobs += [partial(timing.run, name, size) for name in timed for size in timing.SIZES]
     return jobs
 
 
@@ -86,9 +92,11 @@ def _parser() -> argparse.ArgumentParser:
     known = sorted({name for shape in SHAPES.values() for name in methods_of(shape)})
     parser.add_argument("--seeds", type=_positive, default=5, help="teachers and students (default: 5)")
     parser.add_argument("--steps", type=_positive, default=Setting.steps, help=f"default: {Setting.steps}")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=DEFAULT_SHAPES, metavar="SHAPE", help=_list(SHAPES))
+    parser.add_argument(
+        "--shapes", nargs="+", choices=SHAPES, default=DEFAULT_SHAPES, metavar="SHAPE", help=_list(SHAPES)
+    )
     parser.add_argument("--methods", nargs="+", choices=known, metavar="METHOD", help=_list(known))
-    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES, help="which to make (default: both)")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES, help="which to make (default: all)")
     parser.add_argument("--processes", type=_positive, default=2, help="of one thread each (default: 2)")
     parser.add_argument("--out", type=Path, default=Path("runs/routing-testbed.jsonl"), help="the file for the rows")
     return parser

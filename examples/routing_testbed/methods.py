@@ -12,7 +12,7 @@ from typing import Any
 import circuitroute as cr
 
 from .baselines import GumbelTopKRouter, LossFreeStudent, RandomRouter, UniformProbeStudent
-from .setting import LEAST, MAIN, MOST, VARIABLE, Setting, Shape
+from .setting import LEAST, MOST, THOROUGH, VARIABLE, Setting, Shape
 from .student import RangeStudent, Student
 
 Build = Callable[[Shape, Setting], Student]
@@ -97,8 +97,8 @@ CORE = ("top-k", "sampled-1/4", "mode", "probe", "probe-none", "probes-all", "de
 
 
 def usual_methods(shape: Shape) -> list[str]:
-    """Those that are run where nothing else is asked for: all of them in the main shapes."""
-    return list(methods_of(shape)) if shape in (*MAIN, VARIABLE) else list(CORE)
+    """Those that are run where nothing else is asked for."""
+    return list(methods_of(shape)) if shape in (*THOROUGH, VARIABLE) else list(CORE)
 
 
 def methods_of(shape: Shape) -> dict[str, Build]:

@@ -8,20 +8,13 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
-MEASURES = (
-    "agreement",
-    "dead",
-    "load_entropy",
-    "executed",
-    "count_correlation",
-    "purity",
-    "cpu_ratio",
-)
+MEASURES = ("agreement", "dead", "load_entropy", "executed", "count_correlation", "purity", "cpu_ratio")
+GRADIENT_MEASURES = ("bias", "variance", "cosine_seen", "bias_seen")
 
 
 class Paired(NamedTuple):
-    """Over seeds: the mean of (error - baseline's), its standard deviation (NaN for one seed), the mean and standard
-    deviation of the same as a share of the baseline's, and with how many seeds the error is smaller."""
+    """Over seeds: the mean of (a method's value - the baseline's), its standard deviation (NaN for one seed), the mean
+    and standard deviation of the same as a share of the baseline's, and with how many seeds the value is smaller."""
 
     difference: float
     spread: float
@@ -30,18 +23,18 @@ class Paired(NamedTuple):
     wins: int
 
 
-def pair(errors: Sequence[float], baselines: Sequence[float]) -> Paired:
-    """Errors of two methods, seed by seed."""
-    differences = [error - baseline for error, baseline in zip(errors, baselines, strict=True)]
+def pair(values: Sequence[float], baselines: Sequence[float]) -> Paired:
+    """Two methods, seed by seed."""
+    differences = [value - baseline for value, baseline in zip(values, baselines, strict=True)]
     shares = [difference / baseline for difference, baseline in zip(differences, baselines, strict=True)]
     wins = sum(difference < 0 for difference in differences)
     return Paired(fmean(differences), _spread(differences), fmean(shares), _spread(shares), wins)
 
 
-def summarise(rows: Iterable[Row]) -> list[Row]:
-    """One row per shape and method, in the order they came in; the first method of a shape is its baseline.
+def summarise(rows: Iterable[Row], measure: str = "error", others: Sequence[str] = MEASURES) -> list[Row]:
+    """One row per shape and method, in the order they came in, with ``measure`` paired with the first method's.
 
-    Seeds that the baseline lacks are left out.
+    Seeds that the first method of a shape lacks are left out.
     """
     groups: dict[tuple[str, str], dict[int, Row]] = {}
     for row in rows:
@@ -49,22 +42,22 @@ def summarise(rows: Iterable[Row]) -> list[Row]:
     baselines: dict[str, dict[int, Row]] = {}
     for (shape, _), found in groups.items():
         baselines.setdefault(shape, found)
-    return [_summary(shape, method, found, baselines[shape]) for (shape, method), found in groups.items()]
+    return [
+        {"shape": shape, "method": method, **_summary(found, baselines[shape], measure, others)}
+        for (shape, method), found in groups.items()
+    ]
 
 
-def _summary(shape: str, method: str, found: dict[int, Row], baseline: dict[int, Row]) -> Row:
+def _summary(found: dict[int, Row], baseline: dict[int, Row], measure: str, others: Sequence[str]) -> Row:
     seeds = sorted(found.keys() & baseline.keys())
-    errors = [found[seed]["error"] for seed in seeds]
-    paired = pair(errors, [baseline[seed]["error"] for seed in seeds])
-    means = {name: _mean([found[seed][name] for seed in seeds]) for name in MEASURES}
+    values = [found[seed][measure] for seed in seeds]
+    paired = pair(values, [baseline[seed][measure] for seed in seeds])
     return {
-        "shape": shape,
-        "method": method,
         "seeds": len(seeds),
-        "error": fmean(errors),
-        "error_spread": _spread(errors),
+        measure: fmean(values),
+        f"{measure}_spread": _spread(values),
         "paired": None if found is baseline else paired,
-        **means,
+        **{name: _mean([found[seed][name] for seed in seeds]) for name in others},
     }
 
 

@@ -55,7 +55,8 @@ class Shape:
 LEAST, MOST = 1, 6
 DOMAINS, DOMAINS_PER_BATCH = 8, 3
 
-MAIN = (Shape(16, 1), Shape(16, 2), Shape(64, 4))
+THOROUGH = (Shape(16, 1), Shape(16, 2))  # with all methods; the others with some, unless asked for
+MAIN = (*THOROUGH, Shape(64, 4))
 FURTHER = (Shape(16, 4), Shape(64, 1), Shape(64, 2))
 VARIABLE, OF_DOMAINS = Shape(16, 2.5, "variable"), Shape(16, 2, "domains")
 SHAPES = {str(shape): shape for shape in (*MAIN, *FURTHER, VARIABLE, OF_DOMAINS)}

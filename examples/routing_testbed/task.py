@@ -20,7 +20,7 @@ TEACHERS = 1000  # teachers' seeds start here, so that no student starts as its 
 
 
 class Batch(NamedTuple):
-    """Inputs [T, H] with the teacher's outputs [T, H], its choice [T, E], and the domain each comes from [T], if there are any."""
+    """Inputs [T, H] with the teacher's outputs [T, H] and choice [T, E], and the domains they come from [T], if any."""
 
     hidden: Tensor
     target: Tensor
