@@ -34,7 +34,7 @@ class GumbelTopKRouter(cr.Router):
         mask = torch.zeros_like(noisy, dtype=torch.bool).scatter(-1, noisy.topk(k, -1).indices, True)
         soft = _successive_softmaxes(noisy, k)
 
-        def straight_through(mask: Tensor, _: cr.SubsetDistribution) -> Tensor:
+        def straight_through(mask: Tensor, distribution: cr.SubsetDistribution) -> Tensor:
             return mask + (soft - soft.detach())
 
         return cr.route(logits, self.circuit, combine=self.combine, replay=mask, estimator=straight_through)

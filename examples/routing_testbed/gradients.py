@@ -13,6 +13,7 @@ Legend: R repeats, T tokens, H hidden size, E experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from itertools import combinations, islice
@@ -20,7 +21,6 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
-from circuitroute.estimators import score_function_loss
 from torch import Tensor
 
 import circuitroute as cr
@@ -71,8 +71,7 @@ def half_trained(task: Task, steps: int) -> Problem:
     """The state of top-k after so many steps."""
     student = new_student(task, "top-k")
     train(student, task, list(islice(task.batches(), steps)))
-    batch, router, experts = task.held_out(), student.moe.router, student.moe.experts
-    assert isinstance(router, cr.Router)
+    batch, router, experts = task.held_out(), student.router, student.moe.experts
     assert isinstance(experts, cr.StackedExperts)
     with torch.no_grad():
         logits = router.logits(batch.hidden)
@@ -83,8 +82,7 @@ def quality(problem: Problem, student: Student, repeats: int, seed: int) -> dict
     """Cosine, bias and variance of a student's gradients against the truth, and the first two against what they would
     be if all experts were seen; bias and variance are relative to the norm, and the squared norm, of what they are
     compared with."""
-    router = student.moe.router
-    assert isinstance(router, cr.Router)
+    router = student.router
     temperature = COLD if isinstance(router, cr.TopKRouter) else float(router.temperature)
     draws = drawn_gradients(problem, student, repeats, seed)
     truth = true_gradient(problem, temperature)
@@ -109,7 +107,7 @@ def _variance(draws: Tensor) -> float:
 def _bias(draws: Tensor, reference: Tensor) -> float:
     """Without what a mean of so few draws differs by from the expectation."""
     squared = float((draws.mean(0) - reference).square().sum()) - _variance(draws) / len(draws)
-    return (max(squared, 0.0) / float(reference.square().sum())) ** 0.5
+    return math.sqrt(max(squared, 0.0) / float(reference.square().sum()))
 
 
 def drawn_gradients(problem: Problem, student: Student, repeats: int, seed: int) -> Tensor:
@@ -118,12 +116,12 @@ def drawn_gradients(problem: Problem, student: Student, repeats: int, seed: int)
     leaf = problem.logits.repeat(repeats, 1).requires_grad_()
     student.moe.experts = problem.experts
     key = torch.cat([keys(seed, repeat, tokens) for repeat in range(repeats)])
-    with patch.object(student.moe.router, "logits", return_value=leaf):
+    with patch.object(student.router, "logits", return_value=leaf):
         output, routing = student(problem.hidden.repeat(repeats, 1), key)
     cost = _losses(output, problem.target.repeat(repeats, 1)).reshape(repeats, tokens)
     loss = cost.sum() / tokens
-    if getattr(student.moe.router, "estimator", None) == "score":
-        loss = loss + repeats * score_function_loss(routing.log_prob.reshape(repeats, tokens), cost)
+    if student.router.estimator == "score":
+        loss = loss + repeats * cr.estimators.score_function_loss(routing.log_prob.reshape(repeats, tokens), cost)
     (gradient,) = torch.autograd.grad(loss, leaf)
     return gradient.reshape(repeats, tokens, -1).double()
 

@@ -48,7 +48,7 @@ def range_k(shape: Shape, setting: Setting, probes: Any = 0, **options: Any) -> 
 
 def frozen(shape: Shape, setting: Setting) -> Student:
     student = top_k(shape, setting)
-    student.moe.router.weight.requires_grad_(False)
+    student.router.weight.requires_grad_(False)
     return student
 
 

@@ -19,6 +19,12 @@ class Student(nn.Module):
         super().__init__()
         self.moe = moe
 
+    @property
+    def router(self) -> cr.Router:
+        router = self.moe.router
+        assert isinstance(router, cr.Router)
+        return router
+
     def options(self) -> dict[str, Any]:
         """What the router is told besides, in training as in evaluation."""
         return {}

@@ -35,7 +35,8 @@ class Task:
         self.shape, self.setting, self.seed = shape, setting, seed
         torch.manual_seed(TEACHERS + seed)
         self.centres = torch.randn(DOMAINS, setting.hidden)
-        self.teacher = _teacher(shape, setting, self.centres)
+        self._router = _router(shape, setting, self.centres)
+        self.teacher = _teacher(self._router, setting)
         self.price = self._price()
 
     def batches(self) -> Iterator[Batch]:
@@ -69,13 +70,13 @@ class Task:
         low, high = -100.0, 100.0
         while high - low > 1e-4:
             price = (low + high) / 2
-            mean = self.teacher.router(hidden, price=price).counts.double().mean()
+            mean = self._router(hidden, price=price).counts.double().mean()
             low, high = (price, high) if mean > self.shape.k else (low, price)
         return low
 
 
 @torch.no_grad()
-def _teacher(shape: Shape, setting: Setting, centres: Tensor) -> cr.MoE:
+def _router(shape: Shape, setting: Setting, centres: Tensor) -> cr.Router:
     router: cr.Router
     if shape.kind == "variable":
         router = cr.DynamicKRouter(setting.hidden, shape.experts, LEAST, MOST)
@@ -85,7 +86,12 @@ def _teacher(shape: Shape, setting: Setting, centres: Tensor) -> cr.MoE:
     if shape.kind == "domains":  # every expert belongs to a domain, and leans to its centre
         router.weight.div_(2).add_(centres[torch.arange(shape.experts) % DOMAINS])
     router.weight.mul_(setting.sharpness / math.sqrt(setting.hidden))
-    experts = cr.StackedExperts(shape.experts, setting.hidden, setting.inner)
+    return router.eval()
+
+
+@torch.no_grad()
+def _teacher(router: cr.Router, setting: Setting) -> cr.MoE:
+    experts = cr.StackedExperts(router.num_experts, setting.hidden, setting.inner)
     experts.up.mul_(setting.gain)
     experts.down.mul_(setting.gain)
     return cr.MoE(router, experts).eval()
