@@ -39,6 +39,16 @@ def test_every_method_trains_and_fills_its_row(shape: Shape) -> None:
     assert rows[0]["cpu_ratio"] == 1
 
 
+def test_the_number_of_threads_is_given_back() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        run_task(Shape(8, 1), ["top-k"], 0, TINY)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_rows_are_a_function_of_the_seed() -> None:
     def row(method: str, seed: int) -> dict[str, Any]:
         found = run_task(Shape(8, 2), [method], seed, TINY)[0]
@@ -230,7 +240,17 @@ def test_the_command_shows_rows_of_every_table(capsys: pytest.CaptureFixture[str
     assert "16x1, small: CPU time" in printed
 
 
-@pytest.mark.parametrize("words", [["--shapes", "3x3"], ["--methods", "top-9"], ["--seeds", "0"], ["--steps", "0"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--shapes", "3x3"],
+        ["--methods", "top-9"],
+        ["--methods", "probe", "range-mode", "--shapes", "16x1"],
+        ["--seeds", "0"],
+        ["--steps", "0"],
+    ],
+    ids=" ".join,
+)
 def test_wrong_options_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command.main(words)

@@ -26,10 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Trains, prints a line per finished task and the tables, writes the rows; returns the exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    try:
-        jobs = _jobs(options)
-    except ValueError as error:
-        parser.error(str(error))
+    strangers = _fitting_nowhere(options)
+    if strangers:
+        parser.error(f"argument --methods: {', '.join(strangers)}: not for the shapes {', '.join(options.shapes)}")
+    jobs = _jobs(options)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     with options.out.open("w", encoding="utf-8") as out:
@@ -56,7 +56,7 @@ def show(rows: Sequence[Row]) -> None:
 def _jobs(options: argparse.Namespace) -> list[Job]:
     """What there is to do, in tasks that need nothing of one another; the longest come first."""
     setting = Setting(steps=options.steps)
-    shapes = sorted((SHAPES[name] for name in options.shapes), key=lambda shape: -shape.experts)
+    shapes = sorted((SHAPES[name] for name in dict.fromkeys(options.shapes)), key=lambda shape: -shape.experts)
     jobs: list[Job] = []
     if "learning" in options.tables:
         for shape in shapes:
@@ -68,6 +68,12 @@ def _jobs(options: argparse.Namespace) -> list[Job]:
         timed = [str(shape) for shape in shapes if shape.kind == "fixed"]
         jobs += [partial(timing.run, name, size) for name in timed for size in timing.SIZES]
     return jobs
+
+
+def _fitting_nowhere(options: argparse.Namespace) -> list[str]:
+    """The methods that were asked for and that none of the shapes has."""
+    known = {name for shape in options.shapes for name in methods_of(SHAPES[shape])}
+    return [name for name in options.methods or () if name not in known]
 
 
 def _chosen(shape: Shape, asked: Sequence[str] | None) -> list[str]:

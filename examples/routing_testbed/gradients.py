@@ -29,7 +29,7 @@ from .methods import COLD, METHODS, Build, exact_k
 from .setting import Setting, Shape
 from .student import Student
 from .task import Task
-from .training import Row, keys, new_student, train
+from .training import Row, keys, new_student, one_thread, train
 
 SHAPES = {"8x1": Shape(8, 1), "8x2": Shape(8, 2)}
 EXTRA: dict[str, Build] = {
@@ -52,9 +52,9 @@ class Problem(NamedTuple):
     logits: Tensor
 
 
+@one_thread()
 def run(name: str, seed: int, trained: int = TRAINED, tokens: int = TOKENS, repeats: int = REPEATS) -> list[Row]:
     """A row for each method."""
-    torch.set_num_threads(1)
     setting = Setting(held_out=tokens)
     problem = half_trained(Task(SHAPES[name], setting, seed), trained)
     rows = []

@@ -12,16 +12,16 @@ import torch
 from .methods import methods_of
 from .setting import SHAPES, Setting
 from .task import Batch, Task
-from .training import Row, keys, new_student, training_step
+from .training import Row, keys, new_student, one_thread, training_step
 
 METHODS = ("top-k", "mode", "probe", "probe-none", "probes-2", "probes-all", "densemixer")
 ROUNDS = 100
 SIZES = {"small": Setting(), "wide": Setting(hidden=128, inner=256)}  # the tables' size, and one where experts dominate
 
 
+@one_thread()
 def run(name: str, size: str, rounds: int = ROUNDS) -> list[Row]:
     """A row for each method: the median over rounds of its CPU time over top-k's, and over that of the mode."""
-    torch.set_num_threads(1)
     shape = SHAPES[name]
     assert set(METHODS) <= set(methods_of(shape))
     task = Task(shape, SIZES[size], 0)

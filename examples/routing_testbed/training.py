@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
@@ -21,12 +22,23 @@ from .task import Batch, Task
 Row = dict[str, Any]
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For torch's kernels, which are too small here to gain from more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 def run_task(shape: Shape, names: Sequence[str], seed: int, setting: Setting) -> list[Row]:
     """A row for each method, all in this process and on one thread, so that their CPU times compare.
 
     ``cpu_ratio`` is the median CPU time of a step over that of the first method.
     """
-    torch.set_num_threads(1)
     task = Task(shape, setting, seed)
     batches, held_out = list(task.batches()), task.held_out()
     rows = [_run(task, name, batches, held_out) for name in names]
