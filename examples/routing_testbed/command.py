@@ -1,0 +1,119 @@
+"""The command line: which students are trained, in which processes, and where the rows go."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+
+from . import gradients, report, timing
+from .methods import methods_of, usual_methods
+from .pairing import GRADIENT_MEASURES, summarise
+from .setting import MAIN, OF_DOMAINS, SHAPES, VARIABLE, Setting, Shape
+from .training import Row, run_task
+
+Job = Callable[[], list[Row]]
+DEFAULT_SHAPES = [str(shape) for shape in (*MAIN, VARIABLE, OF_DOMAINS)]
+TABLES = ("learning", "gradients", "timing")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains, prints a line per finished task and the tables, writes the rows; returns the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    strangers = _fitting_nowhere(options)
+    if strangers:
+        parser.error(f"argument --methods: {', '.join(strangers)}: not for the shapes {', '.join(options.shapes)}")
+    jobs = _jobs(options)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    with options.out.open("w", encoding="utf-8") as out:
+        for done, found in enumerate(_finished(jobs, options.processes), 1):
+            rows += found
+            out.writelines(json.dumps(row) + "\n" for row in found)
+            out.flush()
+            print(f"{done}/{len(jobs)}  {found[0]['table']}, {found[0]['shape']}, seed {found[0]['seed']}", flush=True)
+    show(rows)
+    print(f"rows in {options.out}")
+    return 0
+
+
+def show(rows: Sequence[Row]) -> None:
+    """All tables that there are rows for, whatever order tasks finished in; a task's methods keep theirs."""
+    order = [*SHAPES, *gradients.SHAPES]
+    ordered = sorted(rows, key=lambda row: (order.index(row["shape"]), row.get("size", ""), row["seed"]))
+    of_table = {name: [row for row in ordered if row["table"] == name] for name in TABLES}
+    report.show_learning(summarise(of_table["learning"]))
+    report.show_gradients(summarise(of_table["gradients"], "cosine", GRADIENT_MEASURES))
+    report.show_timing(of_table["timing"])
+
+
+def _jobs(options: argparse.Namespace) -> list[Job]:
+    """What there is to do, in tasks that need nothing of one another; the longest come first."""
+    setting = Setting(steps=options.steps)
+    shapes = sorted((SHAPES[name] for name in dict.fromkeys(options.shapes)), key=lambda shape: -shape.experts)
+    jobs: list[Job] = []
+    if "learning" in options.tables:
+        for shape in shapes:
+            names = _chosen(shape, options.methods)
+            jobs += [partial(run_task, shape, names, seed, setting) for seed in range(options.seeds)]
+    if "gradients" in options.tables:
+        jobs += [partial(gradients.run, name, seed) for name in gradients.SHAPES for seed in range(options.seeds)]
+    if "timing" in options.tables:
+        timed = [str(shape) for shape in shapes if shape.kind == "fixed"]
+        jobs += [partial(timing.run, name, size) for name in timed for size in timing.SIZES]
+    return jobs
+
+
+def _fitting_nowhere(options: argparse.Namespace) -> list[str]:
+    """The methods that were asked for and that none of the shapes has."""
+    known = {name for shape in options.shapes for name in methods_of(SHAPES[shape])}
+    return [name for name in options.methods or () if name not in known]
+
+
+def _chosen(shape: Shape, asked: Sequence[str] | None) -> list[str]:
+    """The methods to run in a shape, the baseline first whether asked for or not."""
+    baseline, *others = methods_of(shape)
+    chosen = usual_methods(shape) if asked is None else [name for name in others if name in asked]
+    return [baseline, *(name for name in chosen if name != baseline)]
+
+
+def _finished(jobs: Sequence[Job], processes: int) -> Iterator[list[Row]]:
+    if processes == 1:
+        yield from (job() for job in jobs)
+        return
+    # Fresh interpreters: a fork of a process with torch's threads may hang.
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(job) for job in jobs]):
+            yield future.result()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="routing_testbed", description=sys.modules[__package__].__doc__)
+    known = sorted({name for shape in SHAPES.values() for name in methods_of(shape)})
+    parser.add_argument("--seeds", type=_positive, default=5, help="teachers and students (default: 5)")
+    parser.add_argument("--steps", type=_positive, default=Setting.steps, help=f"default: {Setting.steps}")
+    parser.add_argument(
+        "--shapes", nargs="+", choices=SHAPES, default=DEFAULT_SHAPES, metavar="SHAPE", help=_list(SHAPES)
+    )
+    parser.add_argument("--methods", nargs="+", choices=known, metavar="METHOD", help=_list(known))
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES, help="which to make (default: all)")
+    parser.add_argument("--processes", type=_positive, default=2, help="of one thread each (default: 2)")
+    parser.add_argument("--out", type=Path, default=Path("runs/routing-testbed.jsonl"), help="the file for the rows")
+    return parser
+
+
+def _list(names: Sequence[str] | dict[str, Shape]) -> str:
+    return f"some of {', '.join(names)}".replace("%", "%%")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
