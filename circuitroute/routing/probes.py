@@ -10,8 +10,8 @@ Cov(z) u_S, and an expert that is not chosen cannot learn that it should be.
 **One probe.** Draw j outside S with probability q_j, run f_j, and use u_j / q_j in place of u_j, 0 for the others.
 Since E[e_j u_j / q_j] = u outside S and Cov(z) is linear, the gradient is Cov(z) u in expectation: unbiased, for one
 expert more per token instead of E - k. Its variance is smallest where q_j is proportional to |u_j|; m_j, renormalised
-over what is not chosen, is what is known of that beforehand. Uniform q is worse than no probe: it mostly runs experts
-that no gradient should reach, and gives them the weight E.
+over what is not chosen, is what is known of that beforehand. Uniform q has the same mean and many times the variance
+(``docs/testbed.md``): it mostly runs experts that no gradient should reach, and gives them the weight E - k.
 
 **Several probes** are drawn one after the other, without replacement, each in proportion to q among what is left. Des
 Raj's estimator (Some estimators in sampling with varying probabilities without replacement, JASA 1956) averages t_i =
