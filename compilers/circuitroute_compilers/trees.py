@@ -164,7 +164,7 @@ def _hung(bags: Any, root: frozenset[int]) -> Vtree:
     """A decomposition's bags, children before parents, as a tree of the variables they are the topmost bag of."""
     import networkx as nx
 
-    parent = dict(nx.bfs_predecessors(bags, root))
+    parent = {child: above for above, child in nx.bfs_edges(bags, root)}
     items: dict[frozenset[int], list[Vtree]] = {bag: [] for bag in bags}
     for bag in [*reversed(list(parent)), root]:
         own = [leaf(v) for v in sorted(bag - parent.get(bag, frozenset()))]

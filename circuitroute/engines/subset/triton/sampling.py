@@ -14,6 +14,7 @@ from circuitroute.engines.subset.triton import tree
 from circuitroute.engines.subset.triton.coins import LOG_ZERO
 from circuitroute.engines.subset.triton.levels import BLOCK, extent, term
 
+# On the right of a product: the interpreter of triton 3.8 cannot multiply a constant by a tensor.
 MARGIN = tl.constexpr(sampling.MARGIN[torch.float32])
 
 # ---------------------------------------------------------------------------------------------- uniforms
@@ -58,7 +59,7 @@ def _invert(weights, u):
         gap = cumulative - threshold
         chosen += (gap <= 0.0).to(tl.int32)
         nearest = tl.minimum(nearest, tl.abs(gap))
-    return chosen, nearest <= MARGIN * total
+    return chosen, nearest <= total * MARGIN
 
 
 @triton.jit
@@ -155,7 +156,7 @@ def _draw_count(posterior, count, u, K: tl.constexpr):
     cumulative, total = tl.cumsum(posterior, axis=1), tl.sum(posterior, axis=1, keep_dims=True)
     before = count < K
     drawn = tl.sum(tl.sum(((cumulative <= u * total) & before).to(tl.int32), axis=1), axis=0)
-    near = (tl.abs(cumulative - u * total) <= MARGIN * total) & before
+    near = (tl.abs(cumulative - u * total) <= total * MARGIN) & before
     return drawn, tl.max(tl.max(near.to(tl.int32), axis=1), axis=0)
 
 
@@ -199,7 +200,7 @@ def _split_level(TREE, COUNTS, words, number, level, N: tl.constexpr, K: tl.cons
         while a < degree:
             cumulative += _share(TREE, left, right, count, a, top, inside, LOG)
             taken += (cumulative <= u * total).to(tl.int32)
-            close = (tl.abs(cumulative - u * total) <= MARGIN * total) & (count > 0)
+            close = (tl.abs(cumulative - u * total) <= total * MARGIN) & (count > 0)
             near = tl.maximum(near, tl.max(close.to(tl.int32), axis=0))
             a += 1
         # The counts of both levels share their memory: everyone has read before anyone writes.
