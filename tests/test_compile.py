@@ -283,3 +283,9 @@ def test_circuits_travel_between_processes_without_what_they_cached():
     assert again not in choice._LAYERED
     assert torch.equal(again(torch.zeros(6)).marginals, marginals)
     assert pickle.loads(pickle.dumps(cr.compile(cr.Exactly(2), 6).with_engine("naive"))).engine_for("cpu") == "naive"
+
+
+def test_width_tells_large_scopes_apart():
+    """A scope is the bits of an int, and hashes of ints are modulo 2^61 - 1: scopes 61 variables apart would collide."""
+    assert cr.compile(cr.Exactly(8), 122).width == 9
+    assert cr.compile(cr.Exactly(8), 61).width == 9

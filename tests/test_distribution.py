@@ -512,3 +512,16 @@ def test_both_words_of_a_key_enter_its_uniforms():
 
     u = uniform(cr.random_key(8, torch.arange(300_000)), 0, 2, torch.float64)
     assert len(torch.unique(u, dim=1)[0]) == 300_000
+
+
+def test_engines_are_given_no_nan():
+    """Rows with NaN are found once, and replaced: they concern themselves alone."""
+    circuit, logits = cr.compile(cr.Exactly(2), 4), torch.zeros(3, 4)
+    logits[1, 2] = math.nan
+    potential = torch.zeros(3, 3)
+    potential[2, 2] = math.nan
+    rows = circuit(logits, potential, validate_args=False).rows
+    assert rows.nan.tolist() == [False, True, True]
+    assert not any(given.isnan().any() for given in rows.inputs())
+    assert circuit(logits[:1], validate_args=False).rows.nan is None
+    assert circuit(logits[:1], validate_args=False).rows.finite

@@ -272,3 +272,24 @@ def test_a_merge_that_is_not_associative_is_refused():
     with pytest.raises(ValueError, match=r"Minus.*merge is not associative"):
         cr.compile(Minus(), 8)
     assert cr.compile(Parity(), 64).model_count() == 2**63
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda: cr.ActiveGroups(cr.Groups(8), at_most=4) and cr.Exactly(8),
+        lambda: cr.Exactly(2) or cr.Exactly(3),
+        lambda: not cr.Exactly(2),
+        lambda: bool(cr.Exactly(1) & cr.AtMost(2)),
+    ],
+)
+def test_constraints_have_no_truth_value(use):
+    """``a and b`` would silently be ``b``."""
+    with pytest.raises(TypeError, match=r"has no truth value: combine constraints with & \| ~"):
+        use()
+
+
+def test_a_lower_limit_of_0_is_a_bound_like_any_other():
+    anything = cr.Cost([1, 2, 3], at_least=0)
+    assert cr.compile(anything, 3).model_count() == 8
+    assert anything == eval(repr(anything), {"Cost": cr.Cost})

@@ -18,7 +18,7 @@ PADS = get_args(Pad)  # here, since torch 2.6 cannot trace get_args
 
 
 class Decision(NamedTuple):
-    """Which experts, before any weights; see :func:`circuitroute.routing.route.decide`.
+    """Which experts, before any weights; see :func:`circuitroute.routing.choice.decide`.
 
     Attributes:
         distribution: what was decided on, with batch [T]: that of the logits, moved by price and bias, divided by the

@@ -28,7 +28,7 @@ def weigh(
     """[T, E] the gates of a decision: 0 off the chosen set, NaN in invalid rows.
 
     Args:
-        decision: which experts; see :func:`circuitroute.routing.route.decide`.
+        decision: which experts; see :func:`circuitroute.routing.choice.decide`.
         combine, estimator: see :func:`circuitroute.route`.
         logits: [T, E], what to weigh by, where that is not what was decided on: a host that shifts its logits for the
             choice weighs by the unshifted ones.
