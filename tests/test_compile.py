@@ -286,6 +286,6 @@ def test_circuits_travel_between_processes_without_what_they_cached():
 
 
 def test_width_tells_large_scopes_apart():
-    """A scope is the bits of an int, and hashes of ints are modulo 2^61 - 1: scopes 61 variables apart would collide."""
+    """A scope is the bits of an int, whose hash is modulo 2^61 - 1: scopes 61 variables apart would collide."""
     assert cr.compile(cr.Exactly(8), 122).width == 9
     assert cr.compile(cr.Exactly(8), 61).width == 9
