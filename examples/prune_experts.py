@@ -24,10 +24,10 @@ from typing import Any, cast
 
 import torch
 from language_model.config import DemoConfig, DemoError
-from language_model.corpus import load_corpus
 from language_model.model import LanguageModel, token_losses
 from language_model.process import threads
 from language_model.progress import make_console, progress_on
+from language_model.texts import load_corpus
 from language_model.trainee import Setting, start
 from language_model.training import train
 from rich.box import SIMPLE_HEAD

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .config import ALL_ROUTERS, CPU_BUDGETS, ROUTERS, STUDIES, DemoConfig, DemoError
+from .config import ALL_ROUTERS, REGIMES, ROUTERS, STUDIES, DemoConfig, DemoError
 from .process import Interrupted
 
 EXTRAS = ("matplotlib", "rich", "safetensors")
@@ -28,8 +28,7 @@ OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("seq-len", int, "bytes per sequence"),
     ("text", str, "a file to train on instead of the standard library's sources"),
 )
-ROUTERS_HELP = f"which to compare, of {', '.join(ALL_ROUTERS)} (default {' '.join(ROUTERS)}; all in a study)"
-BUDGETS_HELP = f"experts per token and layer, one set of runs for each (default {' '.join(map(str, CPU_BUDGETS))})"
+ROUTERS_HELP = f"which to compare, of {', '.join(ALL_ROUTERS)} (default {' '.join(ROUTERS)}; more in a study)"
 
 
 def main(argv: Sequence[str], prog: str = "circuitroute demo") -> int:
@@ -82,9 +81,18 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its options")
     study = parser.add_argument_group("studies")
     study.add_argument("--study", metavar="NAME", help=f"run a study instead: {', '.join(STUDIES)}")
-    study.add_argument("--budgets", nargs="+", type=int, metavar="K", help=BUDGETS_HELP)
-    study.add_argument("--seeds", type=int, metavar="N", help="how many seeds, from --seed on (default 3)")
+    study.add_argument("--seeds", type=int, metavar="N", help="how many seeds, from --seed on")
     study.add_argument(
         "--processes", type=int, metavar="N", help="runs at a time, each with --threads (default 2, on a GPU 1)"
+    )
+    study.add_argument(
+        "--budgets", nargs="+", type=int, metavar="K", help="of budgets: experts per token and layer, runs for each"
+    )
+    study.add_argument("--regimes", nargs="+", metavar="NAME", help=f"of learning: some of {', '.join(REGIMES)}")
+    study.add_argument(
+        "--minutes",
+        type=float,
+        metavar="M",
+        help="of learning: time some steps first, and train for fewer where all would take longer (on a GPU 8)",
     )
     return parser

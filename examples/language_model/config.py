@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-import torch
+from typing import Any, Literal, NamedTuple
 
 ROUTERS = ("top-k", "exact-k", "range-k")  # what the demo compares unless told otherwise
-ALL_ROUTERS = (*ROUTERS, "soft-uniform", "soft-learned", "budget")
+# All of them; `kinds` says what they are.
+ALL_ROUTERS = (
+    *ROUTERS,
+    "soft-uniform",
+    "soft-learned",
+    "budget",
+    "exact-k-0.5",
+    "exact-k-0.25",
+    "exact-k-annealed",
+    "exact-k-none",
+    "mode",
+    "probe",
+    "probes-all",
+    "densemixer",
+    "range-k-calibrated",
+    "range-k-controlled",
+    "budget-calibrated",
+    "frozen",
+    "dropout-0.1",
+    "dropout-0.2",
+    "dropout-0.3",
+    "top-k-again",
+)
 HEAD_SIZE = 32
-
-STUDIES = ("budgets",)
-# A small model for 2 CPU cores, and one for a GPU; both train for longer than the demo and measure on more text.
-MEASURED = {"validations": 2, "oracle_rounds": 0}
-CPU = {"steps": 250, "validation_batches": 40, **MEASURED}
-CPU_BUDGETS = (2, 4)
-CUDA = {
-    "steps": 2000,
-    "layers": 8,
-    "experts": 64,
-    "hidden": 256,
-    "batch_size": 64,
-    "seq_len": 256,
-    "learning_rate": 2e-3,
-    "validation_batches": 40,
-    **MEASURED,
-}
-CUDA_BUDGETS = (4, 8)
+STUDIES = ("budgets", "learning")
+REGIMES = ("scratch", "plenty", "little")  # of the study of learning
+Language = Literal["python", "c++", "english"]
 
 
 class DemoError(ValueError):
@@ -80,8 +84,14 @@ class DemoConfig:
     calibration_batches: int = 4  # of training text, before a validation
     validations: int = 8
     validation_batches: int = 10
+    test_batches: int = 0  # of a second held-out part, for runs that choose their best step on the first
     oracle_sequences: int = 16
     oracle_rounds: int = 32  # 0: no swap oracle
+
+    language: Language = "python"  # of the text, where no file is given
+    text_limit: int | None = None  # bytes of training text; the rest is not read
+    passes: bool = False  # whether every pass reads each window of the training text once, instead of windows at random
+    pretrained_steps: int = 0  # of the run with top-k on Python that the weights come from; 0: drawn at random
 
     def __post_init__(self) -> None:
         for name in ("steps", "layers", "experts", "k", "batch_size"):
@@ -127,68 +137,14 @@ class DemoConfig:
 
 
 class Run(NamedTuple):
-    """One training run: a router, the experts it may execute per token and layer, and a seed."""
+    """One training run: a router, the experts it may execute per token and layer, a seed, and the regime, if a study
+    has several."""
 
     router: str
     k: int
     seed: int
+    regime: str = ""
 
     def __str__(self) -> str:
-        return f"{self.router}, k = {self.k}, seed {self.seed}"
-
-
-@dataclass(frozen=True)
-class StudyConfig:
-    """Everything that decides a study's numbers, except device, threads and processes.
-
-    Attributes:
-        base: what all runs share, with the first budget and the first seed.
-        budgets: k, experts executed per token and layer; a token's budget is k times the layers.
-        seeds: how many, from the first on.
-
-    Raises DemoError naming the option, its value and the remedy.
-    """
-
-    base: DemoConfig
-    budgets: tuple[int, ...]
-    seeds: int = 3
-
-    def __post_init__(self) -> None:
-        given = " ".join(map(str, self.budgets)) or "none"
-        distinct = 0 < len(self.budgets) == len(set(self.budgets))
-        require(distinct, f"must name different numbers of experts, got {given}", "budgets")
-        bounds = f"must lie between 1 and the number of experts, {self.base.experts}"
-        for k in self.budgets:
-            allowed = 1 <= k <= self.base.experts
-            require(allowed, f"{bounds}, got {k}: other --budgets, or more --experts", "budgets")
-        require_at_least(1, self.seeds, "seeds")
-        self.config(self.budgets[0], self.base.seed + self.seeds - 1)  # the last seed may be too large
-
-    def runs(self) -> list[Run]:
-        """Seed by seed, so that a study that is stopped has compared all routers on the seeds it got to."""
-        seeds = range(self.base.seed, self.base.seed + self.seeds)
-        return [Run(router, k, seed) for seed in seeds for k in self.budgets for router in self.base.routers]
-
-    def config(self, k: int, seed: int) -> DemoConfig:
-        """The configuration of the runs with this budget and seed."""
-        return dataclasses.replace(self.base, k=k, seed=seed)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"base": self.base.to_json(), "budgets": list(self.budgets), "seeds": self.seeds}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> StudyConfig:
-        """The inverse of to_json. Raises TypeError or KeyError on values that it did not write."""
-        return cls(DemoConfig.from_json(values["base"]), tuple(values["budgets"]), values["seeds"])
-
-
-def preset(
-    device: torch.device, given: dict[str, Any], budgets: Sequence[int] | None = None, seeds: int | None = None
-) -> StudyConfig:
-    """The study for a device, with what the command line sets instead."""
-    sizes, usual = (CUDA, CUDA_BUDGETS) if device.type == "cuda" else (CPU, CPU_BUDGETS)
-    chosen = tuple(usual if budgets is None else budgets)
-    fields: dict[str, Any] = {"routers": ALL_ROUTERS, **sizes, **given}
-    # The budgets are checked by StudyConfig, in their own name.
-    k = chosen[0] if chosen and 1 <= chosen[0] <= fields.get("experts", DemoConfig.experts) else 1
-    return StudyConfig(DemoConfig(**fields, k=k), chosen, 3 if seeds is None else seeds)
+        regime = f"{self.regime}: " if self.regime else ""
+        return f"{regime}{self.router}, k = {self.k}, seed {self.seed}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import torch
@@ -33,15 +33,20 @@ class Evaluation:
     executed_counts: list[int]  # [E + 1]: tokens, over all layers, that execute so many experts
     executed_totals: list[int]  # [L E + 1]: tokens that execute so many experts in all layers together
     soft_mass: list[float] | None  # [L]: mean soft mass per token; None for routers that choose subsets
+    mode_agreement: float | None = None  # of what training samples with the mode, in expectation; None: it does not
+    test_bits_per_byte: float | None = None  # on the second held-out part, where there is one
 
 
 @torch.no_grad()
-def evaluate(model: LanguageModel, batches: Sequence[Tensor], step: int, stop: Stop) -> Evaluation:
+def evaluate(
+    model: LanguageModel, batches: Sequence[Tensor], step: int, stop: Stop, testing: Sequence[Tensor] = ()
+) -> Evaluation:
     """Leaves the model in training mode. Raises Interrupted between batches."""
     model.eval()
     nats: list[Tensor] = []
     masks: list[list[Tensor]] = []
     masses: list[Tensor] = []
+    agreements: list[Tensor] = []
     try:
         for tokens in batches:
             stop_if(stop)
@@ -50,11 +55,22 @@ def evaluate(model: LanguageModel, batches: Sequence[Tensor], step: int, stop: S
             masks.append([routing.mask for routing in routings])
             if model.plan.soft:
                 masses.append(torch.stack([routing.marginals.double().sum(dim=-1) for routing in routings]))
+            elif model.samples:
+                agreements.append(torch.cat([cr.metrics.mode_agreement(routing) for routing in routings]))
+        tested = []
+        for tokens in testing:
+            stop_if(stop)
+            tested.append(token_losses(model(tokens[:, :-1])[0], tokens[:, 1:]).double().mean(dim=-1))
     finally:
         model.train()
-    bits = float(torch.cat(nats).mean()) / math.log(2)
     mass = torch.cat(masses, dim=1).mean(dim=1).tolist() if masses else None
-    return _summary(step, bits, [torch.cat(layer) for layer in zip(*masks, strict=True)], mass)
+    found = _summary(step, _bits(nats), [torch.cat(layer) for layer in zip(*masks, strict=True)], mass)
+    agreement = float(torch.cat(agreements).double().mean()) if agreements else None
+    return replace(found, mode_agreement=agreement, test_bits_per_byte=_bits(tested) if tested else None)
+
+
+def _bits(nats: Sequence[Tensor]) -> float:
+    return float(torch.cat(list(nats)).mean()) / math.log(2)
 
 
 def _summary(step: int, bits: float, masks_ME: Sequence[Tensor], mass: list[float] | None) -> Evaluation:

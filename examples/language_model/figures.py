@@ -187,6 +187,68 @@ def budget_use(
     return save(figure, path)
 
 
+def differences(
+    panels: Mapping[str, Mapping[str, tuple[float, float]]],
+    path: str | os.PathLike[str],
+    *,
+    xlabel: str,
+    noise: str | None = None,
+    title: str | None = None,
+) -> Path:
+    """Differences to a reference, below 0 where better: panel -> name -> (mean, spread), a line per name.
+
+    An unknown spread is NaN and is not drawn. `noise` names the line that shows what differences mean nothing. Raises
+    ValueError when there are none.
+    """
+    _require_some(panels, "panels")
+    names = list(dict.fromkeys(name for values in panels.values() for name in values))
+    figure = new_figure(1.8 + 2.6 * len(panels), 1.2 + 0.26 * len(names))
+    all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (panel, values) in zip(all_axes, panels.items(), strict=True):
+        axes.axvline(0, color="black", linewidth=1)
+        for place, name in enumerate(names):
+            mean, spread = values.get(name, (np.nan, np.nan))
+            color = "#888888" if name == noise else COLORS[0] if mean + np.nan_to_num(spread) < 0 else COLORS[1]
+            color = "#888888" if abs(mean) <= np.nan_to_num(spread) else color
+            axes.errorbar(mean, place, xerr=np.nan_to_num(spread), **_BARS, color=color, marker="o", markersize=5)
+        axes.set(title=panel)
+        axes.grid(axis="x", alpha=0.3)
+    all_axes[0].set_yticks(range(len(names)), names)
+    all_axes[0].set_ylim(len(names) - 0.5, -0.5)
+    figure.supxlabel(xlabel, fontsize="medium")
+    figure.suptitle(title or "")
+    return save(figure, path)
+
+
+def curve_panels(
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]],
+    path: str | os.PathLike[str],
+    *,
+    ylabel: str,
+    title: str | None = None,
+) -> Path:
+    """Curves, a panel each: panel -> name -> (steps, values). Raises ValueError when there are none or lengths
+    differ."""
+    _require_some(panels, "panels")
+    styles = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    figure = new_figure(1.0 + 3.6 * len(panels), 4.2)
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (panel, curves) in zip(all_axes, panels.items(), strict=True):
+        for name, (steps, values) in curves.items():
+            if len(steps) != len(values):
+                raise ValueError(f"panels[{panel!r}][{name!r}] has {len(steps)} steps and {len(values)} values")
+            axes.plot(steps, values, markersize=3, **_style(styles.index(name), name))
+        axes.set(title=panel, xlabel="training step")
+        axes.grid(alpha=0.3)
+    all_axes[0].set_ylabel(ylabel)
+    handles = {
+        label: handle for axes in all_axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(title or "")
+    return save(figure, path)
+
+
 def _style(i: int, name: str) -> dict[str, Any]:
     return {"label": name, "color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
 

@@ -18,7 +18,8 @@ from torch.nn import functional
 import circuitroute as cr
 
 from .config import HEAD_SIZE, DemoConfig
-from .plans import KINDS, LayerRouter
+from .kinds import KINDS, RouterKind
+from .plans import LayerRouter
 
 VOCABULARY = 256
 RECENT = 4  # bytes that the first layer sees at once: one says little, and attention learns this slowly
@@ -59,31 +60,26 @@ def _rotate(x_BASD: Tensor) -> Tensor:
 class Block(nn.Module):
     """Attention, then a mixture of experts, each on a normalised residual stream."""
 
-    def __init__(self, config: DemoConfig, router: LayerRouter | None) -> None:
+    def __init__(self, config: DemoConfig, kind: RouterKind) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden)
         self.attention = Attention(config.hidden)
         self.experts_norm = nn.RMSNorm(config.hidden)
-        self.experts = cr.MoE(router, nn.ModuleList(Expert(config.hidden) for _ in range(config.experts)))
+        experts = cr.StackedExperts(config.experts, config.hidden, config.hidden, _squared_relu)
+        self.experts = cr.MoE(kind.layer(config), experts, kind.probes)
+        self.dropout = nn.Dropout(kind.dropout)
 
-    def forward(self, hidden_BSH: Tensor, choose: Choose) -> tuple[Tensor, cr.Routing]:
-        hidden_BSH = hidden_BSH + self.attention(self.attention_norm(hidden_BSH))
+    def forward(self, hidden_BSH: Tensor, choose: Choose, key_T: Tensor | None) -> tuple[Tensor, cr.Routing]:
+        hidden_BSH = hidden_BSH + self.dropout(self.attention(self.attention_norm(hidden_BSH)))
         normed_BSH = self.experts_norm(hidden_BSH)
-        out_BSH, routing = self.experts(normed_BSH, routing=choose(normed_BSH))
-        return hidden_BSH + out_BSH, routing
+        key_T = key_T if self.experts.probes else None  # of the probes; the decision has its own
+        out_BSH, routing = self.experts(normed_BSH, routing=choose(normed_BSH), key=key_T)
+        return hidden_BSH + self.dropout(out_BSH), routing
 
 
-class Expert(nn.Module):
-    """[..., H] -> [..., H]. Squared ReLU (So et al., 2021) does as well as GELU and costs far less on a CPU."""
-
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.project_in = nn.Linear(hidden, hidden, bias=False)
-        self.project_out = nn.Linear(hidden, hidden, bias=False)
-
-    def forward(self, hidden_SH: Tensor) -> Tensor:
-        out_SH: Tensor = self.project_out(self.project_in(hidden_SH).relu().square())
-        return out_SH
+def _squared_relu(x: Tensor) -> Tensor:
+    """So et al., 2021: does as well as GELU and costs far less on a CPU."""
+    return x.relu().square()
 
 
 class LanguageModel(nn.Module):
@@ -100,10 +96,13 @@ class LanguageModel(nn.Module):
         kind = KINDS[router]
         self.embedding = nn.Embedding(VOCABULARY, config.hidden)
         self.mix_recent = nn.Linear(RECENT * config.hidden, config.hidden, bias=False)
-        self.blocks = nn.ModuleList(Block(config, kind.layer(config)) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, kind) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.hidden)
         self.head = nn.Linear(config.hidden, VOCABULARY, bias=False)
         self.plan = kind.plan(config)
+        if kind.frozen:
+            for layer in range(config.layers):
+                cast(cr.Router, self.router(layer)).requires_grad_(False)
 
     def forward(
         self,
@@ -130,16 +129,31 @@ class LanguageModel(nn.Module):
             routing, state = self.plan.route(router, normed_BSH, layer, state, key_T)
             return routing
 
-        for block in self.blocks:
-            hidden_BSH, routing = block(hidden_BSH, choose)
+        for layer, block in enumerate(self.blocks):
+            hidden_BSH, routing = block(hidden_BSH, choose, None if keys is None else keys[layer])
             routings.append(routing)
         return self.head(self.norm(hidden_BSH)), routings
 
     @torch.no_grad()
     def calibrate(self, tokens_BS: Tensor) -> None:
         """Sets, layer by layer, what the routers read off training text instead of learning it by gradient."""
-        if self.plan.soft:
-            self(tokens_BS, calibrating=True)
+        if not self.plan.calibrated:
+            return
+        training = self.training
+        self.eval()  # nothing is drawn
+        self(tokens_BS, calibrating=True)
+        self.train(training)
+
+    @property
+    def samples(self) -> bool:
+        """Whether training executes samples, instead of the mode or of what a threshold says."""
+        router = self.router(0)
+        return not self.plan.soft and (router is None or cast(cr.Router, router).decide in (None, "sample"))
+
+    def set_temperature(self, temperature: float) -> None:
+        """Of the layers' own routers, from now on."""
+        for layer in range(len(self.blocks)):
+            cast(cr.Router, self.router(layer)).temperature = temperature
 
     def router(self, layer: int) -> LayerRouter | None:
         """The layer's own router; None where one router serves the whole model."""
@@ -161,17 +175,21 @@ def build_model(config: DemoConfig, router: str) -> LanguageModel:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if is_matrix(name, weight):
-                alias = _BUDGET_ROUTER.sub(r"blocks.\1.experts.router.", name)
-                generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed}/{alias}".encode()))
-                scale = 0.02 if name == "embedding.weight" else weight.shape[1] ** -0.5
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed}/{common_name(name)}".encode()))
+                scale = 0.02 if name == "embedding.weight" else weight.shape[-1] ** -0.5
                 weight.normal_(0.0, scale, generator=generator)
     return model
+
+
+def common_name(name: str) -> str:
+    """A parameter's name in models whose layers have routers of their own."""
+    return _BUDGET_ROUTER.sub(r"blocks.\1.experts.router.", name)
 
 
 def is_matrix(name: str, weight: Tensor) -> bool:
     """Whether a parameter is a linear map: drawn at random and subject to weight decay. A table of a plan, such as the
     preferences among counts, is not, whatever its shape."""
-    return weight.dim() >= 2 and name.endswith("weight")
+    return weight.dim() >= 2 and name.endswith(("weight", ".up", ".down"))
 
 
 def token_losses(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:

@@ -1,14 +1,14 @@
-"""The routers that are compared, each as a plan for a whole model: what every layer gets, and what its layers share.
+"""Plans: how the layers of a model get their routings, and what they share. Which router has which plan, `kinds` says.
 
 Shapes: B sequences, S positions, T = B S tokens, H hidden size, E experts, L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, cast
+from functools import partial
+from typing import Any, TypeAlias, cast
 
+import torch
 from torch import Tensor, nn
 
 import circuitroute as cr
@@ -16,6 +16,9 @@ import circuitroute as cr
 from .config import DemoConfig
 
 LayerRouter: TypeAlias = cr.Router | cr.SoftTopKRouter
+AGREEMENT = 0.75  # of a sample with the mode, in expectation
+PRICE_GAIN = 0.05  # of a controller, per step and expert too many
+
 State: TypeAlias = Any  # the plan's own; passed from layer to layer, never kept by a module
 
 
@@ -26,7 +29,8 @@ class Plan(nn.Module):
     call returned.
     """
 
-    soft = False  # whether routers spread soft mass and execute what exceeds a threshold, which needs calibration
+    soft = False  # whether routers spread soft mass and execute what exceeds a threshold
+    calibrated = False  # whether there is something to set that is read off training text
 
     def begin(self, hidden_BSH: Tensor) -> State:
         """The state before the first layer."""
@@ -46,6 +50,55 @@ class Plan(nn.Module):
         """What the plan adds to the loss, if anything: a scalar."""
         return None
 
+    def after(self, routings: list[cr.Routing]) -> None:
+        """What follows from the decisions of a step, once it is done: nothing here."""
+
+
+class AgreementPlan(Plan):
+    """Every layer samples at the temperature at which a sample is expected to share AGREEMENT of the mode."""
+
+    calibrated = True
+    temperatures: Tensor
+
+    def __init__(self, config: DemoConfig) -> None:
+        super().__init__()
+        self.register_buffer("temperatures", torch.ones(config.layers))  # a checkpoint holds them
+
+    def route(
+        self, router: LayerRouter | None, hidden_BSH: Tensor, layer: int, state: State, key_T: Tensor | None
+    ) -> tuple[cr.Routing, State]:
+        """See Plan."""
+        routing = cast(cr.Router, router)(hidden_BSH, key=key_T, temperature=self.temperatures[layer])
+        return routing, state
+
+    def calibrate(self, router: LayerRouter | None, hidden_BSH: Tensor, layer: int, state: State) -> None:
+        """The temperature of this layer."""
+        self.temperatures[layer] = cast(cr.Router, router).calibrate_temperature(hidden_BSH, AGREEMENT)
+
+
+class ControlledPlan(Plan):
+    """One price for all layers, moved after every step such that they execute k experts on average."""
+
+    price: Tensor
+
+    def __init__(self, config: DemoConfig) -> None:
+        super().__init__()
+        self.controller = cr.CountController(config.k, gain=PRICE_GAIN / config.layers)
+        self.register_buffer("price", self.controller.init().price)
+
+    def route(
+        self, router: LayerRouter | None, hidden_BSH: Tensor, layer: int, state: State, key_T: Tensor | None
+    ) -> tuple[cr.Routing, State]:
+        """See Plan."""
+        return cast(cr.Router, router)(hidden_BSH, key=key_T, price=self.price), state
+
+    def after(self, routings: list[cr.Routing]) -> None:
+        """The price of the next step."""
+        state = self.controller.init()._replace(price=self.price)
+        for routing in routings:
+            state = self.controller.update(state, routing)
+        self.price.copy_(state.price)
+
 
 class SoftPlan(Plan):
     """Soft top-k routers: the same soft mass in every layer, or a learned split of the total.
@@ -55,6 +108,7 @@ class SoftPlan(Plan):
     """
 
     soft = True
+    calibrated = True
 
     def __init__(self, config: DemoConfig, learned: bool) -> None:
         super().__init__()
@@ -103,34 +157,34 @@ class BudgetPlan(Plan):
         self, router: LayerRouter | None, hidden_BSH: Tensor, layer: int, state: State, key_T: Tensor | None
     ) -> tuple[cr.Routing, State]:
         """See Plan."""
-        routing, state = self.budget(hidden_BSH, state, key=key_T, layer=layer)
+        routing, state = self.budget(hidden_BSH, state, key=key_T, layer=layer, temperature=self._temperature(layer))
         return routing, state
 
     def loss(self, routings: list[cr.Routing]) -> Tensor | None:
         """How far off the router is about the layers to come."""
         return self.budget.estimation_loss(routings)
 
-
-@dataclass(frozen=True)
-class RouterKind:
-    """One router of the comparison: how to build it, and which auxiliary losses suit it."""
-
-    layer: Callable[[DemoConfig], LayerRouter | None]  # each layer's own router; None where the plan has them all
-    probabilities: Literal["marginal", "softmax"] = "marginal"  # what the balance loss averages: top-k has no marginals
-    free_count: bool = False  # whether the router chooses how many, so that its expected count needs a price
-    plan: Callable[[DemoConfig], Plan] = lambda config: Plan()
+    def _temperature(self, layer: int) -> Tensor | None:
+        return None
 
 
-def _soft(config: DemoConfig) -> cr.SoftTopKRouter:
-    # The threshold is calibrated before the first step.
-    return cr.SoftTopKRouter(config.hidden, config.experts, config.k, config.soft_alpha, threshold=0.5)
+class AgreementBudgetPlan(BudgetPlan):
+    """The same, each layer at the temperature at which an exact-k router with its logits would agree by AGREEMENT: it
+    executes k experts on average."""
 
+    calibrated = True
+    temperatures: Tensor
 
-KINDS = {
-    "top-k": RouterKind(lambda c: cr.TopKRouter(c.hidden, c.experts, c.k), "softmax"),
-    "exact-k": RouterKind(lambda c: cr.ExactKRouter(c.hidden, c.experts, c.k)),
-    "range-k": RouterKind(lambda c: cr.DynamicKRouter(c.hidden, c.experts, *c.k_range), free_count=True),
-    "soft-uniform": RouterKind(_soft, plan=lambda c: SoftPlan(c, learned=False)),
-    "soft-learned": RouterKind(_soft, plan=lambda c: SoftPlan(c, learned=True)),
-    "budget": RouterKind(lambda c: None, plan=BudgetPlan),
-}
+    def __init__(self, config: DemoConfig) -> None:
+        super().__init__(config)
+        self.exact = partial(cr.Router, config.hidden, config.experts, cr.Exactly(config.k), device="meta")
+        self.register_buffer("temperatures", torch.ones(config.layers))
+
+    def calibrate(self, router: LayerRouter | None, hidden_BSH: Tensor, layer: int, state: State) -> None:
+        """The temperature of this layer."""
+        exact = self.exact()
+        exact.weight = self.budget.router(layer).weight
+        self.temperatures[layer] = exact.calibrate_temperature(hidden_BSH, AGREEMENT)
+
+    def _temperature(self, layer: int) -> Tensor | None:
+        return self.temperatures[layer]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,13 +31,13 @@ def progress_on(console: Console, steps: int) -> Iterator[Tell]:
 
 
 @contextmanager
-def study_progress_on(console: Console, runs: int, steps: int) -> Iterator[Tell]:
-    """The progress of a study of so many runs, in the form that suits the console."""
+def study_progress_on(console: Console, steps: Mapping[Run, int]) -> Iterator[Tell]:
+    """The progress of a study, in the form that suits the console. steps: of every run."""
     if not console.is_terminal:
-        yield PlainStudyProgress(console, runs)
+        yield PlainStudyProgress(console, len(steps))
         return
     with _bars(console, 28, "{task.fields[note]}") as bars:
-        yield BarStudyProgress(bars, runs, steps)
+        yield BarStudyProgress(bars, steps)
 
 
 def _bars(console: Console, name_width: int, note: str) -> Progress:
@@ -111,9 +111,9 @@ class PlainStudyProgress:
 class BarStudyProgress:
     """One bar for the study, one for each run under way."""
 
-    def __init__(self, bars: Progress, runs: int, steps: int) -> None:
+    def __init__(self, bars: Progress, steps: Mapping[Run, int]) -> None:
         self._bars, self._steps = bars, steps
-        self._all = bars.add_task("all runs", total=runs * steps, note="")
+        self._all = bars.add_task("all runs", total=sum(steps.values()), note="")
         self._done: dict[Run, int] = {}
         self._tasks: dict[Run, TaskID] = {}
         self._ended: set[Run] = set()
@@ -128,7 +128,7 @@ class BarStudyProgress:
             self._end(event)
             return
         if run not in self._tasks:
-            self._tasks[run] = self._bars.add_task(str(run), total=self._steps, note="")
+            self._tasks[run] = self._bars.add_task(str(run), total=self._steps[run], note="")
         note: dict[str, Any] = {} if event.bits is None else {"note": f"valid {event.bits:.3f}"}
         self._bars.update(self._tasks[run], completed=event.step, **note)
 

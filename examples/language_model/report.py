@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ COLUMNS = (
     ("experts/\ntoken", "executed_experts_per_token", ".2f"),
     ("load\nentropy", "load_entropy", ".3f"),
     ("max\nviolation", "max_violation", ".2f"),
+    ("agree-\nment", "mode_agreement", ".2f"),
     ("swap\noracle", "swap_oracle_correlation", "+.2f"),
     ("tokens/\nsecond", "tokens_per_second", ",.0f"),
     ("seconds", "seconds", ".0f"),
@@ -46,7 +47,7 @@ def write_report(setting: Setting, out: Path, command: str, console: Console) ->
         "config": setting.config.to_json(),
         "rows": rows,
         "runs": [record.to_json() for record in records],
-        **circumstances(setting.device, setting.corpus, command),
+        **circumstances(setting.device, {"": setting.corpus}, command),
     }
     figures = draw_figures([record for record in records if record.evaluations], out)
     publish(out, results, figures, table_of(rows, setting.config.steps), console)
@@ -54,21 +55,23 @@ def write_report(setting: Setting, out: Path, command: str, console: Console) ->
 
 def publish(out: Path, results: dict[str, Any], figures: Sequence[Path], table: Table, console: Console) -> None:
     """Writes results.json and prints the table, where it has rows, and which files there are."""
+    publish_tables(out, results, figures, [table] if table.rows else [], console)
+
+
+def publish_tables(
+    out: Path, results: dict[str, Any], figures: Sequence[Path], tables: Sequence[Table], console: Console
+) -> None:
+    """The same with any number of tables."""
     write_json(out / RESULTS, {"format": FORMAT, **results, "figures": [path.name for path in figures]})
-    if table.rows:
+    for table in tables:
         console.print(table)
     for path in (*figures, out / RESULTS):
         console.out(f"  {path}")
 
 
-def circumstances(device: torch.device, corpus: Corpus, command: str) -> dict[str, Any]:
-    """How and where the results came about."""
-    text = {
-        "source": corpus.source,
-        "sha256": corpus.digest,
-        "training_bytes": corpus.train.numel(),
-        "held_out_bytes": corpus.valid.numel(),
-    }
+def circumstances(device: torch.device, corpora: Mapping[str, Corpus], command: str) -> dict[str, Any]:
+    """How and where the results came about. corpora: by regime; the text of what has none is called ""."""
+    texts = {regime: _of_text(corpus) for regime, corpus in corpora.items()}
     versions = {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -81,7 +84,17 @@ def circumstances(device: torch.device, corpus: Corpus, command: str) -> dict[st
         "versions": versions,
         "device": str(device),
         "threads": torch.get_num_threads(),
-        "text": text,
+        **({"text": texts[""]} if "" in texts else {"texts": texts}),
+    }
+
+
+def _of_text(corpus: Corpus) -> dict[str, Any]:
+    return {
+        "source": corpus.source,
+        "sha256": corpus.digest,
+        "training_bytes": corpus.train.numel(),
+        "held_out_bytes": corpus.valid.numel(),
+        **({"test_bytes": corpus.test.numel()} if corpus.test.numel() else {}),
     }
 
 
@@ -96,6 +109,7 @@ def row_of(record: Record, setting: Setting) -> dict[str, Any]:
         "executed_experts_per_token": last and last.executed,
         "load_entropy": last and last.load_entropy,
         "max_violation": last and last.max_violation,
+        "mode_agreement": last and last.mode_agreement,
         "swap_oracle_correlation": record.swap_correlation,
         "tokens_per_second": record.tokens_per_second(setting.config),
         "seconds": record.seconds,

@@ -15,13 +15,15 @@ import torch
 from rich.console import Console
 
 from . import checkpoint
-from .config import ALL_ROUTERS, STUDIES, DemoConfig, DemoError, StudyConfig, preset, require, require_at_least
-from .corpus import Corpus, load_corpus
+from .config import ALL_ROUTERS, STUDIES, DemoConfig, DemoError, require, require_at_least
+from .corpus import Corpus
 from .process import Interrupted, Stop, interruptible, threads
 from .progress import make_console, progress_on, study_progress_on
 from .report import FIGURES, RESULTS, write_report
-from .study import Study, execute
-from .study_report import STUDY_FIGURES, write_study_report
+from .studies import kinds
+from .studies.execution import Study, execute
+from .studies.kinds import StudyKind
+from .texts import load_corpus
 from .trainee import Setting, start
 from .training import train
 
@@ -30,10 +32,12 @@ RUN_FILE = "run.json"
 CHECKPOINTS = "checkpoints"
 FIELDS = tuple(field.name for field in dataclasses.fields(DemoConfig))
 CPU_PROCESSES = 2
+CUDA_MINUTES = 8.0
+_NO_OPTIONS = argparse.Namespace(k=None, budgets=None, regimes=None, seeds=None)  # of a study's default
 DEMO_MINUTES = 3.0  # of the default run on 2 cores
-STUDY_MINUTES = 20.0  # of the default study on 2 cores
 KEEPS = "Ctrl-C stops it and keeps what there is; --resume goes on."
-Config = TypeVar("Config", DemoConfig, StudyConfig)
+STUDY_OPTIONS = ("budgets", "regimes", "minutes")  # of some studies
+Config = TypeVar("Config")
 
 
 def run(options: argparse.Namespace, command: str) -> None:
@@ -58,13 +62,13 @@ def _demo(options: argparse.Namespace, command: str, stop: Stop) -> None:
 
 def _study(options: argparse.Namespace, command: str, stop: Stop) -> None:
     out, console = options.out or DEFAULT_OUT / str(options.study), make_console()
-    study = _study_of(options, out)
-    usual = CPU_PROCESSES if study.device.type == "cpu" else 1
-    processes = usual if options.processes is None else options.processes
-    runs, steps = len(study.config.runs()), study.config.base.steps
-    console.out(_study_announcement(study, processes))
-    report = partial(write_study_report, study, out, command, processes, console)
-    with _reported(report, console, options, out), study_progress_on(console, runs, steps) as tell:
+    kind = _kind(options)
+    study, processes, minutes = _study_of(kind, options, out, console)
+    runs = study.config.runs()
+    console.out(_study_announcement(kind, study, processes, minutes))
+    report = partial(kind.report, study, out, command, processes, console)
+    steps = {run: study.config.config_of(run).steps for run in runs}
+    with _reported(report, console, options, out), study_progress_on(console, steps) as tell:
         execute(study, processes, tell, stop)
 
 
@@ -94,18 +98,19 @@ def _demo_announcement(setting: Setting) -> str:
     )
 
 
-def _study_announcement(study: Study, processes: int) -> str:
-    config, base = study.config, study.config.base
+def _study_announcement(kind: StudyKind, study: Study, processes: int, minutes: float | None) -> str:
     takes = ""
-    if study.device.type == "cpu":
-        usual = preset(study.device, {})
-        work, usual_work = (len(c.runs()) * _work(c.base) / len(c.base.routers) for c in (config, usual))
-        takes = _duration(STUDY_MINUTES * work / usual_work) + " "
+    if minutes is not None:
+        takes = f"This takes about {max(1, minutes):.0f} min, as timed here. "
+    elif study.device.type == "cpu":
+        usual = kind.configure(study.device, {}, _NO_OPTIONS)
+        takes = _duration(kind.minutes * kinds.work(study.config) / kinds.work(usual)) + " "
+    sources = "\n".join(dict.fromkeys(_source(text) for text in study.corpora.values()))
+    runs = study.config.runs()
     return (
-        f"Training {len(config.runs())} small MoE language models: {len(base.routers)} routers "
-        f"({', '.join(base.routers)}) x {' and '.join(map(str, config.budgets))} executed experts per token and layer "
-        f"x {config.seeds} seeds; {_sizes(base)}.\n"
-        f"{_source(study.corpus)}\n{processes} run{'s' * (processes > 1)} at a time. {takes}{KEEPS}"
+        f"Training {len(runs)} small MoE language models. {kind.describe(study.config)}. "
+        f"{_sizes(study.config.config_of(runs[0]))}.\n"
+        f"{sources}\n{processes} run{'s' * (processes > 1)} at a time. {takes}{KEEPS}"
     )
 
 
@@ -133,12 +138,12 @@ def _work(config: DemoConfig) -> float:
 
 def _setting(options: argparse.Namespace, out: Path) -> Setting:
     """Checks all that can be checked before training, and prepares the output directory for this run."""
-    for name in ("budgets", "seeds", "processes"):
+    for name in ("seeds", "processes", *STUDY_OPTIONS):
         unset = getattr(options, name) is None
-        require(unset, f"belongs to studies: add --study {STUDIES[0]}, or leave it out", name)
+        require(unset, f"belongs to studies: add --study {_study_with(name)}, or leave it out", name)
     device = _device(options.device)
     if options.resume:
-        config = _recorded(options, out, DemoConfig)
+        config = _recorded(options, out, DemoConfig.from_json)
         _refuse_changes(out, vars(config), _given(options, FIELDS))
     else:
         config = DemoConfig(**_given(options, FIELDS))
@@ -147,22 +152,46 @@ def _setting(options: argparse.Namespace, out: Path) -> Setting:
     return setting
 
 
-def _study_of(options: argparse.Namespace, out: Path) -> Study:
-    """Likewise for a study."""
+def _kind(options: argparse.Namespace) -> StudyKind:
+    """Raises DemoError for a study that there is not, or an option of another one."""
     require(options.study in STUDIES, f"must be one of {', '.join(STUDIES)}, got {options.study!r}", "study")
-    require(options.k is None, f"a study takes several: --budgets {options.k}", "k")
+    kind = kinds.KINDS[options.study]
+    for name in STUDY_OPTIONS:
+        fits = name in kind.options or getattr(options, name) is None
+        require(fits, f"belongs to the study of {_study_with(name)}: leave it out", name)
+    return kind
+
+
+def _study_with(option: str) -> str:
+    return next((name for name, kind in kinds.KINDS.items() if option in kind.options), STUDIES[0])
+
+
+def _study_of(
+    kind: StudyKind, options: argparse.Namespace, out: Path, console: Console
+) -> tuple[Study, int, float | None]:
+    """Likewise for a study; with the runs at a time, and the minutes that it takes where that was timed."""
     if options.processes is not None:
         require_at_least(1, options.processes, "processes")
     device = _device(options.device)
+    usual = CPU_PROCESSES if device.type == "cpu" else 1
+    processes = usual if options.processes is None else options.processes
+    minutes = (
+        CUDA_MINUTES if options.minutes is None and device.type == "cuda" and not options.resume else options.minutes
+    )
     if options.resume:
-        config = _recorded(options, out, StudyConfig)
-        recorded = {**vars(config.base), "budgets": config.budgets, "seeds": config.seeds}
-        _refuse_changes(out, recorded, _given(options, (*FIELDS, "budgets", "seeds")))
+        config = _recorded(options, out, kind.restore)
+        _refuse_changes(out, kind.recorded(config), _given(options, (*FIELDS, "budgets", "regimes", "seeds")))
+        texts = kind.texts(config)
     else:
-        config = preset(device, _given(options, FIELDS), options.budgets, options.seeds)
-    study = Study(config, load_corpus(config.base), device, out / CHECKPOINTS)
-    _occupy(options, out, {"study": options.study, "config": config.to_json(), "text": study.corpus.digest})
-    return study
+        config = kind.configure(device, _given(options, FIELDS), options)
+        texts = kind.texts(config)
+        if minutes is not None and kind.fit is not None:
+            console.out("Timing some steps of every router.")
+            config, minutes = kind.fit(config, texts, device, minutes, processes)
+    study = Study(config, texts, device, out / CHECKPOINTS)
+    digests = {regime: text.digest for regime, text in texts.items()}
+    _occupy(options, out, {"study": options.study, "config": config.to_json(), "text": digests.get("", digests)})
+    return study, processes, minutes if kind.fit is not None else None
 
 
 def _given(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
@@ -196,10 +225,11 @@ def _clear(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DemoError(f"cannot make the directory {str(out)!r}: {error.strerror or error}", "out") from None
-    for path in (out / name for name in (RESULTS, *FIGURES, *STUDY_FIGURES)):
+    drawn = [name for kind in kinds.KINDS.values() for name in kind.figures]
+    for path in (out / name for name in (RESULTS, *FIGURES, *drawn)):
         path.unlink(missing_ok=True)
     for router in ALL_ROUTERS:
-        for pattern in (f"{router}*", f"k*-seed*/{router}*"):
+        for pattern in (f"{router}.*", f"k*-seed*/{router}.*", f"*/k*-seed*/{router}.*"):
             for path in (out / CHECKPOINTS).glob(pattern):
                 path.unlink()
 
@@ -215,10 +245,10 @@ def _run_file(out: Path, study: str | None) -> dict[str, Any]:
     return found
 
 
-def _recorded(options: argparse.Namespace, out: Path, kind: type[Config]) -> Config:
+def _recorded(options: argparse.Namespace, out: Path, restore: Callable[[Any], Config]) -> Config:
     """The configuration of the run, or study, in `out`. Raises DemoError where there is none or it is damaged."""
     try:
-        return kind.from_json(_run_file(out, options.study)["config"])
+        return restore(_run_file(out, options.study)["config"])
     except (KeyError, TypeError) as error:
         raise DemoError(f"{out / RUN_FILE} is damaged ({error!r}): start again without --resume", "resume") from None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from . import checkpoint
 from .config import DemoConfig, DemoError, Run, require
 from .corpus import Corpus
 from .evaluation import Evaluation
-from .model import LanguageModel, build_model, is_matrix
+from .model import LanguageModel, build_model, common_name, is_matrix
 
 BETAS = (0.9, 0.95)
 
@@ -52,12 +52,18 @@ class Record:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all routers of a run share."""
+    """What all routers of a run share.
+
+    pretrained: the checkpoint that their weights start from, if any.
+    regime: of a study that has several.
+    """
 
     config: DemoConfig
     corpus: Corpus
     device: torch.device
     checkpoints: Path
+    pretrained: Path | None = None
+    regime: str = ""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -79,13 +85,15 @@ class Trainee:
 
     @property
     def run(self) -> Run:
-        return Run(self.record.router, self.setting.config.k, self.setting.config.seed)
+        return Run(self.record.router, self.setting.config.k, self.setting.config.seed, self.setting.regime)
 
     def save(self) -> None:
         """Raises OSError where the disk refuses."""
         tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         for name, weight in self.model.named_parameters():
-            state = self.optimizer.state.get(weight, {})  # empty for an expert that no token has used yet
+            if self.record.finished:
+                break  # nothing is left for the optimizer to do
+            state = self.optimizer.state.get(weight, {})  # empty for what has had no gradient yet
             tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
         state = {**self.setting.identity, "record": self.record.to_json()}
         checkpoint.save(self.setting.checkpoint(self.record.router), tensors, state)
@@ -105,7 +113,10 @@ class Trainee:
 
 def start(setting: Setting, router: str, resume: bool) -> Trainee:
     """A trainee at step 0, or where its checkpoint left it."""
-    model = build_model(setting.config, router).to(setting.device)
+    model = build_model(setting.config, router)
+    if setting.pretrained is not None:
+        adopt(model, checkpoint.load_tensors(setting.pretrained))
+    model = model.to(setting.device)
     trainee = Trainee(setting, model, _optimizer(model, setting), Record(router))
     record = saved_record(setting, router) if resume else None
     if record is not None:
@@ -113,9 +124,22 @@ def start(setting: Setting, router: str, resume: bool) -> Trainee:
     return trainee
 
 
+@torch.no_grad()
+def adopt(model: LanguageModel, tensors: dict[str, Tensor]) -> None:
+    """Takes the weights of a checkpoint, whatever its router was; a plan's own tables keep their start. Raises
+    DemoError when it is of another model."""
+    for name, weight in model.named_parameters():
+        found = tensors.get(f"model.{common_name(name)}")
+        if found is None and name.startswith("plan."):
+            continue
+        same = found is not None and found.shape == weight.shape
+        require(same, f"the pretrained model has no {name} of shape {list(weight.shape)}", "resume")
+        weight.copy_(cast(Tensor, found))
+
+
 def _optimizer(model: LanguageModel, setting: Setting) -> torch.optim.Optimizer:
     """AdamW: weight decay for matrices alone, and a rate of their own for the tables of a plan."""
-    named = list(model.named_parameters())
+    named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     matrices = [(name, weight) for name, weight in named if is_matrix(name, weight)]
     rest = [(name, weight) for name, weight in named if not is_matrix(name, weight)]
     tables = [(name, weight) for name, weight in rest if name.startswith("plan.")]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -18,8 +19,8 @@ import circuitroute as cr
 
 from .config import DemoConfig, Run
 from .evaluation import evaluate, swap_correlation
+from .kinds import KINDS
 from .model import token_losses
-from .plans import KINDS
 from .process import Interrupted, Stop, stop_if
 from .trainee import Record, Trainee
 
@@ -41,6 +42,13 @@ class Event(NamedTuple):
     bits: float | None = None  # per held-out byte: of a validation, and at the end
 
 
+class HeldOut(NamedTuple):
+    """Batches [B, S + 1] of the held-out text, on the device."""
+
+    valid: Sequence[Tensor]
+    test: Sequence[Tensor]
+
+
 Tell: TypeAlias = Callable[[Event], Any]
 
 
@@ -53,14 +61,17 @@ def train(trainee: Trainee, tell: Tell, stop: Stop) -> Event:
     """
     record, setting = trainee.record, trainee.setting
     tell(Event(trainee.run, "begin", record.step))
-    batches = [tokens_BS.to(setting.device) for tokens_BS in setting.corpus.validation(setting.config)]
+    config, corpus = setting.config, setting.corpus
+    batches = HeldOut(
+        *([tokens.to(setting.device) for tokens in part(config)] for part in (corpus.validation, corpus.testing))
+    )
     try:
-        while _validation_due(trainee) or record.step < setting.config.steps:
+        while _validation_due(trainee) or record.step < config.steps:
             _advance(trainee, batches, tell, stop)
         if not record.finished:
             tell(Event(trainee.run, "swaps", record.step))
             with _clock(trainee):
-                record.swap_correlation = swap_correlation(trainee.model, setting.config, batches[0], stop)
+                record.swap_correlation = swap_correlation(trainee.model, config, batches.valid[0], stop)
             record.finished = True
             trainee.save()
         return ended(trainee.run, record)
@@ -80,13 +91,16 @@ def _validation_due(trainee: Trainee) -> bool:
     return done < record.step and (record.step % config.validation_every == 0 or record.step == config.steps)
 
 
-def _advance(trainee: Trainee, batches: Sequence[Tensor], tell: Tell, stop: Stop) -> None:
+def _advance(trainee: Trainee, batches: HeldOut, tell: Tell, stop: Stop) -> None:
     """A validation where one is due, otherwise a step: each leaves a state to stop in and resume from."""
     record = trainee.record
+    schedule = KINDS[record.router].temperature
+    if schedule is not None:
+        trainee.model.set_temperature(schedule(trainee.setting.config)(record.step))
     if _validation_due(trainee):
         with _clock(trainee):
             calibrate(trainee)
-            found = evaluate(trainee.model, batches, record.step, stop)
+            found = evaluate(trainee.model, batches.valid, record.step, stop, batches.test)
             record.evaluations.append(found)
         trainee.save()
         tell(Event(trainee.run, "validated", record.step, bits=found.bits_per_byte))
@@ -113,13 +127,17 @@ def _clock(trainee: Trainee) -> Iterator[None]:
 def training_step(trainee: Trainee) -> float:
     """One update; returns the language-model loss before it, in nats per byte. Batch, learning rate and the routers'
     randomness depend on the seed and the step's number alone."""
-    config, step = trainee.setting.config, trainee.record.step
-    tokens = trainee.setting.corpus.batch(config, step).to(trainee.setting.device)
+    config, step, device = trainee.setting.config, trainee.record.step, trainee.setting.device
+    kind = KINDS[trainee.record.router]
+    tokens = trainee.setting.corpus.batch(config, step).to(device)
+    if kind.flipped:
+        tokens = tokens.flip(0)
     if step % config.calibrate_every == 0:
         trainee.model.calibrate(tokens[:, :-1])
     positions_T = torch.arange(config.tokens_per_step, device=tokens.device)
     keys_LT = [cr.random_key(config.seed, step, layer, positions_T) for layer in range(config.layers)]
-    logits_BSV, routings = trainee.model(tokens[:, :-1], keys=keys_LT)
+    with _dropout_of(step, kind.dropout, trainee):
+        logits_BSV, routings = trainee.model(tokens[:, :-1], keys=keys_LT)
     loss = token_losses(logits_BSV, tokens[:, 1:]).mean()
     total = loss + auxiliary_loss(routings, config, trainee.record.router)
     planned = trainee.model.plan.loss(routings)
@@ -131,11 +149,25 @@ def training_step(trainee: Trainee) -> float:
     for group in trainee.optimizer.param_groups:
         group["lr"] = group["scale"] * learning_rate(config, step)
     trainee.optimizer.step()
+    trainee.model.plan.after(routings)
     return float(loss.detach())
 
 
+@contextmanager
+def _dropout_of(step: int, dropout: float, trainee: Trainee) -> Iterator[None]:
+    """Torch's generators draw what the seed and the step say, and are left as they were."""
+    if not dropout:
+        yield
+        return
+    device = trainee.setting.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(zlib.crc32(f"{trainee.setting.config.seed}/dropout {step}".encode()))
+        yield
+
+
 def calibrate(trainee: Trainee) -> None:
-    """Calibrates soft routers on several batches of training text, which no step uses: never on held-out text."""
+    """Calibrates soft routers on several batches of training text, in runs on random windows such that no step uses:
+    never on held-out text. The other calibrations change nothing about the mode."""
     if not trainee.model.plan.soft:
         return
     config, corpus = trainee.setting.config, trainee.setting.corpus

@@ -10,38 +10,59 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from .config import DemoError, Run, StudyConfig
-from .corpus import Corpus
-from .process import Stop, interrupts_held, stop_if
-from .trainee import Record, Setting, saved_record, start
-from .training import Event, Tell, ended, train
+from ..config import DemoConfig, DemoError, Run
+from ..corpus import Corpus
+from ..process import Stop, interrupts_held, stop_if
+from ..trainee import Record, Setting, saved_record, start
+from ..training import Event, Tell, ended, train
 
 POLL = 0.2  # seconds between looks at workers and at Ctrl-C
 
 
+class StudyConfig(Protocol):
+    """Everything that decides a study's numbers, except device, threads and processes."""
+
+    def runs(self) -> list[Run]:
+        """In the order in which they are to be carried out, as far as they need not wait."""
+
+    def config_of(self, run: Run) -> DemoConfig:
+        """The configuration of one of them."""
+
+    def pretraining(self, run: Run) -> Run | None:
+        """The run whose final weights another one starts from; it is one of the study's."""
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it."""
+
+
 @dataclass(frozen=True)
 class Study:
-    """A study's configuration, text, device and place on disk."""
+    """A study's configuration, texts, device and place on disk.
+
+    corpora: the text of every regime; that of a study without regimes is called "".
+    """
 
     config: StudyConfig
-    corpus: Corpus
+    corpora: Mapping[str, Corpus]
     device: torch.device
     checkpoints: Path
 
     def setting(self, run: Run) -> Setting:
-        """What a run shares with the others of its budget and seed."""
-        config = self.config.config(run.k, run.seed)
-        return Setting(config, self.corpus, self.device, self.checkpoints / f"k{run.k}-seed{run.seed}")
+        """What a run shares with the others of its regime, budget and seed."""
+        before = self.config.pretraining(run)
+        start = None if before is None else self.setting(before).checkpoint(before.router)
+        folder = self.checkpoints / run.regime / f"k{run.k}-seed{run.seed}"
+        return Setting(self.config.config_of(run), self.corpora[run.regime], self.device, folder, start, run.regime)
 
     def record(self, run: Run) -> Record | None:
         """What the checkpoint of a run holds; None where there is none yet. Raises DemoError when it is damaged."""
@@ -61,12 +82,15 @@ def execute(study: Study, processes: int, tell: Tell, stop: Stop) -> None:
             tell(ended(run, record))
         else:
             pending.append(run)
-    if min(processes, len(pending)) > 1:
-        _in_workers(study, pending, processes, tell, stop)
-        return
-    for run in pending:
-        stop_if(stop)
-        tell(_train(study, run, tell, stop))
+    ready = [run for run in pending if study.config.pretraining(run) is None]
+    waiting = [run for run in pending if study.config.pretraining(run) is not None]
+    for stage in (ready, waiting):
+        if min(processes, len(stage)) > 1:
+            _in_workers(study, stage, processes, tell, stop)
+            continue
+        for run in stage:
+            stop_if(stop)
+            tell(_train(study, run, tell, stop))
 
 
 def _train(study: Study, run: Run, tell: Tell, stop: Stop) -> Event:

@@ -15,13 +15,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from . import figures
-from .config import DemoConfig, Run
-from .report import circumstances, new_table, publish
-from .study import Study
-from .trainee import Record
+from .. import figures
+from ..config import DemoConfig, Run
+from ..report import circumstances, new_table, publish
+from ..trainee import Record
+from .budgets import BudgetsConfig
+from .execution import Study
 
-STUDY_FIGURES = ("pareto.png", "experts_per_layer.png", "budget_use.png")
+BUDGETS_FIGURES = ("pareto.png", "experts_per_layer.png", "budget_use.png")
 REFERENCE = "top-k"  # what differences are taken to, run by run of the same seed
 COLUMNS = (
     # heading, key of the summary, format
@@ -32,11 +33,11 @@ COLUMNS = (
 )
 
 
-def write_study_report(study: Study, out: Path, command: str, processes: int, console: Console) -> None:
+def write_budgets_report(study: Study, out: Path, command: str, processes: int, console: Console) -> None:
     """Prints the table and writes figures and results.json below `out`, for all runs that have ended so far."""
     runs = [(run, study.record(run)) for run in study.config.runs()]
     known = [(run, record) for run, record in runs if record is not None]
-    rows = [row_of(run, record, study.config.config(run.k, run.seed)) for run, record in known]
+    rows = [row_of(run, record, study.config.config_of(run)) for run, record in known]
     summary = summarise(rows)
     results = {
         "study": "budgets",
@@ -45,9 +46,10 @@ def write_study_report(study: Study, out: Path, command: str, processes: int, co
         "config": study.config.to_json(),
         "summary": summary,
         "rows": rows,
-        **circumstances(study.device, study.corpus, command),
+        **circumstances(study.device, study.corpora, command),
     }
-    publish(out, results, draw_study(summary, out), table_of(summary, study.config.seeds), console)
+    assert isinstance(study.config, BudgetsConfig)
+    publish(out, results, draw_budgets(summary, out), table_of(summary, study.config.seeds), console)
 
 
 # NUMBERS
@@ -166,11 +168,11 @@ def _with_spread(row: dict[str, Any], key: str, form: str) -> str:
     return format(mean, form) if spread is None else f"{format(mean, form)} ± {format(spread, form.lstrip('+'))}"
 
 
-def draw_study(summary: Sequence[dict[str, Any]], out: Path, suffix: str = ".png") -> list[Path]:
+def draw_budgets(summary: Sequence[dict[str, Any]], out: Path, suffix: str = ".png") -> list[Path]:
     """The three figures, as far as the summary goes; also as ".svg", as the documentation shows them."""
     if not summary:
         return []
-    pareto, per_layer, use = ((out / name).with_suffix(suffix) for name in STUDY_FIGURES)
+    pareto, per_layer, use = ((out / name).with_suffix(suffix) for name in BUDGETS_FIGURES)
     budgets = {row["k"]: row["budget"] for row in summary}
     routers = list(dict.fromkeys(row["router"] for row in summary))
     of = {(row["k"], row["router"]): row for row in summary}
