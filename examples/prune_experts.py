@@ -154,10 +154,11 @@ def learn(task: Task, budget: int, estimator: str, steps: int, console: Console)
 # Baselines: scores [N] that the same circuit turns into a subset
 
 
+@torch.no_grad()
 def magnitudes(task: Task) -> Tensor:
     """The norm of each expert's weights."""
-    experts = [expert for block in task.model.blocks for expert in cast(Any, block).experts.experts]
-    return torch.stack([torch.cat([weight.flatten() for weight in expert.parameters()]).norm() for expert in experts])
+    stacks = [cast(Any, block).experts.experts for block in task.model.blocks]
+    return torch.cat([torch.cat([stack.up.flatten(1), stack.down.flatten(1)], dim=1).norm(dim=1) for stack in stacks])
 
 
 @torch.no_grad()

@@ -13,22 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from language_model import (
-    config,
-    corpus,
-    evaluation,
-    figures,
-    process,
-    progress,
-    study,
-    study_report,
-    trainee,
-    training,
-)
-from language_model.config import ALL_ROUTERS, DemoConfig, DemoError, Run, StudyConfig, preset
+from language_model import evaluation, figures, process, progress, trainee, training
+from language_model.config import ALL_ROUTERS, DemoConfig, DemoError, Run
 from language_model.model import build_model
 from language_model.process import Interrupted
-from language_model.study_report import row_of, summarise
+from language_model.studies import budgets, budgets_report, execution
+from language_model.studies.budgets import ROUTERS, BudgetsConfig, preset
+from language_model.studies.budgets_report import row_of, summarise
+from language_model.texts import load_corpus
 from language_model.training import Event
 
 from circuitroute.cli.main import main
@@ -39,6 +31,14 @@ SIZES = {"steps": 3, "layers": 2, "experts": 4, "hidden": 32, "batch-size": 2, "
 FIGURES = ("pareto.png", "experts_per_layer.png", "budget_use.png")
 CLOCKS = dict.fromkeys(("seconds", "training_seconds", "tokens_per_second"))
 SHARED = ("soft-learned", "budget")  # the routers whose layers share something
+KEPT = (
+    "soft-learned",
+    "budget-calibrated",
+    "range-k-calibrated",
+    "range-k-controlled",
+    "exact-k-annealed",
+    "dropout-0.2",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def _one_thread() -> Any:
 def _short_validation() -> Iterator[None]:
     """Validation takes longer than training these models."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(config.CPU, "validation_batches", 4)
+        patch.setitem(budgets.CPU, "validation_batches", 4)
         yield
 
 
@@ -61,7 +61,7 @@ def _short_validation() -> Iterator[None]:
 def _figures_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """So does drawing."""
     if request.node.name != "test_table_and_figures":
-        monkeypatch.setattr(study_report, "draw_study", lambda *_: [])
+        monkeypatch.setattr(budgets_report, "draw_budgets", lambda *_: [])
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def setting(text: Path, tmp_path: Path) -> trainee.Setting:
     config = replace(TINY, text=str(text))
-    return trainee.Setting(config, corpus.load_corpus(config), torch.device("cpu"), tmp_path / "checkpoints")
+    return trainee.Setting(config, load_corpus(config), torch.device("cpu"), tmp_path / "checkpoints")
 
 
 def arguments(text: Path, *more: str) -> list[str]:
@@ -93,9 +93,9 @@ def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---------------------------------------------------------------------------------------------- models
 
 
-@pytest.mark.parametrize("router", SHARED)
+@pytest.mark.parametrize("router", KEPT)
 def test_resumed_equals_uninterrupted(router: str, setting: trainee.Setting, tmp_path: Path) -> None:
-    """Thresholds of soft routers are no parameters, and must be in the checkpoint."""
+    """Thresholds, temperatures and prices are no parameters, and must be in the checkpoint."""
     setting = replace(setting, config=replace(setting.config, calibrate_every=3))
     uninterrupted = trainee.start(replace(setting, checkpoints=tmp_path / "whole"), router, resume=False)
     training.train(uninterrupted, Watcher(), never)
@@ -205,8 +205,8 @@ def test_every_run_has_its_row(whole: Path, text: Path) -> None:
     assert found["study"] == "budgets"
     assert found["command"] == " ".join(["circuitroute", *arguments(text, "--processes", "1", "--out", str(whole))])
     assert found["versions"]["torch"] == torch.__version__
-    assert [(row["router"], row["k"], row["seed"]) for row in found["rows"]] == [(name, 2, 0) for name in ALL_ROUTERS]
-    assert [row["router"] for row in found["summary"]] == list(ALL_ROUTERS)
+    assert [(row["router"], row["k"], row["seed"]) for row in found["rows"]] == [(name, 2, 0) for name in ROUTERS]
+    assert [row["router"] for row in found["summary"]] == list(ROUTERS)
     for row in found["rows"]:
         assert (row["steps"], row["finished"]) == (3, True)
         assert 0 < row["bits_per_byte"] < 9
@@ -217,7 +217,7 @@ def test_every_run_has_its_row(whole: Path, text: Path) -> None:
         assert [name for name, value in row.items() if value is None and not name.startswith("soft")] == []
 
 
-@pytest.mark.parametrize("router", ["top-k", "exact-k", "budget"])
+@pytest.mark.parametrize("router", ["top-k", "exact-k-0.25", "budget-calibrated"])
 def test_executed_experts_are_equal_where_that_is_promised(router: str, whole: Path) -> None:
     (row,) = [row for row in results(whole)["rows"] if row["router"] == router]
     tokens = sum(row["totals"])
@@ -241,7 +241,7 @@ def test_table_and_figures(whole: Path, text: Path, tmp_path: Path, capsys: pyte
         assert min(png_size(whole / name)) > 200
     assert main([*STUDY, "--resume", "--processes", "1", "--out", str(whole)]) == 0
     shown = capsys.readouterr().out
-    for word in (*ALL_ROUTERS, "6/6", "bits/byte", "over budget", "1 seed", *(str(whole / name) for name in FIGURES)):
+    for word in (*ROUTERS, "6/6", "bits/byte", "over budget", "1 seed", *(str(whole / name) for name in FIGURES)):
         assert word in shown
     assert results(whole)["command"] == f"circuitroute demo --study budgets --resume --processes 1 --out {whole}"
 
@@ -260,7 +260,7 @@ def test_two_processes_stop_and_resume_to_the_same_numbers(
     assert main([*words, "--processes", "1", "--out", str(tmp_path / "whole")]) == 0
     out = tmp_path / "half [way]"
     with monkeypatch.context() as patch:
-        patch.setattr(study, "POLL", 0.01)
+        patch.setattr(execution, "POLL", 0.01)
         patch.setattr(progress.PlainStudyProgress, "__call__", interrupt)
         assert main([*words, "--processes", "2", "--out", str(out)]) == 130
     assert f"--study budgets --resume --out '{out}'" in capsys.readouterr().out
@@ -277,10 +277,10 @@ def test_interrupted_within_a_run(
     whole: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(self: progress.PlainStudyProgress, event: Event) -> None:
-        if (event.run.router, event.kind, event.step) == ("exact-k", "step", 2):
+        if (event.run.router, event.kind, event.step) == ("exact-k-0.25", "step", 2):
             signal.raise_signal(signal.SIGINT)
 
-    routers = ("--routers", "top-k", "exact-k")
+    routers = ("--routers", "top-k", "exact-k-0.25")
     with monkeypatch.context() as patch:
         patch.setattr(progress.PlainStudyProgress, "__call__", interrupt)
         assert main(arguments(text, *routers, "--processes", "1", "--out", str(tmp_path))) == 130
@@ -305,8 +305,8 @@ def test_interrupted_before_anything(text: Path, tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--study", "budget"], "argument --study: must be one of budgets, got 'budget'"),
-        (["--k", "2"], "argument --k: a study takes several: --budgets 2"),
+        (["--study", "budget"], "argument --study: must be one of budgets, learning, got 'budget'"),
+        (["--k", "2"], "argument --k: this study takes several: --budgets 2"),
         (["--budgets", "5"], "argument --budgets: must lie between 1 and the number of experts, 4, got 5"),
         (["--budgets", "2", "2"], "argument --budgets: must name different numbers of experts, got 2 2"),
         (["--seeds", "0"], "argument --seeds: must be at least 1, got 0"),
@@ -324,10 +324,24 @@ def test_wrong_options_are_named(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("option", ["--budgets", "--seeds", "--processes"])
-def test_options_of_studies_need_one(option: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", option, "2"]) == 2
-    assert f"argument {option}: belongs to studies: add --study budgets" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("option", "study"),
+    [
+        ("budgets", "budgets"),
+        ("seeds", "budgets"),
+        ("processes", "budgets"),
+        ("regimes", "learning"),
+        ("minutes", "learning"),
+    ],
+)
+def test_options_of_studies_need_one(option: str, study: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", f"--{option}", "2"]) == 2
+    assert f"argument --{option}: belongs to studies: add --study {study}" in capsys.readouterr().err
+
+
+def test_options_of_another_study_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*STUDY, "--minutes", "2"]) == 2
+    assert "argument --minutes: belongs to the study of learning: leave it out" in capsys.readouterr().err
 
 
 def test_resume_refuses_another_study(
@@ -369,9 +383,9 @@ def test_a_fresh_study_removes_an_earlier_ones_files_alone(text: Path, tmp_path:
 # ---------------------------------------------------------------------------------------------- workers
 
 
-def small_study(text: Path, tmp_path: Path, **fields: Any) -> study.Study:
-    config = StudyConfig(replace(TINY, text=str(text), oracle_rounds=0, **fields), (2,), 1)
-    return study.Study(config, corpus.load_corpus(config.base), torch.device("cpu"), tmp_path / "checkpoints")
+def small_study(text: Path, tmp_path: Path, **fields: Any) -> execution.Study:
+    config = BudgetsConfig(replace(TINY, text=str(text), oracle_rounds=0, **fields), (2,), 1)
+    return execution.Study(config, {"": load_corpus(config.base)}, torch.device("cpu"), tmp_path / "checkpoints")
 
 
 def test_a_worker_that_dies_is_an_error_with_a_remedy(
@@ -383,12 +397,12 @@ def test_a_worker_that_dies_is_an_error_with_a_remedy(
         def submit(self, *_: Any) -> Any:
             raise BrokenProcessPool
 
-    monkeypatch.setattr(study, "ProcessPoolExecutor", Broken)
+    monkeypatch.setattr(execution, "ProcessPoolExecutor", Broken)
     with pytest.raises(DemoError, match="a worker process died") as died:
-        study.execute(small_study(text, tmp_path), 2, never_told, never)
+        execution.execute(small_study(text, tmp_path), 2, never_told, never)
     assert died.value.argument == "processes"
     with pytest.raises(Interrupted):  # Ctrl-C may reach a worker before it is ready for it
-        study.execute(small_study(text, tmp_path), 2, never_told, lambda: True)
+        execution.execute(small_study(text, tmp_path), 2, never_told, lambda: True)
 
 
 def never_told(event: Event) -> None: ...
@@ -410,9 +424,9 @@ def test_workers_read_the_text_that_the_study_began_with(text: Path, tmp_path: P
     made = small_study(passing, tmp_path, routers=("top-k", "soft-uniform"))
     passing.unlink()
     finished: list[Event] = []
-    study.execute(made, 2, lambda event: finished.append(event) if event.kind == "finished" else None, never)
+    execution.execute(made, 2, lambda event: finished.append(event) if event.kind == "finished" else None, never)
     alone = replace(made, checkpoints=tmp_path / "alone")
-    study.execute(alone, 1, never_told, never)
+    execution.execute(alone, 1, never_told, never)
     for run in made.config.runs():
         together, apart = made.record(run), alone.record(run)
         assert together.losses == apart.losses
@@ -423,8 +437,8 @@ def test_workers_read_the_text_that_the_study_began_with(text: Path, tmp_path: P
 def test_bars_follow_events_in_any_order() -> None:
     rich = pytest.importorskip("rich.progress")
     bars = rich.Progress(console=pytest.importorskip("rich.console").Console(quiet=True))
-    tell = progress.BarStudyProgress(bars, runs=2, steps=10)
     first, second = Run("top-k", 2, 0), Run("budget", 2, 0)
+    tell = progress.BarStudyProgress(bars, {first: 10, second: 20})
     for event in (
         Event(first, "begin", 0),
         Event(second, "step", 4),
@@ -440,21 +454,21 @@ def test_bars_follow_events_in_any_order() -> None:
 
 
 def test_runs_go_seed_by_seed() -> None:
-    config = StudyConfig(replace(TINY, routers=("top-k", "budget"), seed=7), (2, 1), 2)
-    assert [tuple(run) for run in config.runs()] == [
+    config = BudgetsConfig(replace(TINY, routers=("top-k", "budget"), seed=7), (2, 1), 2)
+    assert [run[:3] for run in config.runs()] == [
         (router, k, seed) for seed in (7, 8) for k in (2, 1) for router in ("top-k", "budget")
     ]
-    assert StudyConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert BudgetsConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
     with pytest.raises(DemoError, match="got none"):
-        StudyConfig(TINY, ())
+        BudgetsConfig(TINY, ())
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_presets_are_valid_and_give_way(device: str) -> None:
     usual = preset(torch.device(device), {})
-    assert usual.base.routers == ALL_ROUTERS
-    assert len(usual.runs()) == 6 * 2 * 3
-    assert preset(torch.device(device), {"layers": 3, "steps": 5}, [1], 2).runs()[-1] == Run("budget", 1, 1)
+    assert usual.base.routers == ROUTERS
+    assert len(usual.runs()) == 6 * (2 if device == "cuda" else 4) * 3
+    assert preset(torch.device(device), {"layers": 3, "steps": 5}, [1], 2).runs()[-1] == Run("soft-learned", 1, 1)
     if device == "cuda":
         assert usual.base.hidden * usual.base.steps > 10 * DemoConfig.hidden * DemoConfig.steps
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from .config import DemoError
 
 FORMAT = 1  # of run.json and results.json
-CHECKPOINT_FORMAT = 2  # format 1, which is still read, kept its state in a JSON file beside the tensors
+CHECKPOINT_FORMAT = 2  # format 1 kept its state in a JSON file beside the tensors
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -56,38 +56,27 @@ def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is a checkpoint of this name, in either format."""
-    return path.exists() or path.with_suffix(".json").exists()
+    """Whether there is a checkpoint of this name. Raises DemoError where there is one of version 0.1."""
+    if not path.exists() and path.with_suffix(".json").exists():
+        raise DemoError(
+            f"{path.with_suffix('.json')} is of version 0.1, whose models had other parameters: start again without "
+            "--resume",
+            "resume",
+        )
+    return path.exists()
 
 
 def load_state(path: Path) -> dict[str, Any]:
     """What was saved beside the tensors. Raises DemoError when the file is damaged or of another format."""
-    if not path.exists() and exists(path):
-        return read_json(path.with_suffix(".json"))
     return _parsed(path, _metadata(path).get("state", ""), CHECKPOINT_FORMAT)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Raises DemoError when they are missing or not what was saved."""
-    if not path.exists() and exists(path):
-        return _tensors_of_format_1(path, load_state(path))
     recorded = _metadata(path).get("sha256")
     tensors: dict[str, Tensor] = safetensors.torch.load(path.read_bytes())
     if _digest(tensors) != recorded:
         raise _damaged(path, "its checksum is not the recorded one")
-    return tensors
-
-
-def _tensors_of_format_1(path: Path, state: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors that the JSON file of a checkpoint names, with the SHA-256 of their file."""
-    place = path.with_name(Path(str(state.get("tensors"))).name)
-    try:
-        data = place.read_bytes()
-    except OSError as error:
-        raise _damaged(place, str(error)) from None
-    if hashlib.sha256(data).hexdigest() != state.get("sha256"):
-        raise _damaged(place, "its checksum is not the recorded one")
-    tensors: dict[str, Tensor] = safetensors.torch.load(data)
     return tensors
 
 

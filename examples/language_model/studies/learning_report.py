@@ -132,10 +132,9 @@ def table_of(regime: str, summary: Sequence[dict[str, Any]], config: LearningCon
     seeds = config.regime(regime).seeds
     moments = (HALF, LAST, BEST) if rows[0]["passes"] else (LAST,)
     title = f"{regime}: test bits per byte, mean ± standard deviation over {seeds} seed{'s' * (seeds > 1)}"
-    headings = ["bits/\nbyte"]
-    for moment in moments:
-        headings.append(f"{moment.heading},\nminus {REFERENCE} (better)")
-    table = new_table(title, ("router",), (*headings, "executed", "load\nentropy", "agree-\nment", "tokens/\nsecond"))
+    differences = [f"{moment.heading},\nminus {REFERENCE} (better)" for moment in moments]
+    headings = ("bits/\nbyte", *differences, "executed", "load\nentropy", "agree-\nment", "tokens/\nsecond")
+    table = new_table(title, ("router",), headings)
     for row in rows:
         name = row["router"] if row["seeds"] == seeds else f"{row['router']} ({row['seeds']} of {seeds} seeds)"
         cells = [_cell(row["last"], row["last_spread"], ".3f")]
