@@ -176,6 +176,27 @@ def test_a_price_holds_the_count(setting: trainee.Setting) -> None:
     assert float(run.model.plan.price - before) == pytest.approx(0.05 * (mean - setting.config.k), abs=1e-6)
 
 
+def test_a_bias_moves_the_load_and_no_loss_does(setting: trainee.Setting) -> None:
+    run = trainee.start(setting, "top-k-bias", resume=False)
+    tokens = setting.corpus.batch(setting.config, 0)[:, :-1]
+    with torch.no_grad():
+        _, routings = run.model(tokens)
+    loads = [routing.mask.sum(dim=0) for routing in routings]
+    weighty = replace(setting.config, balance_weight=1e3)
+    assert (
+        training.auxiliary_loss(routings, weighty, "top-k-bias")
+        < 1
+        < training.auxiliary_loss(routings, weighty, "top-k")
+    )
+    training.training_step(run)
+    for layer, load in enumerate(loads):
+        wanted = [3e-3 * ((mean := float(load.sum()) / 4) > n) - 3e-3 * (mean < n) for n in load.tolist()]
+        assert run.model.plan.bias[layer].tolist() == pytest.approx(wanted)
+    with torch.no_grad():
+        run.model.plan.bias[0] = torch.tensor([-100.0, -100.0, 0.0, 0.0])
+        assert run.model(tokens)[1][0].mask.sum(dim=0).tolist() == [0, 0, 32, 32]
+
+
 def test_dropout_depends_on_seed_and_step_alone(setting: trainee.Setting) -> None:
     losses = []
     for noise in (1, 2):

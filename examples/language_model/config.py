@@ -28,6 +28,9 @@ ALL_ROUTERS = (
     "dropout-0.1",
     "dropout-0.2",
     "dropout-0.3",
+    "top-k-bias",
+    "mode-bias",
+    "probe-bias",
     "top-k-again",
 )
 HEAD_SIZE = 32

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import circuitroute as cr
 
 from .config import DemoConfig
-from .plans import AgreementBudgetPlan, AgreementPlan, BudgetPlan, ControlledPlan, LayerRouter, Plan, SoftPlan
+from .plans import AgreementBudgetPlan, AgreementPlan, BiasPlan, BudgetPlan, ControlledPlan, LayerRouter, Plan, SoftPlan
 
 COLD = 0.25
 
@@ -32,6 +32,7 @@ class RouterKind:
         dropout: of what attention and experts add to the residual stream.
         frozen: whether the router keeps the weights that it starts with.
         flipped: whether the sequences of a batch come in reverse order: the same mathematics, rounded differently.
+        balanced: whether a loss keeps the experts' load even.
     """
 
     layer: Callable[[DemoConfig], LayerRouter | None]
@@ -43,6 +44,7 @@ class RouterKind:
     dropout: float = 0.0
     frozen: bool = False
     flipped: bool = False
+    balanced: bool = True
 
 
 def _top_k(config: DemoConfig) -> LayerRouter:
@@ -88,5 +90,8 @@ KINDS = {
     "budget-calibrated": RouterKind(_nothing, plan=AgreementBudgetPlan),
     "frozen": RouterKind(_top_k, "softmax", frozen=True),
     **{f"dropout-{share}": RouterKind(_top_k, "softmax", dropout=share) for share in (0.1, 0.2, 0.3)},
+    "top-k-bias": RouterKind(_top_k, "softmax", plan=BiasPlan, balanced=False),
+    "mode-bias": RouterKind(_mode, plan=BiasPlan, balanced=False),
+    "probe-bias": RouterKind(_mode, probes=1, plan=BiasPlan, balanced=False),
     "top-k-again": RouterKind(_top_k, "softmax", flipped=True),
 }

@@ -17,6 +17,7 @@ from .config import DemoConfig
 
 LayerRouter: TypeAlias = cr.Router | cr.SoftTopKRouter
 AGREEMENT = 0.75  # of a sample with the mode, in expectation
+BIAS_STEP = 3e-3  # per step; three times what its authors use, for runs that are far shorter
 PRICE_GAIN = 0.05  # of a controller, per step and expert too many
 
 State: TypeAlias = Any  # the plan's own; passed from layer to layer, never kept by a module
@@ -98,6 +99,28 @@ class ControlledPlan(Plan):
         for routing in routings:
             state = self.controller.update(state, routing)
         self.price.copy_(state.price)
+
+
+class BiasPlan(Plan):
+    """Balance without a loss (Wang et al., 2024, arXiv:2408.15664): a bias on every expert's choice, moved by the sign of
+    what it lacks of the mean load. Weights are left alone."""
+
+    bias: Tensor
+
+    def __init__(self, config: DemoConfig) -> None:
+        super().__init__()
+        self.register_buffer("bias", torch.zeros(config.layers, config.experts))
+
+    def route(
+        self, router: LayerRouter | None, hidden_BSH: Tensor, layer: int, state: State, key_T: Tensor | None
+    ) -> tuple[cr.Routing, State]:
+        """See Plan."""
+        return cast(cr.Router, router)(hidden_BSH, key=key_T, bias=self.bias[layer]), state
+
+    def after(self, routings: list[cr.Routing]) -> None:
+        """The bias of the next step."""
+        load_LE = torch.stack([routing.mask.sum(dim=0) for routing in routings]).float()
+        self.bias += BIAS_STEP * (load_LE.mean(dim=1, keepdim=True) - load_LE).sign()
 
 
 class SoftPlan(Plan):

@@ -181,8 +181,9 @@ def auxiliary_loss(routings: Sequence[cr.Routing], config: DemoConfig, router: s
     kind = KINDS[router]
     terms = []
     for routing in routings:
-        balance = cr.losses.load_balance(routing, probabilities=kind.probabilities)
-        term = config.balance_weight * balance + config.z_weight * cr.losses.z_loss(routing)
+        term = config.z_weight * cr.losses.z_loss(routing)
+        if kind.balanced:
+            term = term + config.balance_weight * cr.losses.load_balance(routing, probabilities=kind.probabilities)
         if kind.free_count:
             term = term + config.count_weight * (inference_count(routing) / config.k - 1).square()
         terms.append(term)
