@@ -102,8 +102,8 @@ class ControlledPlan(Plan):
 
 
 class BiasPlan(Plan):
-    """Balance without a loss (Wang et al., 2024, arXiv:2408.15664): a bias on every expert's choice, moved by the sign of
-    what it lacks of the mean load. Weights are left alone."""
+    """Balance without a loss (Wang et al., 2024, arXiv:2408.15664): a bias on every expert's choice, moved by the sign
+    of what it lacks of the mean load. Weights are left alone."""
 
     bias: Tensor
 
