@@ -4,8 +4,9 @@
     python examples/finetune_transformers.py --model allenai/OLMoE-1B-7B-0924 --text notes.txt --steps 200
 
 Four runs from the same weights, with transformers' Trainer: the stock top-k router; the same with a frozen router;
-exactly as many experts per token, sampled; and --kmin to --kmax of them. Prints the loss on held-out text before
-and after, and what was executed. Needs: pip install 'circuitroute[transformers]' accelerate
+exactly as many experts per token, sampled; and --kmin to --kmax of them. Samples are drawn at --temperature: 0.5 is for
+many passes through little text, 0.25 for plenty (docs/which-router.md). Prints the loss on held-out text before and
+after, and what was executed. Needs: pip install 'circuitroute[transformers]' accelerate
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def read_ids(options: argparse.Namespace) -> torch.Tensor:
 
 def _sources() -> str:
     """What there is to read everywhere: this library."""
-    return "".join(path.read_text(encoding="utf-8") for path in sorted(Path(cr.__file__).parent.glob("*.py")))
+    return "".join(path.read_text(encoding="utf-8") for path in sorted(Path(cr.__file__).parent.rglob("*.py")))
 
 
 def prepare(run: str, model: Any, options: argparse.Namespace) -> Any:
@@ -98,9 +99,10 @@ def prepare(run: str, model: Any, options: argparse.Namespace) -> Any:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not any(part in name for part in (".gate.", ".router.")))
     if run == "exact-k":
-        return adapter.patch(model, own, seed=options.seed)
+        return adapter.patch(model, own, temperature=options.temperature, seed=options.seed)
     if run == "range-k":
-        return adapter.patch(model, cr.Between(options.kmin, options.kmax), seed=options.seed)
+        wanted = cr.Between(options.kmin, options.kmax)
+        return adapter.patch(model, wanted, temperature=options.temperature, seed=options.seed)
     return None
 
 
@@ -172,6 +174,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--kmin", type=int, default=2)
     parser.add_argument("--kmax", type=int, default=6)
+    parser.add_argument("--temperature", type=float, default=0.5, help="of the samples, in units of logits")
     parser.add_argument("--balance", type=float, default=0.01, help="coefficient of the load-balance loss")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
     parser.add_argument("--seed", type=int, default=0)
