@@ -24,7 +24,7 @@ from circuitroute.keys import fold_in, random_key
 from circuitroute.routing import choice
 from circuitroute.routing.choice import Decide, as_share, as_temperature
 from circuitroute.routing.decision import Routing
-from circuitroute.routing.estimators import Estimator, as_estimator
+from circuitroute.routing.estimators import Dense, Estimator, as_estimator
 from circuitroute.routing.weights import weigh
 
 Weights = Literal["softmax", "normalized", "sigmoid"]
@@ -112,6 +112,7 @@ class Decider:
         shift: Tensor | None = None,
         renormalize: bool = False,
         scale: float = 1.0,
+        key: Tensor | None = None,
     ) -> Routing:
         """Decide for T tokens.
 
@@ -123,17 +124,21 @@ class Decider:
             shift: [E], added to the logits for the choice only, as auxiliary-loss-free balancing does.
             renormalize: whether to divide the weights of each token by their sum.
             scale: multiplies all weights.
+            key: [T] int64, keys in place of the tokens' own.
 
         Returns:
             The decision. Its distribution and marginals are those of the shifted logits, from which it was drawn. A
             chosen expert's weight is never 0, so a weight of 0 marks an unused slot.
         """
         for_choice = logits if shift is None else logits + shift.detach().to(logits.dtype)
-        key = self.keys(token) if training else None
+        key = (self.keys(token) if key is None else key) if training else None
         share = as_share(self.decide, self.estimator) if training else 0.0
         decision = choice.decide(for_choice, self.circuit, share=share, key=key, temperature=self.temperature)
         gates = weigh(decision, combine=weights, estimator=self.estimator, logits=logits)
-        gates = (divided_by_sum(gates) if renormalize else gates) * scale
+        if renormalize:
+            # DenseMixer's gates of unchosen experts have a gradient that the sum over the chosen does not share.
+            gates = divided_by_sum(gates, decision.mask if isinstance(self.estimator, Dense) else None)
+        gates = gates * scale
         gates = torch.where(decision.mask & (gates == 0), torch.finfo(gates.dtype).tiny, gates)
         routing = decision.routing(gates)
         if self.recorded is not None:
@@ -191,9 +196,23 @@ def recorded_routings(model: nn.Module | Sequence[nn.Module]) -> Iterator[list[R
             decider.recorded = None
 
 
-def divided_by_sum(weights: Tensor) -> Tensor:
-    """[T, K] weights divided by their sum as in DeepSeek's models, so that weights of 0 remain 0."""
-    return weights / (weights.sum(-1, keepdim=True) + 1e-20)
+def drawn_keys(tokens: int, device: torch.device) -> Tensor:
+    """[T] int64 keys from torch's global generator, as a decision without keys draws them, for all draws of a layer.
+
+    Drawn once in training, with gradients or without: a recomputation of several layers must leave the generator where
+    their first run left it.
+    """
+    return torch.randint(-(1 << 63), (1 << 63) - 1, (tokens,), dtype=torch.int64, device=device)
+
+
+def divided_by_sum(weights: Tensor, mask: Tensor | None = None) -> Tensor:
+    """[T, K] weights divided by their sum as in DeepSeek's models, so that weights of 0 remain 0.
+
+    Args:
+        mask: [T, K] bool, which of them are added up; None for all.
+    """
+    summed = weights if mask is None else torch.where(mask, weights, 0.0)
+    return weights / (summed.sum(-1, keepdim=True) + 1e-20)
 
 
 def one_per_layer(constraint: Any, layers: int) -> list[Constraint]:

@@ -3,6 +3,10 @@
 :func:`convert` puts a constraint in place of top-k in a model's config, before the model is built. The gate, the rule
 for weights (``score_func``, ``route_norm``, ``route_scale``) and the state dict remain the model's.
 
+Probes are further slots, whose scores are 0 in value and have the gates' gradient. torchtitan's dispatchers multiply
+the experts' *outputs* by the scores, so this gradient is what the expert would have been worth; the backward pass
+through the probed experts computes zeros.
+
 Importing this module imports torchtitan. Legend, as there: B sequences, L positions, D model dimension, E experts, K
 slots per token.
 """
@@ -19,11 +23,21 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from circuitroute.constraints import Constraint
-from circuitroute.integrations.hosted import GROUP_LIMIT, Decider, one_per_layer, refuse_replaced
+from circuitroute.integrations.hosted import GROUP_LIMIT, Decider, drawn_keys, one_per_layer, refuse_replaced
 from circuitroute.integrations.hosted import begin_step as begin_step
 from circuitroute.integrations.hosted import recorded_routings as recorded_routings
 from circuitroute.routing.choice import Decide
 from circuitroute.routing.estimators import Estimator
+from circuitroute.routing.probes import (
+    ProbeCount,
+    ProbeWeights,
+    as_probe_count,
+    as_probe_weights,
+    padded_with_probes,
+    probe_slots,
+    probe_weights,
+    refuse_idle_probes,
+)
 
 try:
     from torchtitan.config.override import derive
@@ -42,7 +56,7 @@ REPLACED = {
 
 
 class CircuitRouter(TokenChoiceTopKRouter):
-    """A torchtitan router that decides by a constraint, with K slots per token for its largest count.
+    """A torchtitan router that decides by a constraint, with K slots per token for its largest count and the probes.
 
     In training the subset is sampled, and gradients reach all logits through the estimator; in evaluation it is the
     most probable one. The expert bias of auxiliary-loss-free balancing shifts the *logits* for the choice (torchtitan's
@@ -55,13 +69,17 @@ class CircuitRouter(TokenChoiceTopKRouter):
 
     @dataclass(kw_only=True, slots=True)
     class Config(TokenChoiceTopKRouter.Config):
-        """The host's fields, and the arguments of :class:`~circuitroute.integrations.hosted.Decider`."""
+        """The host's fields, the arguments of :class:`~circuitroute.integrations.hosted.Decider`, and ``probes`` and
+        ``probe_weights`` as in :class:`circuitroute.MoE`.
+        """
 
         constraint: Constraint
         estimator: str | Estimator = "simple"
         seed: int | None = None
         decide: Decide | float | None = None
         temperature: float = 1.0
+        probes: ProbeCount = 0
+        probe_weights: ProbeWeights = "importance"
 
     def __init__(self, config: Config) -> None:
         refuse_replaced(config, REPLACED)
@@ -74,10 +92,13 @@ class CircuitRouter(TokenChoiceTopKRouter):
             decide=config.decide,
             temperature=config.temperature,
         )
-        if config.top_k != self.decider.slots:
+        self.probes, self.probe_weights = config.probes, config.probe_weights
+        needed = _slots(self.decider, config.probes, config.probe_weights)
+        if config.top_k != needed:
             raise ValueError(
-                f"top_k={config.top_k}: {config.constraint!r} needs {self.decider.slots} slots per token; make the "
-                f"config with circuit_moe() or convert(), which set this for the router and the dispatcher"
+                f"top_k={config.top_k}: {config.constraint!r} with probes={config.probes!r} needs {needed} slots per "
+                f"token; make the config with circuit_moe() or convert(), which set this for the router and the "
+                f"dispatcher"
             )
 
     def forward(self, x_BLD: Tensor, expert_bias_E: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,19 +116,32 @@ class CircuitRouter(TokenChoiceTopKRouter):
         """
         logits_BLE = self._logits(x_BLD)
         B, L, E = logits_BLE.shape
+        key, token = None, torch.arange(B * L, device=logits_BLE.device)
+        if self.training and self.probes:
+            key = self.decider.keys(token)
+            key = drawn_keys(B * L, token.device) if key is None else key
         routing = self.decider(
             logits_BLE.reshape(-1, E),
             weights=self.score_func,
-            token=torch.arange(B * L, device=logits_BLE.device),
+            token=token,
             training=self.training,
             shift=expert_bias_E,
             renormalize=self.route_norm,
             scale=self.route_scale,
+            key=key,
         )
-        weights_TK, ids_TK = routing.padded(self.top_k)
+        if self.is_probing():
+            worth_TE = probe_weights(routing, self.probes, key, self.probe_weights)
+            weights_TK, ids_TK = padded_with_probes(routing, worth_TE, self.top_k)
+        else:
+            weights_TK, ids_TK = routing.padded(self.top_k)
         scores_BLE = logits_BLE.sigmoid() if self.score_func == "sigmoid" else logits_BLE.softmax(-1)
         # Dispatchers flatten the ids with view().
         return weights_TK.reshape(B, L, -1), ids_TK.contiguous().view(B, L, -1), scores_BLE
+
+    def is_probing(self) -> bool:
+        """Whether a forward pass runs probes now: in training, with gradients enabled."""
+        return bool(self.probes) and self.training and torch.is_grad_enabled()
 
     def _logits(self, x_BLD: Tensor) -> Tensor:
         # In float32 on GPUs, as in the host; autocast on CPUs has no such mode and would only warn.
@@ -122,7 +156,21 @@ class CircuitRouter(TokenChoiceTopKRouter):
         return logits_BLE if logits_BLE.dtype == torch.float64 else logits_BLE.float()
 
 
-def circuit_moe(config: Any, constraint: Constraint, **options: Any) -> Any:
+def _slots(decider: Decider, probes: ProbeCount, weights: ProbeWeights) -> int:
+    """How many slots a token needs, or an error that says what is wrong with the probes."""
+    as_probe_weights(weights)
+    refuse_idle_probes(as_probe_count(probes), decider.estimator)
+    return min(decider.circuit.n, decider.slots + probe_slots(decider.circuit, probes))
+
+
+def circuit_moe(
+    config: Any,
+    constraint: Constraint,
+    *,
+    probes: ProbeCount = 0,
+    probe_weights: ProbeWeights = "importance",
+    **options: Any,
+) -> Any:
     """The config of a mixture-of-experts layer, with a constraint in place of top-k.
 
     For a factory of torchtitan's ``@override(target=MoE.Config)``; :func:`convert` applies it to a whole model.
@@ -130,22 +178,27 @@ def circuit_moe(config: Any, constraint: Constraint, **options: Any) -> Any:
     Args:
         config: a ``MoE.Config``, or that of a subclass; not changed.
         constraint: what is allowed, over its experts.
+        probes, probe_weights: in training, how many unchosen experts every token runs besides, or ``"all"``, and how
+            much each counts in the gradient of the gates: see :class:`circuitroute.MoE`.
         options: ``estimator``, ``seed``, ``decide`` and ``temperature`` of
             :class:`~circuitroute.integrations.hosted.Decider`.
 
     Returns:
-        A config of the same kind, whose layer counts the sampled experts as load, and no unused slots.
+        A config of the same kind, whose layer counts the sampled experts as load: no unused slots, and no probes.
 
     Raises:
         InfeasibleError: no subset of the layer's experts satisfies the constraint.
         TypeError: not such a config, or not a constraint.
-        ValueError: settings that the constraint replaces.
+        ValueError: settings that the constraint replaces; probes with the estimators ``"none"`` and ``"score"``, where
+            unchosen experts' gates have no gradient.
     """
     if not isinstance(config, MoE.Config):
         raise TypeError(f"config is a {type(config).__qualname__}: expected the MoE.Config of a layer")
     refuse_replaced(config.router, REPLACED)
-    slots = Decider(constraint, config.num_experts, **options).slots  # bad options raise here, before anything is built
-    router = derive(config.router, CircuitRouter.Config, top_k=slots, constraint=constraint, **options)
+    decider = Decider(constraint, config.num_experts, **options)  # bad options raise here, before anything is built
+    slots = _slots(decider, probes, probe_weights)
+    probing = {"probes": probes, "probe_weights": probe_weights}
+    router = derive(config.router, CircuitRouter.Config, top_k=slots, constraint=constraint, **probing, **options)
     experts = config.routed_experts
     dispatcher = derive(experts.token_dispatcher, type(experts.token_dispatcher), top_k=slots)
     routed = derive(experts, type(experts), token_dispatcher=dispatcher)
@@ -162,8 +215,8 @@ def convert(
     Args:
         model: a config that contains such layers, before ``build()``.
         constraint: one for all layers, or one per layer, in order.
-        options: ``estimator``, ``seed``, ``decide`` and ``temperature`` of
-            :class:`~circuitroute.integrations.hosted.Decider`.
+        options: of :func:`circuit_moe`: ``estimator``, ``seed``, ``decide``, ``temperature``, ``probes`` and
+            ``probe_weights``.
 
     Returns:
         How many layers there are.
@@ -189,7 +242,9 @@ def convert(
 
 @cache
 def _counting(owner: Any) -> Any:
-    """The subclass of a MoE whose load counter counts the sampled experts only."""
+    """The subclass of a MoE whose load counter counts the sampled experts only, and which has slots for probes only
+    where these are run.
+    """
 
     class CircuitMoE(owner):
         @dataclass(kw_only=True, slots=True)
@@ -198,12 +253,21 @@ def _counting(owner: Any) -> Any:
 
         def __init__(self, config: Config) -> None:
             super().__init__(config)
-            if not self.router.decider.fixed_count:
+            if self.router.probes:
+                self.router.register_forward_hook(self._narrow)
+            if self.router.probes or not self.router.decider.fixed_count:
                 self.router.register_forward_hook(self._discount_unused)
+
+        def _narrow(self, router: Any, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> Any:
+            # The chosen experts come first. The dispatcher divides by the number of slots.
+            weights, ids, scores = output
+            slots = router.top_k if router.is_probing() else router.decider.slots
+            self.routed_experts.token_dispatcher.top_k = slots
+            return weights[..., :slots].contiguous(), ids[..., :slots].contiguous(), scores
 
         @torch.no_grad()
         def _discount_unused(self, router: Any, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
-            # The layer is about to count all slots; the unused ones are those with weight 0.
+            # The layer is about to count all slots; unused ones and probes are those with weight 0.
             if self.training:
                 weights, ids, _ = output
                 load_E = self.tokens_per_expert_E

@@ -46,7 +46,7 @@ def chosen_first(mask: Tensor, scores: Tensor, slots: int) -> Tensor:
     """[T, slots] int64, the chosen experts by decreasing score (lower indices among equals), then the others likewise.
 
     Args:
-        mask: [T, E] bool.
+        mask: [T, E] bool; or uint8, of which larger numbers come first.
         scores: [T, E].
     """
     by_score = scores.argsort(dim=-1, descending=True, stable=True)

@@ -29,10 +29,13 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from circuitroute._validate import as_number
+from circuitroute._validate import as_number, int_at_least
+from circuitroute.inference.circuit import Circuit
 from circuitroute.keys import fold_in, uniform
-from circuitroute.routing.decision import Routing
+from circuitroute.routing.decision import Routing, chosen_first
+from circuitroute.routing.estimators import Dense, Estimator, Score, as_estimator
 
+ProbeCount: TypeAlias = int | Literal["all"]
 ProbeWeights: TypeAlias = Literal["importance", "none"] | float
 
 # Mixed into the key, so that probes are independent of what the decision draws with it.
@@ -45,6 +48,25 @@ class Probes(NamedTuple):
     token: Tensor
     expert: Tensor
     weight: Tensor
+
+
+def as_probe_count(probes: ProbeCount) -> ProbeCount:
+    """``probes``, checked: ``"all"``, or a number that is not negative."""
+    return "all" if probes == "all" else int_at_least("probes", probes, 0)
+
+
+def refuse_idle_probes(probes: ProbeCount, estimator: str | Estimator) -> None:
+    """Refuse probes for an estimator that gives the gate of an unchosen expert no gradient.
+
+    Raises:
+        ValueError: the estimator is ``"none"`` or ``"score"``.
+    """
+    found = as_estimator(estimator)
+    if probes and isinstance(found, Score) and not isinstance(found, Dense):
+        raise ValueError(
+            f"probes={probes!r} with estimator={estimator!r}: no gradient crosses the sample, so the gates of unchosen "
+            "experts have none and probes would run in vain; use the estimator 'simple', or 'dense' with probes='all'"
+        )
 
 
 def as_probe_weights(weights: ProbeWeights) -> float:
@@ -78,6 +100,60 @@ def draw_probes(
         key: as for the decision, int64 broadcastable to [T]; None draws from torch's global generator.
         weights: see :class:`circuitroute.MoE`.
     """
+    expert, weight, valid = _drawn(routing, probes, key, weights)
+    token = torch.arange(len(routing.mask), device=expert.device).expand_as(valid)
+    return Probes(token[valid], expert[valid], weight[valid].to(routing.gates.dtype))
+
+
+@torch.no_grad()
+def probe_weights(
+    routing: Routing, probes: ProbeCount, key: Tensor | int | None, weights: ProbeWeights = "importance"
+) -> Tensor:
+    """[T, E] how much each expert counts as a probe, 0 where it is none: those of :func:`draw_probes`, or all at 1.
+
+    Of shapes that do not depend on values, for programs that are traced.
+    """
+    if probes == "all":
+        # A row with NaN has no decision, and no probes.
+        return (~routing.mask & routing.gates.isfinite()).to(routing.gates.dtype)
+    expert, weight, valid = _drawn(routing, min(probes, routing.mask.shape[-1]), key, weights)
+    counted = torch.where(valid, weight, 0.0).to(routing.gates.dtype)
+    # Invalid draws add 0 to some expert.
+    return torch.zeros_like(routing.gates).scatter_add(-1, expert.t(), counted.t())
+
+
+def probe_slots(circuit: Circuit, probes: ProbeCount) -> int:
+    """The most probes that any token may have."""
+    unchosen = circuit.n - circuit.min_count
+    return unchosen if probes == "all" else min(probes, unchosen)
+
+
+def padded_with_probes(
+    routing: Routing, weight: Tensor, width: int, pad: Literal["distinct", "sentinel"] = "distinct"
+) -> tuple[Tensor, Tensor]:
+    """As :meth:`Routing.padded`, with probes behind the chosen experts: of weight 0, with their share of the gradient.
+
+    Args:
+        weight: [T, E], see :func:`probe_weights`.
+        width: K; enough for the chosen experts and the probes of every token.
+        pad: what fills the other slots; all ids are distinct with ``"distinct"``.
+
+    Returns:
+        (weights [T, K], indices [T, K] int64).
+    """
+    probed = weight > 0
+    indices = chosen_first(2 * routing.mask.to(torch.uint8) + probed, routing.logits.detach(), width)
+    used = (routing.mask | probed).gather(-1, indices)
+    gates = (routing.gates * torch.where(routing.mask, 1.0, weight)).gather(-1, indices)
+    # Gates of NaN, in rows without a decision, are not to pass for 0.
+    weights = torch.where(used | gates.isnan(), gates, 0.0)
+    return weights, indices if pad == "distinct" else torch.where(used, indices, routing.mask.shape[-1])
+
+
+def _drawn(
+    routing: Routing, probes: int, key: Tensor | int | None, weights: ProbeWeights
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(experts [P, T] int64, weights [P, T] float64, valid [P, T] bool: False once nothing feasible is left)."""
     cap = as_probe_weights(weights)
     keys = routing.distribution.keys(key)
     # Rounding may leave a marginal of 0 a little below it.
@@ -94,8 +170,7 @@ def draw_probes(
     later = valid.flip(0).cumsum(0).flip(0) - 1
     importance = (torch.where(valid, chance, 1.0).reciprocal() + later) / valid.sum(0).clamp(min=1)
     weight = torch.ones_like(importance) if cap == 0 else importance.clamp(max=cap)
-    token = torch.arange(len(rest), device=rest.device).expand_as(valid)
-    return Probes(token[valid], torch.stack(drawn)[valid], weight[valid].to(routing.gates.dtype))
+    return torch.stack(drawn), weight, valid
 
 
 def every_unchosen(routing: Routing) -> Probes:

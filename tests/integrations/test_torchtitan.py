@@ -352,7 +352,7 @@ def test_sharded_logits_are_refused() -> None:
 def test_a_width_that_does_not_fit_is_refused() -> None:
     config = torchtitan.circuit_moe(layer_config(), cr.Between(1, 4))
     config.router.top_k = 2
-    with pytest.raises(ValueError, match=r"top_k=2: Between\(1, 4\) needs 4 slots"):
+    with pytest.raises(ValueError, match=r"top_k=2: Between\(1, 4\) with probes=0 needs 4 slots"):
         config.build()
 
 

@@ -26,8 +26,10 @@ SHARED = (
     "expert_parallel_float64",
     "tensor_parallel_exact",
     "tensor_parallel_range",
+    "expert_parallel_probes",
+    "tensor_parallel_probes",
 )
-SPLIT = ("expert_parallel_split", "fsdp_checkpoint_exact", "fsdp_checkpoint_range")
+SPLIT = ("expert_parallel_split", "fsdp_checkpoint_exact", "fsdp_checkpoint_range", "fsdp_checkpoint_probes")
 # What the cheapest padding is that is right, in two processes; in one it is "ragged", or "sentinel" in the eager loop.
 PADDING = {
     "expert_parallel_range": "distinct",
@@ -36,6 +38,9 @@ PADDING = {
     "expert_parallel_split": "distinct",
     "tensor_parallel_range": "ragged",
     "fsdp_checkpoint_range": "ragged",
+    "expert_parallel_probes": "distinct",
+    "tensor_parallel_probes": "ragged",
+    "fsdp_checkpoint_probes": "ragged",
 }
 
 

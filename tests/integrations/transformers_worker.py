@@ -101,9 +101,9 @@ def patch(model: Any, constraint: cr.Constraint, **options: Any) -> Any:
     return cr.integrations.transformers.patch(model, constraint, seed=SEED, **options)
 
 
-def _shared(s: Scenario, constraint: cr.Constraint, **layout: Any) -> dict[str, Any]:
+def _shared(s: Scenario, constraint: cr.Constraint, probes: int = 0, **layout: Any) -> dict[str, Any]:
     model = s.build(**layout)
-    return s.run(model, patch(model, constraint), split=False)
+    return s.run(model, patch(model, constraint, probes=probes), split=False)
 
 
 def expert_parallel_exact(s: Scenario) -> dict[str, Any]:
@@ -142,16 +142,26 @@ def tensor_parallel_range(s: Scenario) -> dict[str, Any]:
     return _shared(s, RANGE, tp_size=2, tp_plan="auto")
 
 
+def expert_parallel_probes(s: Scenario) -> dict[str, Any]:
+    """Probes cross the processes as the chosen experts do."""
+    return _shared(s, RANGE, 1, tp_size=2, ep_size=2)
+
+
+def tensor_parallel_probes(s: Scenario) -> dict[str, Any]:
+    """What a probe is worth is a sum over processes, each of which has half of its output."""
+    return _shared(s, EXACT, 1, tp_size=2, tp_plan="auto")
+
+
 def expert_parallel_split(s: Scenario) -> dict[str, Any]:
     """Half the experts on each process, the rest under FSDP2, and each process its own tokens."""
     model = s.build(fsdp_size=2, ep_size=2)
     return s.run(model, patch(model, RANGE), split=True)
 
 
-def _checkpointed(s: Scenario, constraint: cr.Constraint) -> dict[str, Any]:
+def _checkpointed(s: Scenario, constraint: cr.Constraint, probes: int = 0) -> dict[str, Any]:
     """FSDP2 of every decoder layer, each of which runs again in backward."""
     model = s.build()
-    handle = patch(model, constraint)
+    handle = patch(model, constraint, probes=probes)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if s.processes > 1:
         for layer in model.model.layers:
@@ -168,6 +178,10 @@ def fsdp_checkpoint_range(s: Scenario) -> dict[str, Any]:
     return _checkpointed(s, RANGE)
 
 
+def fsdp_checkpoint_probes(s: Scenario) -> dict[str, Any]:
+    return _checkpointed(s, EXACT, 1)
+
+
 SCENARIOS: dict[str, Callable[[Scenario], dict[str, Any]]] = {
     function.__name__: function
     for function in (
@@ -180,6 +194,9 @@ SCENARIOS: dict[str, Callable[[Scenario], dict[str, Any]]] = {
         tensor_parallel_range,
         fsdp_checkpoint_exact,
         fsdp_checkpoint_range,
+        expert_parallel_probes,
+        tensor_parallel_probes,
+        fsdp_checkpoint_probes,
     )
 }
 

@@ -1,4 +1,4 @@
-"""The cost of a dynamic number of experts: unused slots, and how each experts implementation handles them.
+"""The cost of a dynamic number of experts: unused slots, and how each experts implementation handles them; probes.
 
 A router returns K slots per token. Those that a token does not use have weight 0 and hold
 
@@ -8,7 +8,13 @@ A router returns K slots per token. Those that a token does not use have weight 
 - ``"ragged"``: the index E, for an experts implementation registered here, ``"circuitroute"``. It drops these slots and
   passes the remaining pairs of token and expert to the previous implementation, each as a token with one expert.
 
-Legend: T tokens, K slots, S used slots, H hidden size, E experts.
+Probes (:mod:`circuitroute.routing.probes`) are slots too, of weight 0 in value, whose gradient is the gate's. An
+implementation that knows nothing of them computes the right thing: the output plus 0, and a backward pass of zeros
+through the probed experts. The ragged implementations are told which slots are probes by indices past E, and run these
+without gradient, after the others: P slots more per token, which hold E + 1 + e for a probe of expert e, and 2 E + 1
+for none.
+
+Legend: T tokens, K slots, P slots of probes, S used slots, H hidden size, E experts.
 """
 
 from __future__ import annotations
@@ -56,14 +62,18 @@ def _dispatches(experts: nn.Module) -> bool:
     return hasattr(type(experts).forward, "__wrapped__") and hasattr(experts, "config")
 
 
-def ragged_form(experts: nn.Module, padding: Padding, family: Family) -> str | None:
+def ragged_form(experts: nn.Module, padding: Padding, family: Family, probes: bool = False) -> str | None:
     """The implementation to switch to for ``padding``; None to keep the current one.
+
+    Args:
+        probes: whether there are any, which others than ragged implementations run with a backward pass.
 
     Raises:
         ValueError: ``padding`` is ``"ragged"``, and the experts do not support it.
     """
     name = implementation_of(experts)
-    if name in RAGGED or padding in ("distinct", "sentinel") or (padding == "auto" and _skips(experts, family)):
+    good_already = name in RAGGED or (padding == "auto" and not probes and _skips(experts, family))
+    if good_already or padding in ("distinct", "sentinel"):
         return None
     possible = _dispatches(experts) and not is_parallel(experts)
     form = RAGGED_FORM.get(name) if possible else None
@@ -109,28 +119,60 @@ def leave_ragged(experts: Any) -> None:
         experts.config._experts_implementation = RAGGED[name]
 
 
+def encoded_probes(indices: Tensor, experts: int) -> Tensor:
+    """[T, P] what ragged implementations take for probes of the experts ``indices`` [T, P], E being none."""
+    return indices + (experts + 1)
+
+
 class _Ragged:
-    """An experts implementation that drops unused slots, on top of another implementation."""
+    """An experts implementation that drops unused slots and knows probes, on top of another implementation."""
 
     def __init__(self, inner: str, interface: Any) -> None:
         self.inner = inner
         self.interface = interface
 
     def __call__(self, experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """[T, H] from hidden [T, H], index [T, K] in 0..E and weights [T, K]."""
+        """[T, H] from hidden [T, H], index [T, K + P] in 0..2 E + 1 and weights [T, K + P]."""
+        E = experts.num_experts
         loop = type(experts).forward.__wrapped__
         run: Experts = loop if self.inner == EAGER else self.interface.get_interface(self.inner, loop)
-        used = index < experts.num_experts
-        if is_compiling():  # the number of pairs depends on values, so unused slots are computed, with weight 0
-            last = index.clamp(max=experts.num_experts - 1)
-            return run(experts, hidden, last, weights.masked_fill(~used, 0.0))
-        if bool(used.all()):
-            return run(experts, hidden, index, weights)
-        slot = used.reshape(-1).nonzero().squeeze(-1)
-        token = slot // index.shape[-1]
-        # The gradient of index_select adds whole rows; that of indexing adds element by element.
+        if is_compiling():  # the number of pairs depends on values, so all slots are computed, as any others
+            expert = torch.where(index > E, index - (E + 1), index)
+            return run(experts, hidden, expert.clamp(max=E - 1), weights.masked_fill(expert == E, 0.0))
+        # One wait for the device: how many slots are not for probes, and how many of these are unused.
+        slots, unused = torch.stack([(index <= E).all(0).sum(), (index == E).sum()]).tolist()
+        output = _run_chosen(run, experts, hidden, index[:, :slots], weights[:, :slots], unused > 0)
+        if slots == index.shape[-1]:
+            return output
+        return _add_probes(output, run, experts, hidden, index[:, slots:] - (E + 1), weights[:, slots:])
+
+
+def _run_chosen(run: Experts, experts: Any, hidden: Tensor, index: Tensor, weights: Tensor, drop: bool) -> Tensor:
+    """[T, H] from hidden [T, H], index [T, K] and weights [T, K]; with ``drop`` some of the indices are E."""
+    if not drop:
+        return run(experts, hidden, index, weights)
+    slot = (index < experts.num_experts).reshape(-1).nonzero().squeeze(-1)
+    token = slot // index.shape[-1]
+    # The gradient of index_select adds whole rows; that of indexing adds element by element.
+    rows = hidden.index_select(0, token)
+    output = run(experts, rows, index.reshape(-1, 1)[slot], weights.reshape(-1, 1).index_select(0, slot))
+    # The other implementations accumulate in float32 too.
+    total = hidden.new_zeros(hidden.shape, dtype=torch.promote_types(torch.float32, output.dtype))
+    return total.index_add(0, token, output.to(total.dtype)).to(hidden.dtype)
+
+
+def _add_probes(output: Tensor, run: Experts, experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """``output`` [T, H] plus 0, with the probes' part in the gradient of weights [T, P]; index [T, P] in 0..E.
+
+    A probe with an output that is not finite is left out: 0 times it would be NaN.
+    """
+    slot = (index < experts.num_experts).reshape(-1).nonzero().squeeze(-1)
+    if len(slot) == 0:
+        return output
+    token = slot // index.shape[-1]
+    with torch.no_grad():
         rows = hidden.index_select(0, token)
-        output = run(experts, rows, index.reshape(-1, 1)[slot], weights.reshape(-1, 1).index_select(0, slot))
-        # The other implementations accumulate in float32 too.
-        total = hidden.new_zeros(hidden.shape, dtype=torch.promote_types(torch.float32, output.dtype))
-        return total.index_add(0, token, output.to(total.dtype)).to(hidden.dtype)
+        outputs = run(experts, rows, index.reshape(-1, 1)[slot], weights.new_ones(len(slot), 1))
+        outputs = torch.where(outputs.isfinite().all(-1, keepdim=True), outputs, 0.0)
+    weighted = outputs * weights.reshape(-1, 1).index_select(0, slot)
+    return output.index_add(0, token, weighted.to(output.dtype))

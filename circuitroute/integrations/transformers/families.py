@@ -72,6 +72,7 @@ class Family:
         constraint: router -> the subsets it chooses from.
         dtype_of: what determines the dtype of the weights it returns.
         skips_sentinel: whether the eager loop over experts skips the index E.
+        weighs_unchosen: whether an unchosen expert has a weight that it would be used with, which probes need.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Family:
     constraint: Callable[[Any], Constraint] = _top_k
     dtype_of: Literal["logits", "hidden", "float32"] = "logits"
     skips_sentinel: bool = True
+    weighs_unchosen: bool = True
 
     def dtype(self, hidden: Tensor, logits: Tensor) -> torch.dtype:
         """Of the weights."""
@@ -160,7 +162,8 @@ FAMILIES: tuple[Family, ...] = (
     # The softmax over the chosen logits is the normalised softmax.
     Family("GPT-OSS", ("GptOssTopKRouter",), _plain, _normalized_combine, skips_sentinel=False),
     Family("Granite-MoE", ("GraniteMoeTopKRouter",), _plain_then_wide, _normalized_combine, dtype_of="hidden"),
-    Family("Phi-MoE", ("PhimoeTopKRouter",), _plain, _phimoe_combine),
+    # A weight depends on the experts taken before: those that are not taken have none.
+    Family("Phi-MoE", ("PhimoeTopKRouter",), _plain, _phimoe_combine, weighs_unchosen=False),
     Family("ERNIE 4.5", ("Ernie4_5_MoeTopKRouter",), _always_wide, _ernie_combine, _ernie_choice, dtype_of="hidden"),
 )
 _BY_ROUTER = {router: family for family in FAMILIES for router in family.routers}

@@ -15,12 +15,18 @@ from torch import Tensor, nn
 from circuitroute._validate import as_int
 from circuitroute.integrations.transformers.experts import leave_ragged
 from circuitroute.integrations.transformers.extra import transformers
-from circuitroute.integrations.transformers.routers import CircuitRouting, Session, restore_class
-from circuitroute.integrations.transformers.settings import SETTINGS
+from circuitroute.integrations.transformers.routers import (
+    CircuitRouting,
+    Session,
+    restore_class,
+    use_ragged_experts,
+)
+from circuitroute.integrations.transformers.settings import SETTINGS, Options
 from circuitroute.integrations.transformers.walk import forget_turns
 from circuitroute.layers.budget import Budget
 from circuitroute.routing import losses
 from circuitroute.routing.decision import Routing, SoftRouting
+from circuitroute.routing.probes import ProbeCount
 
 # The name of the budget in its model, with which the names of its parameters begin.
 BUDGET = "circuitroute_budget"
@@ -55,9 +61,28 @@ class Handle:
 
     @temperature.setter
     def temperature(self, value: float) -> None:
-        self._session.options = replace(self._session.options, temperature=value)
+        self._set(replace(self._session.options, temperature=value))
+
+    @property
+    def probes(self) -> ProbeCount:
+        """How many unchosen experts every token runs in training; a schedule may set it, and a saved model keeps it.
+
+        Raises:
+            ValueError, TypeError: set to what :func:`patch` would refuse.
+        """
+        return self._session.options.probes
+
+    @probes.setter
+    def probes(self, value: ProbeCount) -> None:
+        options = replace(self._session.options, probes=value)
+        use_ragged_experts((router.circuitroute_plan for router in patched_routers(self.model)), options)
+        self._set(options)
+
+    def _set(self, options: Options) -> None:
+        """Route by ``options`` from now on, and save those that may change."""
+        self._session.options = options
         settings: dict[str, Any] = getattr(self.model.config, SETTINGS)
-        settings["temperature"] = self.temperature
+        settings["temperature"], settings["probes"] = options.temperature, options.probes
 
     def set_step(self, step: int | Tensor, token_offset: int | Tensor = 0) -> None:
         """Set the training step: with a seed, token i draws with ``cr.random_key(seed, step, layer, i)``.

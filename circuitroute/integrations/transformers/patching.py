@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,17 +11,18 @@ from torch import nn
 from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Constraint
 from circuitroute.integrations.hosted import one_per_layer
-from circuitroute.integrations.transformers.experts import Padding, choose_padding, ragged_form, register
+from circuitroute.integrations.transformers.experts import Padding
 from circuitroute.integrations.transformers.extra import transformers
 from circuitroute.integrations.transformers.families import Found, find_layers
 from circuitroute.integrations.transformers.handle import BUDGET, Handle, patched_routers
-from circuitroute.integrations.transformers.routers import Plan, Session, exchange_class
+from circuitroute.integrations.transformers.routers import Plan, Session, exchange_class, use_ragged_experts
 from circuitroute.integrations.transformers.settings import SETTINGS, Eval, Options, as_json
 from circuitroute.integrations.transformers.walk import Walk
 from circuitroute.layers.budget import Budget
 from circuitroute.layers.budget_router import BudgetRouter
 from circuitroute.routing.choice import Decide
 from circuitroute.routing.estimators import Estimator
+from circuitroute.routing.probes import ProbeCount, ProbeWeights
 from circuitroute.routing.weights import Combine
 
 
@@ -36,6 +37,8 @@ def patch(
     seed: int | None = None,
     decide: Decide | float | None = None,
     temperature: float = 1.0,
+    probes: ProbeCount = 0,
+    probe_weights: ProbeWeights = "importance",
 ) -> Handle:
     """Let circuitroute route the mixture-of-experts layers of a transformers model, in place.
 
@@ -64,17 +67,22 @@ def patch(
             activation checkpointing restores unless ``preserve_rng_state=False``.
         decide: how, in training, see :func:`circuitroute.route`; with a budget ``"mode"`` is the rule of evaluation.
         temperature: of decisions in training, see :func:`circuitroute.route`; :attr:`Handle.temperature` changes it.
+        probes, probe_weights: in training, how many unchosen experts every token runs besides, or ``"all"``, and how
+            much each counts in the gradient of the gates: see :class:`circuitroute.MoE`. In value they weigh 0, and
+            they take no gradient themselves. None are run in evaluation, or where gates have no gradient, as under
+            ``torch.no_grad()``. :attr:`Handle.probes` changes their number.
 
     Raises:
         ValueError: the model is already patched, or has no mixture-of-experts layers; constraints that do not fit
             them; a budget over another number of layers or experts, or for a model whose own rule is not a count;
-            an unknown option, or a padding that would be wrong here.
+            an unknown option, or a padding that would be wrong here; probes where unchosen experts' gates have no
+            gradient (the estimators ``"none"`` and ``"score"``, Phi-MoE's own rule).
         TypeError: a router that is not supported, or a constraint of the wrong kind.
         InfeasibleError: no subset of a layer's experts satisfies its constraint.
         ImportError: transformers is missing or too old.
     """
     transformers()
-    options = Options(combine, estimator, padding, eval, seed, decide, temperature)
+    options = Options(combine, estimator, padding, eval, seed, decide, temperature, probes, probe_weights)
     if next(patched_routers(model), None) is not None:
         raise ValueError(f"model={type(model).__name__} is patched already: call unpatch() of its handle first")
     layers = find_layers(model)
@@ -82,7 +90,7 @@ def patch(
     constraints = _by_position(constraint if budget is None else budget.per_layer, layers)
     session = Session(weakref.ref(model), options)
     plans = {position: _plan(session, position, layers[position], rule) for position, rule in constraints.items()}
-    _use_ragged_experts(plans.values())
+    use_ragged_experts(plans.values(), options)
     for position, plan in plans.items():
         for router in layers[position].routers:
             exchange_class(router, plan)
@@ -160,21 +168,3 @@ def _plan(session: Session, position: int, layer: Found, constraint: Constraint)
         own=constraint == layer.own_constraint,
         experts=layer.experts,
     )
-
-
-def _use_ragged_experts(plans: Iterable[Plan]) -> None:
-    """Switch to ragged experts where the padding asks for them; all layers are checked before any is changed."""
-    switches = []
-    for plan in plans:
-        padding = plan.session.options.padding
-        if plan.circuit.min_count < plan.circuit.max_count:
-            form = ragged_form(plan.experts, padding, plan.family)
-            if form is None:
-                choose_padding(plan.experts, padding, plan.family)  # refuses a padding that would be wrong
-            else:
-                config: Any = plan.experts.config
-                switches.append((config, form))
-    if switches:
-        register()
-    for config, form in switches:
-        config._experts_implementation = form

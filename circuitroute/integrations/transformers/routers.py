@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -22,13 +23,21 @@ from torch import Tensor, nn
 
 from circuitroute.inference.circuit import Circuit
 from circuitroute.inference.distribution import SubsetDistribution
-from circuitroute.integrations.transformers.experts import choose_padding
+from circuitroute.integrations.hosted import drawn_keys
+from circuitroute.integrations.transformers.experts import (
+    choose_padding,
+    encoded_probes,
+    ragged_form,
+    register,
+)
 from circuitroute.integrations.transformers.families import Family
 from circuitroute.integrations.transformers.settings import Options
 from circuitroute.integrations.transformers.walk import Walk, in_backward
 from circuitroute.keys import random_key
 from circuitroute.routing.choice import Rule, as_share, decide
 from circuitroute.routing.decision import Decision, Routing, chosen_first
+from circuitroute.routing.estimators import Dense, as_estimator
+from circuitroute.routing.probes import padded_with_probes, probe_slots, probe_weights
 from circuitroute.routing.weights import estimated_mask, weigh
 
 PREFIX = "Circuit"
@@ -63,9 +72,9 @@ class Session:
         return copied
 
     def keys(self, layer: int, tokens: int, device: torch.device) -> Tensor | None:
-        """[T] int64 sampling keys; None without a seed, to draw from torch's global generator."""
+        """[T] int64 sampling keys; None without a seed, for a decision that draws from torch's global generator."""
         if self.options.seed is None:
-            return None
+            return drawn_keys(tokens, device) if self.options.probes else None
         token = torch.arange(tokens, device=device) + self.token_offset
         return random_key(self.options.seed, self.step, layer, token)
 
@@ -106,19 +115,29 @@ class Plan:
         """Whether evaluation takes the choice of the stock router."""
         return self.own and self.session.options.eval == "auto" and self.session.walk is None
 
-    def decide(self, router: nn.Module, logits: Tensor, replay: Tensor | None) -> Routing:
+    def keys(self, router: nn.Module, logits: Tensor) -> Tensor | None:
+        """[T] what the decision and the probes for router logits [T, E] are drawn with; None outside training."""
+        return self.session.keys(self.layer, len(logits), logits.device) if router.training else None
+
+    def decide(self, router: nn.Module, logits: Tensor, key: Tensor | None, replay: Tensor | None) -> Routing:
         """The decision for router logits [T, E]: ``replay`` if given, else sampled in training, and the mode otherwise.
 
         With a budget, evaluation takes the most probable count under what is left, then its best subset.
         """
         walk = self.session.walk
         if walk is None:
-            return self._decide(router, logits, replay, "mode", None)
-        choose = partial(self._decide, router, logits, replay, "count")
+            return self._decide(router, logits, key, replay, "mode", None)
+        choose = partial(self._decide, router, logits, key, replay, "count")
         return walk.decide(self.position, logits, router.training, choose)
 
     def _decide(
-        self, router: nn.Module, logits: Tensor, replay: Tensor | None, rule: Rule, count_potential: Tensor | None
+        self,
+        router: nn.Module,
+        logits: Tensor,
+        key: Tensor | None,
+        replay: Tensor | None,
+        rule: Rule,
+        count_potential: Tensor | None,
     ) -> Routing:
         choice, options = self.family.choice(router, logits), self.session.options
         decision = decide(
@@ -127,7 +146,7 @@ class Plan:
             share=as_share(options.decide, options.estimator) if router.training else 0.0,
             rule=rule,
             temperature=options.temperature,
-            key=self.session.keys(self.layer, len(logits), logits.device) if router.training else None,
+            key=key,
             replay=replay,
             count_potential=count_potential,
             validate_args=False,
@@ -144,15 +163,41 @@ class Plan:
         with torch.autocast(decided.device.type, enabled=False):
             g = estimated_mask(decision, estimator)
             wide = decided if logits is None else logits.to(decided.dtype)
+            dense = self.family.weighs_unchosen and isinstance(as_estimator(estimator), Dense)
+            rule = partial(rule, dense=True) if dense else rule
             return rule(g, decision.mask, wide, max(1, self.circuit.max_count))
 
     def project(self, routing: Routing) -> tuple[Tensor, Tensor]:
-        """Weights and indices [T, K], the chosen experts first and by decreasing logit."""
+        """Weights and indices [T, K], the chosen experts first and by decreasing logit; no probes."""
         if self.circuit.min_count == self.circuit.max_count > 0:
             indices = chosen_first(routing.mask, routing.logits.detach(), self.circuit.max_count)
             return routing.gates.gather(-1, indices), indices
         distinct = choose_padding(self.experts, self.session.options.padding, self.family) == "distinct"
         return routing.padded(pad="distinct" if distinct else "sentinel")
+
+    def project_with_probes(self, routing: Routing, key: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weights and indices with slots for probes, drawn with the key of the decision; at most P per token.
+
+        [T, K + P], encoded for ragged experts; else [T, min(K + P, E)].
+        """
+        options, E = self.session.options, self.circuit.n
+        weight, slots = probe_weights(routing, options.probes, key, options.probe_weights), self.probe_slots
+        padding = choose_padding(self.experts, options.padding, self.family)
+        if padding != "ragged":
+            width = min(routing.max_count + slots, E)
+            return padded_with_probes(routing, weight, width, "sentinel" if padding == "sentinel" else "distinct")
+        probed = weight > 0
+        chosen, experts = self.project(routing)
+        probes = chosen_first(probed, routing.logits.detach(), slots)
+        used = probed.gather(-1, probes)
+        worth = torch.where(used, (routing.gates * weight).gather(-1, probes), 0.0)
+        encoded = encoded_probes(torch.where(used, probes, E), E)
+        return torch.cat([chosen, worth], -1), torch.cat([experts, encoded], -1)
+
+    @property
+    def probe_slots(self) -> int:
+        """P, the most probes that a token may have."""
+        return probe_slots(self.circuit, self.session.options.probes)
 
     def as_routing(self, router: nn.Module, logits: Tensor, indices: Tensor, weights: Tensor) -> Routing:
         """The decision that the stock router made."""
@@ -188,9 +233,12 @@ class CircuitRouting(nn.Module):
         if as_stock:
             with torch.no_grad():
                 replay = as_mask(super().forward(hidden_states)[2], plan.circuit.n)
-        routing = plan.decide(self, logits, replay)
+        key = plan.keys(self, logits)
+        routing = plan.decide(self, logits, key, replay)
         plan.session.record(plan.position, routing)
-        weights, indices = plan.project(routing)
+        # Probes are for the gates' gradient: without one there are none.
+        probing = self.training and plan.probe_slots > 0 and routing.gates.requires_grad
+        weights, indices = plan.project_with_probes(routing, key) if probing else plan.project(routing)
         return logits, weights.to(plan.family.dtype(hidden_states, logits)), indices
 
     def extra_repr(self) -> str:
@@ -200,6 +248,33 @@ class CircuitRouting(nn.Module):
 
 def _needs_gradient(router: nn.Module, hidden: Tensor) -> bool:
     return torch.is_grad_enabled() and (hidden.requires_grad or any(p.requires_grad for p in router.parameters()))
+
+
+def use_ragged_experts(plans: Iterable[Plan], options: Options) -> None:
+    """Switch to ragged experts where ``options`` ask for them; all layers are checked before any is changed.
+
+    Raises:
+        ValueError: a padding that would be wrong, or probes where unchosen experts have no weight.
+    """
+    switches = []
+    for plan in plans:
+        probes, family = bool(options.probes), plan.family
+        if probes and options.combine is None and not family.weighs_unchosen:
+            raise ValueError(
+                f"probes={options.probes!r} would be run in vain with the own rule of {family.name}, by which experts "
+                "that are not chosen have no weight: give combine='normalized' or another rule, or probes=0"
+            )
+        if probes or plan.circuit.min_count < plan.circuit.max_count:
+            form = ragged_form(plan.experts, options.padding, family, probes)
+            if form is None:
+                choose_padding(plan.experts, options.padding, family)  # refuses a padding that would be wrong
+            else:
+                config: Any = plan.experts.config
+                switches.append((config, form))
+    if switches:
+        register()
+    for config, form in switches:
+        config._experts_implementation = form
 
 
 _classes: dict[type[nn.Module], type[CircuitRouting]] = {}

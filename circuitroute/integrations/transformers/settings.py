@@ -12,6 +12,13 @@ from circuitroute.integrations.transformers.experts import Padding
 from circuitroute.interop.reprs import parse_constraint
 from circuitroute.routing.choice import Decide, as_share, as_temperature
 from circuitroute.routing.estimators import Estimator
+from circuitroute.routing.probes import (
+    ProbeCount,
+    ProbeWeights,
+    as_probe_count,
+    as_probe_weights,
+    refuse_idle_probes,
+)
 from circuitroute.routing.weights import Combine, as_combine
 
 Eval: TypeAlias = Literal["auto", "mode"]
@@ -32,12 +39,17 @@ class Options:
     seed: int | None = None
     decide: Decide | float | None = None
     temperature: float = 1.0
+    probes: ProbeCount = 0
+    probe_weights: ProbeWeights = "importance"
 
     def __post_init__(self) -> None:
         if self.combine is not None:
             as_combine(self.combine)
         as_share(self.decide, self.estimator)
         object.__setattr__(self, "temperature", as_temperature(as_number("temperature", self.temperature)))
+        object.__setattr__(self, "probes", as_probe_count(self.probes))
+        as_probe_weights(self.probe_weights)
+        refuse_idle_probes(self.probes, self.estimator)
         one_of("padding", self.padding, get_args(Padding))
         one_of("eval", self.eval, get_args(Eval))
         if self.seed is not None:

@@ -15,24 +15,33 @@ from torch.nn import functional as F
 
 from circuitroute.integrations.hosted import divided_by_sum
 
-# (g, mask, logits, most experts per token) -> gates, all [T, E]; the logits are those of the router, unshifted.
-Weigh: TypeAlias = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+# (g, mask, logits, most experts per token) -> gates, all [T, E]; the logits are those of the router, unshifted. Rules
+# that give unchosen experts a weight take dense=True: gates with DenseMixer's gradient.
+Weigh: TypeAlias = Callable[..., Tensor]
 
 # Where a shifted score is close to 0 or below, its logarithm is continued by a signed one.
 TINY_SIGMOID = 1e-4
 TINY_SOFTMAX = 1e-6
 
 
-def sigmoid_weigh(g: Tensor, mask: Tensor, logits: Tensor, most: int, *, normalized: bool, scale: float) -> Tensor:
+def sigmoid_weigh(
+    g: Tensor, mask: Tensor, logits: Tensor, most: int, *, normalized: bool, scale: float, dense: bool = False
+) -> Tensor:
     """DeepSeek-V3's rule: sigmoid scores of the chosen experts, divided by their sum if ``normalized``, scaled."""
-    gates = g * torch.sigmoid(logits)
-    return (divided_by_sum(gates) if normalized else gates) * scale
+    gates = _scored(g, mask, torch.sigmoid(logits), dense)
+    return (divided_by_sum(gates, mask if dense else None) if normalized else gates) * scale
 
 
-def clamped_weigh(g: Tensor, mask: Tensor, logits: Tensor, most: int, *, least: float) -> Tensor:
+def clamped_weigh(g: Tensor, mask: Tensor, logits: Tensor, most: int, *, least: float, dense: bool = False) -> Tensor:
     """ERNIE's rule: softmax probabilities of the chosen experts, divided by their sum, or by ``least`` if larger."""
-    gates = g * torch.softmax(logits, -1)
-    return gates / gates.sum(-1, keepdim=True).clamp(min=least)
+    gates = _scored(g, mask, torch.softmax(logits, -1), dense)
+    summed = torch.where(mask, gates, 0.0) if dense else gates
+    return gates / summed.sum(-1, keepdim=True).clamp(min=least)
+
+
+def _scored(g: Tensor, mask: Tensor, scores: Tensor, dense: bool) -> Tensor:
+    """g times the scores; ``dense`` as DenseMixer has it: in value those of the chosen, in gradient everyone's own."""
+    return torch.where(mask, scores, scores - scores.detach()) if dense else g * scores
 
 
 def successive_weigh(g: Tensor, mask: Tensor, logits: Tensor, most: int, *, jitter: float) -> Tensor:
