@@ -5,7 +5,7 @@ import torch
 import circuitroute as cr
 
 experts = [torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.GELU(), torch.nn.Linear(128, 64)) for _ in range(16)]
-layer = cr.MoE(cr.DynamicKRouter(64, 16, kmin=2, kmax=4), experts)
+layer = cr.MoE(cr.DynamicKRouter(64, 16, kmin=2, kmax=4, temperature=0.25), experts)
 hidden = torch.randn(8, 32, 64)
 output, routing = layer(hidden, key=cr.random_key(0, torch.arange(8 * 32)))
 loss = output.square().mean() + 0.01 * cr.losses.load_balance(routing)

@@ -34,7 +34,7 @@ class Block(nn.Module):
             nn.Sequential(nn.Linear(HIDDEN, 2 * HIDDEN), nn.GELU(), nn.Linear(2 * HIDDEN, HIDDEN))
             for _ in range(EXPERTS)
         ]
-        self.experts = cr.MoE(cr.DynamicKRouter(HIDDEN, EXPERTS, kmin=1, kmax=4), experts)
+        self.experts = cr.MoE(cr.DynamicKRouter(HIDDEN, EXPERTS, kmin=1, kmax=4, temperature=0.25), experts)
 
     def forward(self, hidden: Tensor, key: Tensor) -> tuple[Tensor, cr.Routing]:
         positions = torch.arange(1, hidden.shape[1] + 1, device=hidden.device)[:, None]

@@ -6,10 +6,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-ROUTERS = ("top-k", "exact-k", "range-k")  # what the demo compares unless told otherwise
+ROUTERS = ("top-k", "exact-k-0.25", "range-k-calibrated")  # what the demo compares unless told otherwise
 # All of them; `kinds` says what they are.
 ALL_ROUTERS = (
-    *ROUTERS,
+    "top-k",
+    "exact-k",
+    "range-k",
     "soft-uniform",
     "soft-learned",
     "budget",
