@@ -14,7 +14,7 @@ from ..config import DemoConfig, Run, require, require_at_least
 ROUTERS = ("top-k", "exact-k-0.25", "range-k-controlled", "budget-calibrated", "soft-uniform", "soft-learned")
 # A small model for 2 CPU cores, and one for a GPU; both train for longer than the demo and measure on more text.
 MEASURED = {"validations": 2, "oracle_rounds": 0}
-CPU = {"steps": 250, "validation_batches": 40, **MEASURED}
+CPU = {"steps": 250, "hidden": 64, "validation_batches": 40, **MEASURED}
 CPU_BUDGETS = (1, 2, 3, 4)
 CUDA = {
     "steps": 2000,
