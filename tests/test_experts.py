@@ -23,7 +23,22 @@ LOADS = {
     "one": [0, 0, 7, 0],
     "nobody": [0, 0, 0, 0],
 }
-ACTIVATIONS: dict[str, Any] = {"gelu": nn.GELU(), "relu": nn.ReLU(), "silu": nn.SiLU(), "tanh": nn.Tanh()}
+
+
+class SquaredReLU(nn.Module):
+    """As Primer (So et al., 2021) defines it: x^2 where x is positive, else 0."""
+
+    def forward(self, inner: Tensor) -> Tensor:
+        return torch.where(inner > 0, inner * inner, torch.zeros_like(inner))
+
+
+ACTIVATIONS: dict[str, Any] = {
+    "gelu": nn.GELU(),
+    "relu": nn.ReLU(),
+    "relu2": SquaredReLU(),
+    "silu": nn.SiLU(),
+    "tanh": nn.Tanh(),
+}
 
 
 class Perceptron(nn.Module):
@@ -74,7 +89,7 @@ def test_value_and_every_gradient_are_those_of_modules(loads: list[int], activat
 
 
 @pytest.mark.parametrize("loads", LOADS.values(), ids=LOADS)
-@pytest.mark.parametrize("activation", ["gelu", "silu", "tanh"])
+@pytest.mark.parametrize("activation", ["gelu", "relu2", "silu", "tanh"])
 def test_gradcheck(loads: list[int], activation: str) -> None:
     stacked, rows = stacked_of(activation), rows_of(sum(loads)).requires_grad_()
 
@@ -178,7 +193,7 @@ def test_an_activation_may_be_a_function() -> None:
         ((0, H, INNER), "num_experts=0: must be at least 1"),
         ((E, 0, INNER), "hidden_size=0: must be at least 1"),
         ((E, H, 0), "inner_size=0: must be at least 1"),
-        ((E, H, INNER, "swish"), "activation='swish': choose one of gelu, relu, silu, or give a function"),
+        ((E, H, INNER, "swish"), "activation='swish': choose one of gelu, relu, relu2, silu, or give a function"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(arguments: Any, message: str) -> None:

@@ -17,7 +17,14 @@ from torch.nn import functional as F
 from circuitroute._validate import int_at_least
 
 Activation = Callable[[Tensor], Tensor]
-ACTIVATIONS: dict[str, Activation] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+
+
+def relu2(inner: Tensor) -> Tensor:
+    """max(x, 0)^2, elementwise: squared ReLU, found by architecture search in Primer (So et al., 2021, section 3)."""
+    return F.relu(inner).square()
+
+
+ACTIVATIONS: dict[str, Activation] = {"gelu": F.gelu, "relu": F.relu, "relu2": relu2, "silu": F.silu}
 
 
 class StackedExperts(nn.Module):
@@ -31,7 +38,8 @@ class StackedExperts(nn.Module):
         num_experts: E.
         hidden_size: H.
         inner_size: I.
-        activation: ``"gelu"``, ``"relu"``, ``"silu"``, or an elementwise function of a tensor.
+        activation: ``"gelu"``, ``"relu"``, ``"relu2"`` (squared ReLU: So et al., 2021, "Primer"), ``"silu"``, or an
+            elementwise function of a tensor.
 
     Raises:
         ValueError: a size below 1, or an unknown activation.
