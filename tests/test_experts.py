@@ -23,7 +23,22 @@ LOADS = {
     "one": [0, 0, 7, 0],
     "nobody": [0, 0, 0, 0],
 }
-ACTIVATIONS: dict[str, Any] = {"gelu": nn.GELU(), "relu": nn.ReLU(), "silu": nn.SiLU(), "tanh": nn.Tanh()}
+
+
+class SquaredReLU(nn.Module):
+    """As Primer (So et al., 2021) defines it: x^2 where x is positive, else 0."""
+
+    def forward(self, inner: Tensor) -> Tensor:
+        return torch.where(inner > 0, inner * inner, torch.zeros_like(inner))
+
+
+ACTIVATIONS: dict[str, Any] = {
+    "gelu": nn.GELU(),
+    "relu": nn.ReLU(),
+    "relu2": SquaredReLU(),
+    "silu": nn.SiLU(),
+    "tanh": nn.Tanh(),
+}
 
 
 class Perceptron(nn.Module):
@@ -74,7 +89,7 @@ def test_value_and_every_gradient_are_those_of_modules(loads: list[int], activat
 
 
 @pytest.mark.parametrize("loads", LOADS.values(), ids=LOADS)
-@pytest.mark.parametrize("activation", ["gelu", "silu", "tanh"])
+@pytest.mark.parametrize("activation", ["gelu", "relu2", "silu", "tanh"])
 def test_gradcheck(loads: list[int], activation: str) -> None:
     stacked, rows = stacked_of(activation), rows_of(sum(loads)).requires_grad_()
 
@@ -93,6 +108,48 @@ def test_only_what_is_needed_gets_a_gradient(needed: tuple[str, ...]) -> None:
         value.requires_grad_(name in needed)
     stacked(rows, [2, 2, 2, 2]).sum().backward()
     assert {name for name, value in inputs.items() if value.grad is not None} == set(needed)
+
+
+@pytest.mark.parametrize(
+    ("needed", "kept"),
+    [
+        ((), []),
+        (("rows",), [("up", E * INNER * H), ("down", E * H * INNER), ("inner", 8 * INNER)]),
+        (("up",), [("rows", 8 * H), ("down", E * H * INNER), ("inner", 8 * INNER)]),
+        (("down",), [("active", 8 * INNER)]),
+        (("rows", "up"), [("rows", 8 * H), ("up", E * INNER * H), ("down", E * H * INNER), ("inner", 8 * INNER)]),
+    ],
+    ids=str,
+)
+def test_nothing_is_kept_for_what_is_frozen(needed: tuple[str, ...], kept: list[tuple[str, int]]) -> None:
+    stacked, rows, sizes = stacked_of(), rows_of(8), list[int]()
+    for name, value in {"rows": rows, "up": stacked.up, "down": stacked.down}.items():
+        value.requires_grad_(name in needed)
+
+    def pack(value: Tensor) -> Tensor:
+        sizes.append(value.numel())
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        stacked(rows, [2, 2, 2, 2])
+    assert sizes == [size for _, size in kept]
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu", "relu2", "silu"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_name_has_the_gradient_that_autograd_gives_its_function(activation: str, dtype: torch.dtype) -> None:
+    """To the bit, at 0 and far out too; twice, since nothing that is kept may be written over."""
+    function = {"gelu": F.gelu, "relu": F.relu, "relu2": lambda x: F.relu(x).square(), "silu": F.silu}[activation]
+    found = []
+    for given in (activation, function):
+        torch.manual_seed(0)
+        stacked, rows = cr.StackedExperts(E, H, INNER, given, dtype=dtype), rows_of(8, dtype)
+        rows[0], rows[1] = 0.0, 1e3 * rows[1]
+        output = stacked(rows.requires_grad_(), [2, 2, 2, 2]).square().sum()
+        gradients = [torch.autograd.grad(output, (rows, stacked.up, stacked.down), retain_graph=True) for _ in range(2)]
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+        found.append(gradients[0])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_state_dict_names_and_shapes() -> None:
@@ -178,7 +235,7 @@ def test_an_activation_may_be_a_function() -> None:
         ((0, H, INNER), "num_experts=0: must be at least 1"),
         ((E, 0, INNER), "hidden_size=0: must be at least 1"),
         ((E, H, 0), "inner_size=0: must be at least 1"),
-        ((E, H, INNER, "swish"), "activation='swish': choose one of gelu, relu, silu, or give a function"),
+        ((E, H, INNER, "swish"), "activation='swish': choose one of gelu, relu, relu2, silu, or give a function"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(arguments: Any, message: str) -> None:

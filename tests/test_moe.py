@@ -314,10 +314,20 @@ def _backward(layer: cr.MoE, hidden: Tensor, output: Tensor) -> dict[str, Tensor
     return {name: x.grad for name, x in inputs.items() if x.grad is not None}
 
 
-def test_a_decision_that_is_made_takes_no_key_and_no_replay() -> None:
-    layer = cr.MoE(cr.ExactKRouter(4, 3, 2), [torch.nn.Linear(4, 4) for _ in range(3)])
-    hidden = torch.randn(5, 4)
+@pytest.mark.parametrize(
+    ("extra", "names"),
+    [
+        ({"key": 1}, "key"),
+        ({"replay": torch.ones(T, E)}, "replay"),
+        ({"temperature": 0.5}, "temperature"),
+        ({"key": _key(), "decide": "mode", "price": 0.1}, "key, decide, price"),
+        ({"replay": torch.ones(T, E), "bias": None}, "replay, bias"),
+    ],
+    ids=str,
+)
+def test_a_decision_that_is_made_takes_nothing_that_would_make_it(extra: dict[str, Any], names: str) -> None:
+    """And the error names what was given, all of it and nothing else."""
+    layer, hidden = _layer(), _hidden(T)
     _, routing = layer(hidden)
-    for extra in ({"key": 1}, {"replay": routing.mask}):
-        with pytest.raises(ValueError, match="together with key or replay"):
-            layer(hidden, routing=routing, **extra)
+    with pytest.raises(ValueError, match=f"routing was given together with {names}: a decision that is made needs"):
+        layer(hidden, routing=routing, **extra)

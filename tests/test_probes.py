@@ -450,10 +450,10 @@ def test_arguments_that_make_no_sense_are_refused(
 
 def test_a_decision_that_was_made_takes_a_key_for_probes_alone() -> None:
     routing = cr.route(torch.zeros(T, E), cr.compile(cr.Exactly(2), E))
-    with pytest.raises(ValueError, match="routing was given together with key or replay"):
+    with pytest.raises(ValueError, match="routing was given together with key: a decision"):
         cr.MoE(None, module_list())(hidden_of(T), key=key_of(), routing=routing)
-    with pytest.raises(ValueError, match="routing was given together with key or replay"):
-        cr.MoE(None, module_list(), 1)(hidden_of(T), routing=routing, temperature=0.5)
+    with pytest.raises(ValueError, match="routing was given together with temperature: a decision"):
+        cr.MoE(None, module_list(), 1)(hidden_of(T), key=key_of(), routing=routing, temperature=0.5)
 
 
 def test_every_order_of_draws_is_enumerated() -> None:

@@ -17,7 +17,21 @@ from torch.nn import functional as F
 from circuitroute._validate import int_at_least
 
 Activation = Callable[[Tensor], Tensor]
-ACTIVATIONS: dict[str, Activation] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+
+
+def relu2(inner: Tensor) -> Tensor:
+    """max(x, 0)^2, elementwise: squared ReLU, found by architecture search in Primer (So et al., 2021, section 3)."""
+    return F.relu(inner).square()
+
+
+ACTIVATIONS: dict[str, Activation] = {"gelu": F.gelu, "relu": F.relu, "relu2": relu2, "silu": F.silu}
+# (upstream, x) -> upstream times the derivative at x: without the value again, which autograd would need.
+DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gelu": torch.ops.aten.gelu_backward,
+    "relu": lambda upstream, inner: torch.ops.aten.threshold_backward(upstream, inner, 0),
+    "relu2": lambda upstream, inner: F.relu(inner).mul_(2).mul_(upstream),
+    "silu": torch.ops.aten.silu_backward,
+}
 
 
 class StackedExperts(nn.Module):
@@ -31,7 +45,8 @@ class StackedExperts(nn.Module):
         num_experts: E.
         hidden_size: H.
         inner_size: I.
-        activation: ``"gelu"``, ``"relu"``, ``"silu"``, or an elementwise function of a tensor.
+        activation: ``"gelu"``, ``"relu"``, ``"relu2"`` (squared ReLU: So et al., 2021, "Primer"), ``"silu"``, or an
+            elementwise function of a tensor.
 
     Raises:
         ValueError: a size below 1, or an unknown activation.
@@ -75,8 +90,7 @@ class StackedExperts(nn.Module):
             raise ValueError(
                 f"loads={list(loads)}: expected {self.num_experts} numbers of rows that add up to {len(rows)}"
             )
-        activation = ACTIVATIONS[self.activation] if isinstance(self.activation, str) else self.activation
-        outputs: Tensor = _Grouped.apply(rows, self.up, self.down, list(loads), activation)  # type: ignore[no-untyped-call]
+        outputs: Tensor = _Grouped.apply(rows, self.up, self.down, list(loads), self.activation)  # type: ignore[no-untyped-call]
         return outputs
 
     def extra_repr(self) -> str:
@@ -95,13 +109,18 @@ class _Grouped(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, up: Tensor, down: Tensor, loads: list[int], activation: Activation) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, up: Tensor, down: Tensor, loads: list[int], activation: str | Activation
+    ) -> Tensor:
         if torch.is_autocast_enabled(rows.device.type) and rows.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(rows.device.type)
             rows, up, down = rows.to(dtype), up.to(dtype), down.to(dtype)
         inner = _grouped_mm(rows, up.transpose(1, 2), loads)
-        active = activation(inner)
-        ctx.save_for_backward(rows, up, down, inner, active)
+        active = ACTIVATIONS[activation](inner) if isinstance(activation, str) else activation(inner)
+        for_rows, for_up, for_down, *_ = ctx.needs_input_grad
+        deep = for_rows or for_up  # whether anything below the activation learns
+        kept = ((rows, for_up), (up, for_rows), (down, deep), (inner, deep), (active, for_down))
+        ctx.save_for_backward(*(value if needed else None for value, needed in kept))
         ctx.loads, ctx.activation = loads, activation
         return _grouped_mm(active, down.transpose(1, 2), loads)
 
@@ -109,14 +128,23 @@ class _Grouped(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         rows, up, down, inner, active = ctx.saved_tensors
-        to_active = _grouped_mm(upstream, down, ctx.loads)
-        with torch.enable_grad():
-            leaf = inner.detach().requires_grad_()
-            (to_inner,) = torch.autograd.grad(ctx.activation(leaf), leaf, to_active)
-        to_rows = _grouped_mm(to_inner, up, ctx.loads) if ctx.needs_input_grad[0] else None
-        to_up = _grouped_outer(to_inner, rows, ctx.loads) if ctx.needs_input_grad[1] else None
-        to_down = _grouped_outer(upstream, active, ctx.loads) if ctx.needs_input_grad[2] else None
+        for_rows, for_up, for_down, *_ = ctx.needs_input_grad
+        to_rows = to_up = None
+        if for_rows or for_up:
+            to_inner = _through(ctx.activation, _grouped_mm(upstream, down, ctx.loads), inner)
+            to_rows = _grouped_mm(to_inner, up, ctx.loads) if for_rows else None
+            to_up = _grouped_outer(to_inner, rows, ctx.loads) if for_up else None
+        to_down = _grouped_outer(upstream, active, ctx.loads) if for_down else None
         return to_rows, to_up, to_down, None, None
+
+
+def _through(activation: str | Activation, upstream: Tensor, inner: Tensor) -> Tensor:
+    """The gradient of the activation's argument: by its derivative where it is one of ours, else by autograd."""
+    if isinstance(activation, str):
+        return DERIVATIVES[activation](upstream, inner)
+    with torch.enable_grad():
+        leaf = inner.detach().requires_grad_()
+        return torch.autograd.grad(activation(leaf), leaf, upstream)[0]
 
 
 def _grouped_mm(rows: Tensor, matrices: Tensor, loads: list[int]) -> Tensor:

@@ -17,7 +17,7 @@ from circuitroute.layers.experts import StackedExperts
 from circuitroute.layers.routers import LinearRouter
 from circuitroute.routing.choice import per_token
 from circuitroute.routing.decision import Routing
-from circuitroute.routing.probes import ProbeWeights, as_probe_weights, draw_probes, every_unchosen
+from circuitroute.routing.probes import ProbeWeights, as_probe_weights, draw_probes, every_unchosen, with_worth
 from circuitroute.routing.records import RoutingRecord
 
 
@@ -32,9 +32,10 @@ class MoE(nn.Module):
             :class:`BudgetRouter` that the layers of a model share.
         experts: E modules, each [S_e, H] -> [S_e, H], or a :class:`StackedExperts`.
         probes: in training, how many unchosen experts every token runs besides, without replacement in proportion to
-            their exact (tempered) marginals and keyed like the decision, or ``"all"`` of them. Their weight is 0 in
-            value, and they take no gradient themselves; the gates' gradient learns what they would have been worth. See
-            :mod:`circuitroute.routing.probes`.
+            their exact (tempered) marginals and keyed like the decision, or ``"all"`` of them. The output is
+            the same to the bit, whatever they give, and they take no gradient themselves; the gates' gradient learns
+            what they would have been worth, unless they give inf or NaN. With probes the layer is differentiable once.
+            None are run where the gates take no gradient. See :mod:`circuitroute.routing.probes`.
         probe_weights: how much a probe counts in that gradient: ``"importance"``, such that it is what running all
             experts would give, in expectation; ``"none"``, 1 each; or a number that caps the former.
         call_idle: whether experts that no token chose are called too, with an empty batch, so that their parameters
@@ -85,12 +86,12 @@ class MoE(nn.Module):
             (output [..., H] in the dtype of ``hidden``, the routing decision).
 
         Raises:
-            ValueError: ``routing`` is not over these tokens and experts, comes with ``key`` or ``replay``, or is
-                missing where there is no router.
+            ValueError: ``routing`` is not over these tokens and experts, comes with ``replay``, options or (without
+                probes) ``key``, or is missing where there is no router.
         """
-        if routing is not None and (replay is not None or options or (key is not None and not self.probes)):
-            raise ValueError("routing was given together with key or replay: a decision that is made needs neither")
-        if routing is None:
+        if routing is not None:
+            self._check_alone(key, replay, options)
+        else:
             if self.router is None:
                 raise ValueError("routing=None: this layer was made without a router, so every call needs a routing")
             routing = self.router(hidden, key=key, replay=replay, **options)
@@ -102,12 +103,26 @@ class MoE(nn.Module):
                 f"{self.num_experts}"
             )
         token, expert, weight = routing.ragged(by="expert")
-        weighted = self._run(rows[token], expert) * weight.unsqueeze(-1).to(rows.dtype)
+        outputs = self._run(rows.index_select(0, token), expert)
+        # Under autocast the two may differ; the sum is taken in the wider.
+        weighted = outputs * weight.unsqueeze(-1).to(torch.promote_types(outputs.dtype, rows.dtype))
         combined = torch.zeros_like(rows, dtype=weighted.dtype).index_add(0, token, weighted)
-        if self.training and self.probes and torch.is_grad_enabled():
+        if self.training and self.probes and torch.is_grad_enabled() and routing.gates.requires_grad:
             keys = per_token("key", key, hidden.shape[:-1]) if isinstance(key, Tensor) else key
             combined = self._with_probes(combined, rows, routing, keys)
         return combined.to(hidden.dtype).reshape(hidden.shape), routing
+
+    def _check_alone(
+        self, key: Tensor | int | None, replay: Tensor | RoutingRecord | None, options: dict[str, Any]
+    ) -> None:
+        """That nothing besides a decision that is made says how to make it; a key is for probes."""
+        said = {"key": None if self.probes else key, "replay": replay}
+        given = [*(name for name, value in said.items() if value is not None), *options]
+        if given:
+            raise ValueError(
+                f"routing was given together with {', '.join(given)}: a decision that is made needs none of that; hand "
+                "it to the router that makes the decision"
+            )
 
     def _run(self, rows: Tensor, expert: Tensor) -> Tensor:
         """[S, H] the outputs of rows [S, H] that are sorted by expert [S]."""
@@ -129,10 +144,8 @@ class MoE(nn.Module):
         order = probes.expert.argsort(stable=True)
         token, expert, weight = (part[order] for part in probes)
         with torch.no_grad():
-            outputs = self._run(rows[token], expert)
-        # In value the gates of unchosen experts are 0.
-        gates = routing.gates[token, expert] * weight
-        return combined.index_add(0, token, outputs * gates.unsqueeze(-1).to(rows.dtype))
+            outputs = self._run(rows.index_select(0, token), expert)
+        return with_worth(combined, routing.gates[token, expert] * weight, outputs, token)
 
 
 def _several_processes() -> bool:

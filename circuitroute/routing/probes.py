@@ -19,15 +19,20 @@ sum_{l < i} u_l + u_i (1 - sum_{l < i} q_l) / q_i over the draws, each unbiased 
 has the weight ((1 - sum_{l < i} q_l) / q_i + later draws) / P.
 
 Without the weights the estimate leans to likely experts and varies less; with a cap it does a little of both.
+
+**In value** a probe is nothing: :func:`with_worth` hands the layer's output on untouched, and only its backward looks
+at f_j. An expert that overflows where it is probed cannot spoil the output; the gradient <dL/dy, f_j> of a probe whose
+f_j is not finite is taken as 0.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from circuitroute._validate import as_number, int_at_least
 from circuitroute.inference.circuit import Circuit
@@ -177,6 +182,49 @@ def every_unchosen(routing: Routing) -> Probes:
     """All experts that a token did not choose, at weight 1: what DenseMixer runs."""
     token, expert = (~routing.mask).nonzero(as_tuple=True)
     return Probes(token, expert, routing.gates.new_ones(len(token)))
+
+
+def with_worth(combined: Tensor, gates: Tensor, outputs: Tensor, token: Tensor) -> Tensor:
+    """``combined`` itself, to the bit, whose gradient also tells ``gates`` what the probes would have been worth.
+
+    As if it were combined.index_add(0, token, gates[:, None] * outputs) with gates of 0, but nothing is multiplied or
+    added in forward. Differentiable once.
+
+    Args:
+        combined: [T, H] what the chosen experts add up to; a tensor that nothing else uses, since it is handed on in
+            place.
+        gates: [S] of the probes, any values.
+        outputs: [S, H] theirs, any floating dtype, taken as constant. Where a row holds inf or NaN, or overflows in
+            sum, its gate gets a gradient of 0.
+        token: [S] int64, whose they are.
+    """
+    found: Tensor = _WithWorth.apply(combined, gates, outputs, token)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _WithWorth(torch.autograd.Function):
+    """dcombined = dy, dgates_s = <dy[token_s], outputs_s>."""
+
+    @staticmethod
+    def forward(combined: Tensor, gates: Tensor, outputs: Tensor, token: Tensor) -> Tensor:
+        return combined
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        combined, gates, outputs, token = inputs
+        ctx.mark_dirty(combined)  # else the output would be a view, which callers may not change in place
+        ctx.save_for_backward(outputs, token)
+        ctx.dtype = gates.dtype
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        outputs, token = ctx.saved_tensors
+        wide = torch.promote_types(upstream.dtype, ctx.dtype)
+        worth = upstream.index_select(0, token).to(wide).mul_(outputs).sum(-1)
+        # A row with inf or NaN has a sum that is not finite, which is found in a fraction of the time of isfinite().
+        finite = outputs.sum(-1, dtype=wide).isfinite()
+        return upstream, torch.where(finite, worth, 0.0).to(ctx.dtype), None, None
 
 
 def _inverted(share: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
