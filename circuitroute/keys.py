@@ -69,6 +69,15 @@ def as_key(name: str, value: int | Tensor) -> Tensor:
     return torch.tensor(_signed(as_int(name, value), 64), dtype=torch.int64)
 
 
+def drawn_keys(tokens: int, device: torch.device) -> Tensor:
+    """[T] int64 keys from torch's global generator, as a decision without keys draws them, for all draws of a layer.
+
+    Drawn once in training, with gradients or without: a recomputation of several layers must leave the generator where
+    their first run left it.
+    """
+    return torch.randint(-(1 << 63), (1 << 63) - 1, (tokens,), dtype=torch.int64, device=device)
+
+
 def fold_in(key: Tensor, index: Tensor) -> Tensor:
     """The keys of several draws from one key: both int64, broadcast together."""
     return mix64((key ^ mix64(index)) + _signed(_GOLDEN64, 64))

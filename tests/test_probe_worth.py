@@ -102,3 +102,33 @@ def test_nothing_is_probed_for_a_frozen_router(monkeypatch: pytest.MonkeyPatch) 
     layer.router.requires_grad_(True)
     with pytest.raises(AssertionError, match="a probe was drawn"):
         layer(hidden_of(T), key=key_of())
+
+
+def test_without_keys_a_recomputation_of_several_layers_decides_the_same() -> None:
+    """Reentrant checkpointing runs the layers first without gradients, then again with: the generator must be left in
+    the same place by both."""
+    torch.manual_seed(0)
+    layers = [cr.MoE(cr.ExactKRouter(8, 6, 2), cr.StackedExperts(6, 8, 4), probes=1) for _ in range(3)]
+    seen: list[torch.Tensor] = []
+
+    def run(hidden: torch.Tensor) -> torch.Tensor:
+        for layer in layers:
+            hidden, routing = layer(hidden)
+            seen.append(routing.mask)
+        return hidden
+
+    hidden = torch.randn(20, 8, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(run, hidden, use_reentrant=True).square().sum().backward()
+    assert len(seen) == 6
+    for first, again in zip(seen[:3], seen[3:], strict=True):
+        assert torch.equal(first, again)
+
+
+def test_without_keys_probes_leave_the_decision_alone() -> None:
+    router, experts = cr.ExactKRouter(8, 6, 2), cr.StackedExperts(6, 8, 4)
+    masks = []
+    for probes in (0, 1, 2):
+        torch.manual_seed(1)
+        masks.append(cr.MoE(router, experts, probes)(torch.ones(50, 8))[1].mask)
+    assert torch.equal(masks[0], masks[1])
+    assert torch.equal(masks[0], masks[2])

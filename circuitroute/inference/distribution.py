@@ -30,7 +30,7 @@ from circuitroute.engines.logspace import nan_rows
 from circuitroute.engines.subset.mode import mode as subset_mode
 from circuitroute.inference.evidence import condition_logits, rows_text
 from circuitroute.inference.rows import Rows, cannot_look
-from circuitroute.keys import as_key, fold_in
+from circuitroute.keys import as_key, drawn_keys, fold_in
 
 MAX_ENUMERATED = 1 << 22
 
@@ -264,7 +264,7 @@ class SubsetDistribution(Distribution):
         full = shape + self._batch_shape
         device = self.logits.device
         if key is None:
-            return torch.randint(-(1 << 63), (1 << 63) - 1, full, dtype=torch.int64, device=device).reshape(-1)
+            return drawn_keys(full.numel(), device)
         given = as_key("key", key).to(device)
         try:
             if given.dim() <= len(self._batch_shape):

@@ -196,15 +196,6 @@ def recorded_routings(model: nn.Module | Sequence[nn.Module]) -> Iterator[list[R
             decider.recorded = None
 
 
-def drawn_keys(tokens: int, device: torch.device) -> Tensor:
-    """[T] int64 keys from torch's global generator, as a decision without keys draws them, for all draws of a layer.
-
-    Drawn once in training, with gradients or without: a recomputation of several layers must leave the generator where
-    their first run left it.
-    """
-    return torch.randint(-(1 << 63), (1 << 63) - 1, (tokens,), dtype=torch.int64, device=device)
-
-
 def divided_by_sum(weights: Tensor, mask: Tensor | None = None) -> Tensor:
     """[T, K] weights divided by their sum as in DeepSeek's models, so that weights of 0 remain 0.
 

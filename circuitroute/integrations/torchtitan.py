@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from circuitroute.constraints import Constraint
-from circuitroute.integrations.hosted import GROUP_LIMIT, Decider, drawn_keys, one_per_layer, refuse_replaced
+from circuitroute.integrations.hosted import GROUP_LIMIT, Decider, one_per_layer, refuse_replaced
 from circuitroute.integrations.hosted import begin_step as begin_step
 from circuitroute.integrations.hosted import recorded_routings as recorded_routings
+from circuitroute.keys import drawn_keys
 from circuitroute.routing.choice import Decide
 from circuitroute.routing.estimators import Estimator
 from circuitroute.routing.probes import (

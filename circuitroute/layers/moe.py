@@ -6,18 +6,26 @@ Legend: T tokens, H hidden size, E experts, S chosen (token, expert) pairs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from circuitroute._validate import int_at_least
+from circuitroute.keys import drawn_keys
 from circuitroute.layers.experts import StackedExperts
 from circuitroute.layers.routers import LinearRouter
 from circuitroute.routing.choice import per_token
 from circuitroute.routing.decision import Routing
-from circuitroute.routing.probes import ProbeWeights, as_probe_weights, draw_probes, every_unchosen, with_worth
+from circuitroute.routing.probes import (
+    ProbeCount,
+    ProbeWeights,
+    as_probe_count,
+    as_probe_weights,
+    draw_probes,
+    every_unchosen,
+    with_worth,
+)
 from circuitroute.routing.records import RoutingRecord
 
 
@@ -50,7 +58,7 @@ class MoE(nn.Module):
         self,
         router: LinearRouter | None,
         experts: Sequence[nn.Module] | nn.ModuleList | StackedExperts,
-        probes: int | Literal["all"] = 0,
+        probes: ProbeCount = 0,
         probe_weights: ProbeWeights = "importance",
         *,
         call_idle: bool | None = None,
@@ -59,7 +67,7 @@ class MoE(nn.Module):
         self.router = router
         self.experts = experts if isinstance(experts, (nn.ModuleList, StackedExperts)) else nn.ModuleList(experts)
         self.num_experts = self.experts.num_experts if isinstance(self.experts, StackedExperts) else len(self.experts)
-        self.probes = probes if probes == "all" else int_at_least("probes", probes, 0)
+        self.probes = as_probe_count(probes)
         self.probe_weights = probe_weights
         as_probe_weights(probe_weights)
         self.call_idle = call_idle
@@ -89,12 +97,15 @@ class MoE(nn.Module):
             ValueError: ``routing`` is not over these tokens and experts, comes with ``replay``, options or (without
                 probes) ``key``, or is missing where there is no router.
         """
+        probe_key = key
+        if key is None and self.training and self.probes not in (0, "all"):
+            probe_key = drawn_keys(hidden.shape[:-1].numel(), hidden.device)
         if routing is not None:
             self._check_alone(key, replay, options)
         else:
             if self.router is None:
                 raise ValueError("routing=None: this layer was made without a router, so every call needs a routing")
-            routing = self.router(hidden, key=key, replay=replay, **options)
+            routing = self.router(hidden, key=key if replay is not None else probe_key, replay=replay, **options)
         rows = hidden.reshape(-1, hidden.shape[-1])
         if routing.mask.shape != (len(rows), self.num_experts):
             tokens, choices = routing.mask.shape
@@ -108,8 +119,9 @@ class MoE(nn.Module):
         weighted = outputs * weight.unsqueeze(-1).to(torch.promote_types(outputs.dtype, rows.dtype))
         combined = torch.zeros_like(rows, dtype=weighted.dtype).index_add(0, token, weighted)
         if self.training and self.probes and torch.is_grad_enabled() and routing.gates.requires_grad:
-            keys = per_token("key", key, hidden.shape[:-1]) if isinstance(key, Tensor) else key
-            combined = self._with_probes(combined, rows, routing, keys)
+            if isinstance(probe_key, Tensor):
+                probe_key = per_token("key", probe_key, hidden.shape[:-1])
+            combined = self._with_probes(combined, rows, routing, probe_key)
         return combined.to(hidden.dtype).reshape(hidden.shape), routing
 
     def _check_alone(

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from circuitroute.inference.circuit import Circuit
 from circuitroute.inference.distribution import SubsetDistribution
-from circuitroute.integrations.hosted import drawn_keys
 from circuitroute.integrations.transformers.experts import (
     choose_padding,
     encoded_probes,
@@ -33,7 +32,7 @@ from circuitroute.integrations.transformers.experts import (
 from circuitroute.integrations.transformers.families import Family
 from circuitroute.integrations.transformers.settings import Options
 from circuitroute.integrations.transformers.walk import Walk, in_backward
-from circuitroute.keys import random_key
+from circuitroute.keys import drawn_keys, random_key
 from circuitroute.routing.choice import Rule, as_share, decide
 from circuitroute.routing.decision import Decision, Routing, chosen_first
 from circuitroute.routing.estimators import Dense, as_estimator
