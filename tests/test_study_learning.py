@@ -316,7 +316,7 @@ def test_too_long_a_study_is_shortened_beforehand(text: Path, monkeypatch: pytes
     monkeypatch.setattr(learning, "_seconds_of_steps", timed)
     config = preset(CPU, {"routers": ("top-k", "probe")})
     validating = (8 + 24) / 3
-    expected = 0.06 / 60 * (3 * (750 + validating) + 10 * (250 + 4 * validating) + 6 * (250 + 4 * validating))
+    expected = 0.06 / 60 * (3 * (750 + validating) + 10 * (250 + 5 * validating) + 6 * (250 + 5 * validating))
     expected += 0.06 / 60 * 6 * (12 * 39 + 12 * validating)
     same, takes = fitted(config, {}, CPU, 60.0, 1)
     assert (same, takes) == (config, pytest.approx(expected))

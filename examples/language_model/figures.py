@@ -201,7 +201,9 @@ def differences(
     ValueError when there are none.
     """
     _require_some(panels, "panels")
-    names = list(dict.fromkeys(name for values in panels.values() for name in values))
+    # In the order of the longest panel, which has them in theirs.
+    longest_first = sorted(panels.values(), key=len, reverse=True)
+    names = list(dict.fromkeys(name for values in longest_first for name in values))
     figure = new_figure(1.8 + 2.6 * len(panels), 1.2 + 0.26 * len(names))
     all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axes, (panel, values) in zip(all_axes, panels.items(), strict=True):

@@ -166,7 +166,7 @@ def preset(
 
 
 def _scratch(base: DemoConfig, routers: tuple[str, ...], cuda: bool) -> DemoConfig:
-    return dataclasses.replace(base, routers=routers, validations=4)
+    return dataclasses.replace(base, routers=routers, validations=5)
 
 
 def _pretraining(base: DemoConfig) -> DemoConfig:
@@ -177,7 +177,7 @@ def _plenty(base: DemoConfig, routers: tuple[str, ...], cuda: bool) -> DemoConfi
     return dataclasses.replace(
         base,
         routers=routers,
-        validations=4,
+        validations=5,
         language="c++",
         learning_rate=FINE_TUNING_RATE,
         pretrained_steps=LONGER * base.steps,
