@@ -6,7 +6,7 @@ Legend: T tokens, L layers, H hidden size, J counts 0..K of a layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,48 @@ from torch.nn import functional as F
 from circuitroute._validate import int_at_least
 from circuitroute.constraints import Constraint
 from circuitroute.layers.budget import Budget, BudgetState
-from circuitroute.layers.routers import Router
+from circuitroute.layers.routers import LogitMap, as_circuit
 from circuitroute.routing import choice
 from circuitroute.routing.choice import Decide
 from circuitroute.routing.decision import Routing
 from circuitroute.routing.estimators import Estimator
 from circuitroute.routing.records import RoutingRecord
-from circuitroute.routing.weights import Combine, weigh
+from circuitroute.routing.weights import Combine, as_combine, weigh
+
+
+class BudgetLayer(LogitMap):
+    """One layer of a :class:`BudgetRouter`: its linear map, and the circuit of what it allows.
+
+    How it decides, and with what weights, is said once for all layers, by the attributes of the BudgetRouter.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        constraint: Constraint,
+        *,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__(hidden_size, num_experts, bias=bias, device=device, dtype=dtype)
+        self.circuit = as_circuit(constraint, self.num_experts)
+        self.reset_parameters()
+
+    def forward(self, *_: Any, **__: Any) -> NoReturn:
+        """There is no decision without the state of the budget.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "a layer of a BudgetRouter decides nothing by itself: call the BudgetRouter, with the state of its budget"
+        )
+
+    def extra_repr(self) -> str:
+        """What repr() shows."""
+        return f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, constraint={self.circuit.constraint!r}"
 
 
 class BudgetRouter(Budget):
@@ -48,8 +83,9 @@ class BudgetRouter(Budget):
         layers: L, the number of layers that route; other layers of the model do not count.
         per_layer: what one layer allows: a constraint on the count, such as ``Between(1, 8)``, or one per layer.
         total: the budget, on the sum over all layers, such as ``AtMost(16)`` or ``Between(12, 16)``.
-        combine, estimator, bias: as for :class:`Router`.
-        decide, temperature: as for :class:`Router`, attributes of this module; ``"mode"`` is the rule of evaluation.
+        combine, estimator, decide, temperature: as for :class:`Router`, attributes of this module, for all its layers;
+            ``decide="mode"`` is the rule of evaluation.
+        bias: whether the linear maps have one.
         per_token: whether a small linear head on the hidden state adds to the count preferences of its own layer.
 
     Raises:
@@ -77,21 +113,14 @@ class BudgetRouter(Budget):
         super().__init__(num_experts, layers, per_layer, total, device=device)
         self.hidden_size = int_at_least("hidden_size", hidden_size, 1)
         self.routers = nn.ModuleList(
-            Router(
-                hidden_size,
-                num_experts,
-                constraint,
-                combine=combine,
-                estimator=estimator,
-                decide=decide,
-                temperature=temperature,
-                bias=bias,
-                device=device,
-                dtype=dtype,
-            )
+            BudgetLayer(hidden_size, num_experts, constraint, bias=bias, device=device, dtype=dtype)
             for constraint in self.per_layer
         )
+        self.combine, self.estimator = as_combine(combine), estimator
         self.decide, self.temperature = decide, temperature
+        # What is wrong is refused here, not in the first forward.
+        choice.as_share(decide, estimator)
+        choice.as_temperature(temperature)
         J = self.preferences.shape[1]
         self.heads = nn.ModuleList(
             nn.Linear(hidden_size, J, device=device, dtype=dtype) for _ in range(self.layers if per_token else 0)
@@ -107,9 +136,9 @@ class BudgetRouter(Budget):
             for parameter in self.heads.parameters():
                 parameter.zero_()
 
-    def router(self, layer: int) -> Router:
-        """The linear map and the circuit of one layer."""
-        return cast(Router, self.routers[layer])
+    def router(self, layer: int) -> BudgetLayer:
+        """The linear map and the circuit of one layer; it decides nothing by itself."""
+        return cast(BudgetLayer, self.routers[layer])
 
     def without_routers(self) -> Budget:
         """The budget alone, for layers with routers of their own: preferences and estimates are the same parameters.
@@ -156,7 +185,7 @@ class BudgetRouter(Budget):
         self._check_turn(hidden, state, layer)
         router = self.router(state.layer)
         rows = hidden.reshape(-1, self.hidden_size)
-        share = choice.as_share(self.decide if decide is None else decide, router.estimator)
+        share = choice.as_share(self.decide if decide is None else decide, self.estimator)
         decision = choice.decide(
             router.logits(rows),
             router.circuit,
@@ -167,8 +196,15 @@ class BudgetRouter(Budget):
             replay=replay,
             count_potential=self.potential(state, rows),
         )
-        routing = decision.routing(weigh(decision, combine=router.combine, estimator=router.estimator))
+        routing = decision.routing(weigh(decision, combine=self.combine, estimator=self.estimator))
         return routing, self.spend(state, routing)
+
+    def extra_repr(self) -> str:
+        """What repr() shows."""
+        return (
+            f"{super().extra_repr()}, combine={self.combine!r}, estimator={self.estimator!r}, decide={self.decide!r}, "
+            f"temperature={self.temperature!r}"
+        )
 
     def _more_preferences(self, layer: int, hidden: Tensor | None) -> Tensor | None:
         if not len(self.heads):

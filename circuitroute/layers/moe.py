@@ -42,8 +42,9 @@ class MoE(nn.Module):
         probes: in training, how many unchosen experts every token runs besides, without replacement in proportion to
             their exact (tempered) marginals and keyed like the decision, or ``"all"`` of them. The output is
             the same to the bit, whatever they give, and they take no gradient themselves; the gates' gradient learns
-            what they would have been worth, unless they give inf or NaN. With probes the layer is differentiable once.
-            None are run where the gates take no gradient. See :mod:`circuitroute.routing.probes`.
+            what they would have been worth, unless they give inf or NaN. With probes the layer is differentiable once,
+            and not by torch.func. None are run where the gates take no gradient. See
+            :mod:`circuitroute.routing.probes`.
         probe_weights: how much a probe counts in that gradient: ``"importance"``, such that it is what running all
             experts would give, in expectation; ``"none"``, 1 each; or a number that caps the former.
         call_idle: whether experts that no token chose are called too, with an empty batch, so that their parameters

@@ -27,11 +27,10 @@ from circuitroute.routing.route import route
 from circuitroute.routing.weights import Combine, as_combine
 
 
-class LinearRouter(nn.Module):
+class LogitMap(nn.Module):
     """What routers have in common: a linear map from hidden states [..., H] to the logits of E experts.
 
-    Subclasses decide on the logits in ``forward(hidden, key=None, replay=None) -> Routing``, and end their construction
-    with ``reset_parameters()``.
+    Subclasses end their construction with ``reset_parameters()``.
     """
 
     def __init__(
@@ -39,7 +38,6 @@ class LinearRouter(nn.Module):
         hidden_size: int,
         num_experts: int,
         *,
-        combine: Combine,
         bias: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
@@ -47,7 +45,6 @@ class LinearRouter(nn.Module):
         super().__init__()
         self.hidden_size = int_at_least("hidden_size", hidden_size, 1)
         self.num_experts = int_at_least("num_experts", num_experts, 1)
-        self.combine = as_combine(combine)
         self.weight = nn.Parameter(torch.empty(self.num_experts, self.hidden_size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(self.num_experts, device=device, dtype=dtype)) if bias else None
 
@@ -68,6 +65,26 @@ class LinearRouter(nn.Module):
         with torch.autocast(rows.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.to(wide)
             return F.linear(rows.to(wide), self.weight.to(wide), bias)
+
+
+class LinearRouter(LogitMap):
+    """A linear map and how chosen experts are weighted.
+
+    Subclasses decide on the logits in ``forward(hidden, key=None, replay=None) -> Routing``.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        *,
+        combine: Combine,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__(hidden_size, num_experts, bias=bias, device=device, dtype=dtype)
+        self.combine = as_combine(combine)
 
 
 class Router(LinearRouter):
