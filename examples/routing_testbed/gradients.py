@@ -25,7 +25,7 @@ from torch import Tensor
 
 import circuitroute as cr
 
-from .methods import COLD, METHODS, Build, exact_k
+from .methods import BALANCED, COLD, METHODS, PUBLISHED, Build, exact_k
 from .setting import Setting, Shape
 from .student import Student
 from .task import Task
@@ -37,7 +37,8 @@ EXTRA: dict[str, Build] = {
     "sampled-1/4, all": partial(exact_k, probes="all"),
     "sampled-1/4, probe": partial(exact_k, probes=1),
 }
-LEFT_OUT = ("bias", "frozen", "random")  # their gradients are those of top-k, or none
+# Gradients that are those of another method, or none, or of a loss whose expectation is another.
+LEFT_OUT = ("bias", "frozen", "random", *PUBLISHED, *BALANCED)
 TRAINED = 150  # steps of top-k before gradients are measured
 TOKENS, REPEATS = 64, 256
 

@@ -11,24 +11,36 @@ from typing import Any
 
 import circuitroute as cr
 
-from .baselines import GumbelTopKRouter, LossFreeStudent, RandomRouter, UniformProbeStudent
+from .baselines import (
+    BalancedStudent,
+    DefaultStudent,
+    GrinRouter,
+    GumbelTopKRouter,
+    LossFreeStudent,
+    MicroBatchStudent,
+    RandomRouter,
+    ReMoERouter,
+    ReMoEStudent,
+    UniformProbeStudent,
+)
 from .setting import LEAST, MOST, THOROUGH, VARIABLE, Setting, Shape
 from .student import RangeStudent, Student
 
 Build = Callable[[Shape, Setting], Student]
+Kind = Callable[[cr.MoE], Student]  # what a layer becomes
 
 COLD = 0.25  # the temperature of all methods that do not say another
 CAP = 4.0  # the largest weight of a probe, where it is capped
 
 
-def top_k(shape: Shape, setting: Setting, k: int | None = None) -> Student:
-    return _student(cr.TopKRouter(setting.hidden, shape.experts, k or shape.count), setting)
+def top_k(shape: Shape, setting: Setting, k: int | None = None, kind: Kind = Student) -> Student:
+    return _student(cr.TopKRouter(setting.hidden, shape.experts, k or shape.count), setting, kind)
 
 
 def exact_k(
     shape: Shape,
     setting: Setting,
-    kind: type[Student] = Student,
+    kind: Kind = Student,
     probes: Any = 0,
     probe_weights: Any = "importance",
     temperature: float = COLD,
@@ -52,15 +64,17 @@ def frozen(shape: Shape, setting: Setting) -> Student:
     return student
 
 
-def loss_free(shape: Shape, setting: Setting) -> Student:
-    return _student(cr.TopKRouter(setting.hidden, shape.experts, shape.count), setting, LossFreeStudent)
+def remoe(shape: Shape, setting: Setting, kind: Callable[..., Student] = ReMoEStudent) -> Student:
+    # Inputs are symmetric about 0: of the logits without a bias half would be positive, whatever the weights.
+    router = ReMoERouter(setting.hidden, shape.experts, cr.AtMost(shape.experts), bias=True)
+    return _student(router, setting, partial(kind, k=shape.k))
 
 
 def of_router(router: type[cr.Router], shape: Shape, setting: Setting) -> Student:
     return _student(router(setting.hidden, shape.experts, cr.Exactly(shape.count)), setting)
 
 
-def _student(router: cr.Router, setting: Setting, kind: type[Student] = Student, **options: Any) -> Student:
+def _student(router: cr.Router, setting: Setting, kind: Kind = Student, **options: Any) -> Student:
     experts = cr.StackedExperts(router.num_experts, setting.hidden, setting.inner)
     return kind(cr.MoE(router, experts, **options))
 
@@ -81,10 +95,32 @@ METHODS: dict[str, Build] = {
     "densemixer": partial(_mode, estimator="dense", probes="all"),
     "probe-uniform": partial(_mode, kind=UniformProbeStudent),
     "gumbel": partial(of_router, GumbelTopKRouter),
-    "bias": loss_free,
+    "bias": partial(top_k, kind=LossFreeStudent),
     "frozen": frozen,
     "random": partial(of_router, RandomRouter),
 }
+USUAL = tuple(METHODS)
+_marginal = partial(BalancedStudent, probabilities="marginal")
+# Where there is no time for all: those of others, and probes and balance together.
+PUBLISHED: dict[str, Build] = {
+    "remoe": remoe,
+    "remoe-slow": partial(remoe, kind=partial(ReMoEStudent, first=1e-3, factor=1.02)),
+    "default": partial(top_k, kind=DefaultStudent),
+    "grin": partial(of_router, GrinRouter),
+    "balance": partial(top_k, kind=BalancedStudent),
+    "balance-micro": partial(top_k, kind=MicroBatchStudent),
+    "balance-buffer": partial(top_k, kind=partial(MicroBatchStudent, buffered=True)),
+}
+BALANCED: dict[str, Build] = {
+    "probe-bias": partial(_mode, probes=1, kind=LossFreeStudent),
+    "probes-all-bias": partial(_mode, probes="all", kind=LossFreeStudent),
+    "densemixer-bias": partial(_mode, estimator="dense", probes="all", kind=LossFreeStudent),
+    "mode-balance": partial(_mode, kind=_marginal),
+    "probe-balance": partial(_mode, probes=1, kind=_marginal),
+    "probes-all-balance": partial(_mode, probes="all", kind=_marginal),
+    "densemixer-balance": partial(_mode, estimator="dense", probes="all", kind=BalancedStudent),
+}
+METHODS |= PUBLISHED | BALANCED
 RANGE: dict[str, Build] = {
     "top-3": partial(top_k, k=3),
     "top-2": partial(top_k, k=2),
@@ -98,7 +134,9 @@ CORE = ("top-k", "sampled-1/4", "mode", "probe", "probe-none", "probes-all", "de
 
 def usual_methods(shape: Shape) -> list[str]:
     """Those that are run where nothing else is asked for."""
-    return list(methods_of(shape)) if shape in (*THOROUGH, VARIABLE) else list(CORE)
+    if shape == VARIABLE:
+        return list(RANGE)
+    return list(USUAL if shape in THOROUGH else CORE)
 
 
 def methods_of(shape: Shape) -> dict[str, Build]:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import circuitroute as cr
 
+from .task import Batch
+
 
 class Student(nn.Module):
     """A :class:`circuitroute.MoE` as it is."""
@@ -33,6 +35,10 @@ class Student(nn.Module):
         """Outputs [T, H] and the decision."""
         output, routing = self.moe(hidden, key=key, **self.options())
         return output, routing
+
+    def penalty(self, routing: cr.Routing, batch: Batch) -> Tensor | float:
+        """What is added to the loss of a training step."""
+        return 0.0
 
     def after(self, routing: cr.Routing) -> None:
         """Called after each training step with its decision."""

@@ -87,7 +87,7 @@ def train(student: Student, task: Task, batches: Sequence[Batch]) -> list[float]
 
 def training_step(student: Student, optimizer: torch.optim.Optimizer, batch: Batch, key: torch.Tensor) -> None:
     output, routing = student(batch.hidden, key)
-    loss = normalised_error(output, batch.target)
+    loss = normalised_error(output, batch.target) + student.penalty(routing, batch)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
