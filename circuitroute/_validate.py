@@ -38,9 +38,11 @@ def one_of(name: str, value: T, known: tuple[object, ...]) -> T:
 
 
 def as_number(name: str, value: object) -> float:
-    """``value`` as a float; bools and anything that is not a real number are refused."""
+    """``value`` as a float; bools, texts and anything that is not a real number are refused."""
     if isinstance(value, bool):
         raise TypeError(f"{name}={value!r}: expected a number, got a bool")
+    if isinstance(value, (str, bytes)):  # float() would read "0.5"
+        raise TypeError(f"{name}={value!r}: expected a number, got {type(value).__name__}")
     try:
         return float(value.detach() if isinstance(value, Tensor) else value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):

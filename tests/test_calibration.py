@@ -75,7 +75,12 @@ def test_calibration_follows_the_scale_of_the_logits() -> None:
         (torch.ones(5, 8), 1.0, r"agreement=1\.0: on these logits temperatures give from"),
         (torch.ones(5, 8), 0.2, r"agreement=0\.2: on these logits"),
         (torch.ones(5, 8), math.nan, "agreement=nan: on these logits"),
-        (torch.zeros(5, 8), 0.75, r"agreement=0\.75: on these logits"),  # all logits equal: no temperature matters
+        (torch.ones(5, 8), 75, r"agreement=75\.0: on these logits .*; ask for a mean in between"),
+        (
+            torch.zeros(5, 8),
+            0.75,
+            r"agreement=0\.75: on these logits every temperature gives 0\.3333; they are all equal",
+        ),
         (torch.ones(0, 8), 0.75, "there are no tokens to calibrate on"),
     ],
 )
@@ -86,7 +91,49 @@ def test_targets_that_no_temperature_reaches(hidden: Tensor, agreement: float, m
     assert router.temperature == 1.0
 
 
+@pytest.mark.parametrize("agreement", [None, True, "0.75", [0.75], torch.tensor([0.7, 0.8])], ids=str)
+def test_an_agreement_is_a_number(agreement: Any) -> None:
+    with pytest.raises(TypeError, match=r"agreement=.*: expected a number"):
+        cr.ExactKRouter(8, E, 2).calibrate_temperature(torch.ones(5, 8), agreement)
+
+
+@pytest.mark.parametrize("k", [0, E])
+def test_there_may_be_nothing_to_calibrate(k: int) -> None:
+    """But for rounding, samples agree with the mode at any temperature."""
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=r"every temperature gives 1; .*or the constraint leaves no choice"):
+        cr.ExactKRouter(8, E, k).calibrate_temperature(torch.randn(5, 8))
+
+
+def test_agreement_is_that_of_a_routing() -> None:
+    routing = cr.route(logits_of(), compiled(cr.Exactly(2)))
+    for other in (None, routing.mask, [routing], cr.RoutingRecord.of(routing)):
+        with pytest.raises(TypeError, match=f"routing is a {type(other).__name__}: expected the Routing"):
+            cr.metrics.mode_agreement(other)
+    with pytest.raises(AttributeError, match="a soft routing has no distribution"):
+        cr.metrics.mode_agreement(cr.SoftTopKRouter(4, E, 2)(torch.ones(3, 4)))
+
+
 # ---------------------------------------------------------------------------------------------- schedules
+
+
+def test_schedules_end_where_they_are_told_however_far() -> None:
+    far = cr.schedules.geometric(1e-300, 1e300, 4)
+    assert [far(step) for step in (0, 2, 4)] == pytest.approx([1e-300, 1.0, 1e300])
+    for end in (0.1, 0.3, 0.7):
+        assert {cr.schedules.geometric(3.0, end, 7)(step) for step in (7, 8.5, INF)} == {end}
+    assert type(cr.schedules.geometric(1.0, 0.5, 2)(torch.tensor(1))) is float
+
+
+@pytest.mark.parametrize("make", [cr.schedules.geometric, cr.schedules.cosine])
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [(None, TypeError), ("2", TypeError), (math.nan, ValueError), (torch.arange(2), TypeError)],
+    ids=str,
+)
+def test_a_step_is_a_number(make: Callable[..., Any], step: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"step=.*: expected"):
+        make(1.0, 0.5, 3)(step)
 
 
 def test_schedules() -> None:

@@ -105,15 +105,20 @@ BAD = {
     "inf": ({"temperature": INF}, ValueError, "temperature=inf: must be positive"),
     "tiny": ({"temperature": 1e-40}, ValueError, "temperature=1e-40: must be .* decide='mode'"),
     "text": ({"temperature": "hot"}, TypeError, "temperature='hot': expected a number"),
+    "digits": ({"temperature": "0.5"}, TypeError, "temperature='0.5': expected a number, got str"),
     "bool": ({"temperature": True}, TypeError, "temperature=True"),
+    "list": ({"temperature": [1.0] * 3}, TypeError, r"temperature=\[1\.0, 1\.0, 1\.0\]: expected a number"),
+    "schedule": ({"temperature": cr.schedules.constant(0.5)}, TypeError, r"temperature=.*temperature=schedule\(step\)"),
     "integers": ({"temperature": torch.tensor(1)}, TypeError, "temperature has dtype torch.int64"),
-    "zeros": ({"temperature": torch.tensor(0.0)}, ValueError, r"temperature=0\.0.*must be positive"),
+    "zeros": ({"temperature": torch.tensor(0.0)}, ValueError, r"temperature=0\.0: must be positive"),
     "one bad token": ({"temperature": torch.tensor([1.0, -2, 1])}, ValueError, r"temperature=-2\.0 in row 1"),
     "nan in a token": ({"temperature": torch.tensor([1.0, 1, math.nan])}, ValueError, "temperature=nan in row 2"),
     "shape": ({"temperature": torch.ones(2)}, ValueError, r"temperature has shape \(2,\): it must broadcast to \(3,\)"),
     "share above": ({"decide": 1.5}, ValueError, r"decide=1\.5: a share of sampled tokens must lie in 0\.\.1"),
     "share below": ({"decide": -0.1}, ValueError, r"decide=-0\.1: a share"),
     "share nan": ({"decide": math.nan}, ValueError, "decide=nan: a share"),
+    "share in a tensor": ({"decide": torch.tensor(2.0)}, ValueError, r"decide=tensor\(2\.\): a share"),
+    "share bool": ({"decide": True}, TypeError, "decide=True: expected a number, got a bool"),
     "word": ({"decide": "greedy"}, ValueError, "decide='greedy': choose 'sample', 'mode', or a share"),
     "kind": ({"decide": [1]}, TypeError, r"decide=\[1\]: expected a number"),
     "score": ({"decide": "mode", "estimator": "score"}, ValueError, "decide='mode' with estimator='score'"),
@@ -141,6 +146,35 @@ def test_routers_refuse_them_too(name: str) -> None:
     given = {name: value for name, value in options.items() if name != "estimator"}
     with pytest.raises(error, match=message):
         router(torch.ones(3, 4), **given)
+
+
+@pytest.mark.parametrize("name", [name for name in BAD if not name.startswith(("price", "bias"))])
+def test_budgets_and_layers_refuse_them_too(name: str) -> None:
+    options, error, message = BAD[name]
+    estimator = options.get("estimator", "simple")
+    given = {name: value for name, value in options.items() if name != "estimator"}
+    budget = cr.BudgetRouter(4, E, 2, cr.Between(1, 3), cr.Exactly(4), estimator=estimator)
+    hidden = torch.ones(3, 4)
+    with pytest.raises(error, match=message):
+        budget(hidden, budget.begin(hidden), **given)
+    for setting, value in given.items():
+        setattr(budget, setting, value)
+    with pytest.raises(error, match=message):
+        budget(hidden, budget.begin(hidden))
+    router = cr.Router(4, E, cr.Between(1, 3), estimator=estimator)
+    with pytest.raises(error, match=message):
+        cr.MoE(router, [torch.nn.Linear(4, 4) for _ in range(E)])(hidden, **given)
+
+
+@pytest.mark.parametrize("options", [{"decide": "mode"}, {"temperature": 0.5}, {"price": 1.0}, {"k_": 2}], ids=str)
+def test_a_soft_router_says_what_it_has_instead(options: Any) -> None:
+    ((name, value),) = options.items()
+    router = cr.SoftTopKRouter(4, E, 2)
+    message = f"{name}={value!r}: a SoftTopKRouter draws nothing .* its temperature is alpha"
+    with pytest.raises(TypeError, match=message):
+        router(torch.ones(3, 4), **options)
+    with pytest.raises(TypeError, match=message):
+        cr.MoE(router, [torch.nn.Linear(4, 4) for _ in range(E)])(torch.ones(3, 4), **options)
 
 
 def test_the_score_estimator_samples_and_evaluates() -> None:
@@ -184,7 +218,10 @@ def test_a_top_k_router_takes_the_mode_only() -> None:
     for decide in ("sample", 0.5, 1.0):
         with pytest.raises(ValueError, match="a TopKRouter takes the mode only; ExactKRouter samples"):
             router(hidden, decide=decide)
-    assert torch.equal(router(hidden, decide="mode", temperature=9.0).mask, router(hidden).mask)
+    for decide in ("mode", 0, 0.0):
+        assert torch.equal(router(hidden, decide=decide, temperature=9.0).mask, router(hidden).mask)
+    with pytest.raises(ValueError, match="decide=nan: a share of sampled tokens must lie in 0"):
+        router(hidden, decide=math.nan)
     router.decide = 0.5
     with pytest.raises(ValueError, match=r"decide=0\.5: a TopKRouter"):
         router(hidden)

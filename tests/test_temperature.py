@@ -89,6 +89,34 @@ def test_distributions_refuse_temperatures_that_are_not_positive(temperature: An
         compiled(cr.Exactly(2))(logits_of(3)).tempered(temperature)
 
 
+@pytest.mark.parametrize(
+    ("temperature", "error", "message"),
+    [
+        ("hot", TypeError, "temperature='hot': expected a number"),
+        (True, TypeError, "temperature=True: expected a number"),
+        (None, TypeError, "temperature=None: expected a number"),
+        (torch.tensor(1), TypeError, "temperature has dtype torch.int64"),
+        (torch.tensor(1j), TypeError, "temperature has dtype torch.complex64"),
+        (INF, ValueError, "temperature=inf: must be positive and finite"),
+        (1e-40, ValueError, "temperature=1e-40: must be positive and finite"),  # logits would become evidence
+        (torch.ones(2), ValueError, r"temperature has shape \(2,\): it must broadcast to \(3,\), the batch"),
+        (torch.ones(3, 1), ValueError, r"temperature has shape \(3, 1\): it must broadcast to \(3,\), the batch"),
+    ],
+    ids=str,
+)
+def test_distributions_refuse_what_is_no_temperature(temperature: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        compiled(cr.Exactly(2))(logits_of(3)).tempered(temperature)
+
+
+def test_temperatures_broadcast_to_the_batch() -> None:
+    logits = logits_of(6).view(2, 3, E)
+    for shape in ((), (1,), (3,), (2, 1), (1, 3), (2, 3)):
+        t = torch.linspace(0.5, 2, math.prod(shape)).view(shape)
+        found = compiled(cr.Exactly(2))(logits).tempered(t)
+        assert torch.equal(found.marginals, compiled(cr.Exactly(2))(logits / t.expand(2, 3)[..., None]).marginals)
+
+
 def test_a_count_potential_is_not_divided() -> None:
     circuit, logits = compiled(cr.Between(0, 4)), logits_of()
     potential = torch.tensor([0.5, 1.0, -1.0, 0.0, -INF])
@@ -170,6 +198,26 @@ def test_the_estimators_gradient_reaches_the_temperature() -> None:
     found = torch.autograd.grad((routing.gates * upstream).sum(), [t, logits])
     assert all(bool(g.isfinite().all()) for g in found)
     assert float(found[0]) != 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("own", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("decide", ["mode", "sample", 0.5])
+def test_the_gradient_reaches_the_temperature_across_any_decision(
+    dtype: torch.dtype, own: torch.dtype, decide: Any
+) -> None:
+    """Gates are (mask + marginals - stopgrad(marginals)) sigmoid(logits), with the marginals at that temperature."""
+    logits, upstream = logits_of().to(dtype), logits_of(seed=3, dtype=torch.float64)
+    t = torch.linspace(0.5, 1, T).to(own).requires_grad_()
+    routing = cr.route(logits, compiled(cr.Exactly(2)), combine="sigmoid", key=key_of(), decide=decide, temperature=t)
+    (found,) = torch.autograd.grad((routing.gates * upstream).sum(), t)
+    wide, exact = logits.double(), t.detach().double().requires_grad_()
+    marginals = compiled(cr.Exactly(2))(wide / exact[:, None]).marginals
+    (expected,) = torch.autograd.grad((marginals * wide.sigmoid() * upstream).sum(), exact)
+    assert found.dtype == own
+    coarsest = max(own, routing.gates.dtype, key=lambda kind: torch.finfo(kind).eps)
+    rounding = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 1e-2}[coarsest]
+    torch.testing.assert_close(found.double(), expected, rtol=rounding, atol=rounding)
 
 
 # ---------------------------------------------------------------------------------------------- records

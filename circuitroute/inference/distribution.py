@@ -30,6 +30,7 @@ from circuitroute.engines.logspace import nan_rows
 from circuitroute.engines.subset.mode import mode as subset_mode
 from circuitroute.inference.evidence import condition_logits, rows_text
 from circuitroute.inference.rows import Rows, cannot_look
+from circuitroute.inference.temperature import as_temperature, fits_batch
 from circuitroute.keys import as_key, drawn_keys, fold_in
 
 MAX_ENUMERATED = 1 << 22
@@ -411,18 +412,21 @@ class SubsetDistribution(Distribution):
         Infinite logits stay evidence. Differentiable in the temperature.
 
         Args:
-            temperature: positive; a number, or a tensor that broadcasts to the batch.
+            temperature: positive and finite; a number, or a floating-point tensor that broadcasts to the batch.
 
         Raises:
-            ValueError: it is not positive (values on a GPU, or in a traced program, are not looked at).
+            TypeError: it is neither.
+            ValueError: it is not positive and finite (values on a GPU, or in a traced program, are not looked at), or
+                does not broadcast to the batch.
         """
-        positive: bool | Tensor = temperature > 0
-        if isinstance(positive, Tensor):
-            positive = cannot_look(positive) or bool(positive.all())
-        if not positive:
-            raise ValueError(f"temperature={temperature}: must be positive")
+        temperature = as_temperature(temperature)
         if isinstance(temperature, float) and temperature == 1.0:
             return self
+        if isinstance(temperature, Tensor) and not fits_batch(temperature.shape, self.batch_shape):
+            raise ValueError(
+                f"temperature has shape {tuple(temperature.shape)}: it must broadcast to {tuple(self.batch_shape)}, "
+                "the batch; give one for all rows, or one each"
+            )
         t = temperature.to(self.logits)[..., None] if isinstance(temperature, Tensor) else temperature
         divided = (
             self.logits / t

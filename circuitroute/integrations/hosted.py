@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from circuitroute._validate import as_int, as_number, int_at_least
 from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Constraint
+from circuitroute.inference.temperature import as_temperature
 from circuitroute.keys import fold_in, random_key
 from circuitroute.routing import choice
-from circuitroute.routing.choice import Decide, as_share, as_temperature
+from circuitroute.routing.choice import Decide, as_share
 from circuitroute.routing.decision import Routing
 from circuitroute.routing.estimators import Dense, Estimator, as_estimator
 from circuitroute.routing.weights import weigh

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from circuitroute._validate import int_at_least
 from circuitroute.constraints import Constraint
+from circuitroute.inference.temperature import as_temperature
 from circuitroute.layers.budget import Budget, BudgetState
 from circuitroute.layers.routers import LogitMap, as_circuit
 from circuitroute.routing import choice
@@ -120,7 +121,7 @@ class BudgetRouter(Budget):
         self.decide, self.temperature = decide, temperature
         # What is wrong is refused here, not in the first forward.
         choice.as_share(decide, estimator)
-        choice.as_temperature(temperature)
+        as_temperature(temperature)
         J = self.preferences.shape[1]
         self.heads = nn.ModuleList(
             nn.Linear(hidden_size, J, device=device, dtype=dtype) for _ in range(self.layers if per_token else 0)

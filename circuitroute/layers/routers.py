@@ -18,7 +18,8 @@ from circuitroute._validate import int_at_least
 from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Between, Constraint, Exactly
 from circuitroute.inference.circuit import Circuit
-from circuitroute.routing.choice import Decide, as_share, as_temperature
+from circuitroute.inference.temperature import as_temperature
+from circuitroute.routing.choice import Decide, as_share
 from circuitroute.routing.decision import Routing
 from circuitroute.routing.estimators import Estimator
 from circuitroute.routing.metrics import temperature_for
@@ -271,9 +272,9 @@ class TopKRouter(Router):
         """Route hidden states [..., H]; ``key`` is accepted and not used, since nothing is drawn.
 
         Raises:
-            ValueError: ``decide``, here or as an attribute, is anything but ``"mode"``.
+            ValueError: ``decide``, here or as an attribute, is anything but ``"mode"``, or 0, which is the same.
         """
         given = self.decide if decide is None else decide
-        if given != "mode":
+        if as_share(given, self.estimator) != 0:
             raise ValueError(f"decide={given!r}: a TopKRouter takes the mode only; ExactKRouter samples")
         return super().forward(hidden, key, replay, given, temperature, price, bias)

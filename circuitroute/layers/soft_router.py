@@ -6,6 +6,7 @@ Legend: T tokens (all leading dimensions), H hidden size, E experts.
 from __future__ import annotations
 
 import math
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +100,7 @@ class SoftTopKRouter(LinearRouter):
         key: Tensor | int | None = None,
         replay: Tensor | RoutingRecord | None = None,
         k: float | Tensor | None = None,
+        **refused: NoReturn,
     ) -> SoftRouting:
         """Route hidden states [..., H].
 
@@ -108,11 +110,19 @@ class SoftTopKRouter(LinearRouter):
             replay: a recorded mask [..., E] or [T, E], or a record of one layer: these experts are executed.
             k: the soft mass, instead of the router's own: a number, or a tensor, scalar, [...] or [T]. An entry
                 of a :class:`LayerAllocation` gets its gradient.
+            refused: nothing else; ``decide``, ``temperature``, ``price`` and ``bias`` are for routers that draw.
 
         Raises:
+            TypeError: another argument.
             ValueError: shapes that do not fit, a k or an alpha out of range, NaN, or a replayed mask with more than
                 ``max_experts`` in a row.
         """
+        if refused:
+            given = ", ".join(f"{name}={refused[name]!r}" for name in refused)
+            raise TypeError(
+                f"{given}: a SoftTopKRouter draws nothing that this could change; its temperature is alpha, and k and "
+                "the threshold say how many experts it executes"
+            )
         logits, weights, mass = self._soft(hidden, k)
         if replay is None:
             mask = self._executed(logits, weights, mass)

@@ -5,7 +5,6 @@ Legend: T tokens, E experts.
 
 from __future__ import annotations
 
-import math
 from typing import Literal, TypeAlias
 
 import torch
@@ -16,6 +15,7 @@ from circuitroute.circuit import Compiled, boolean
 from circuitroute.inference.distribution import SubsetDistribution
 from circuitroute.inference.evidence import rows_text
 from circuitroute.inference.rows import cannot_look
+from circuitroute.inference.temperature import as_temperature
 from circuitroute.keys import fold_in, uniform
 from circuitroute.routing.decision import Decision
 from circuitroute.routing.estimators import Estimator, Score, as_estimator
@@ -28,9 +28,6 @@ Rule: TypeAlias = Literal["mode", "count"]
 SHARES = {None: 1.0, "sample": 1.0, "mode": 0.0}
 # Mixed into the key that says whether a token is sampled, so that what is drawn then does not depend on it.
 SHARE = 0x5A4E
-# Below it finite logits might overflow when they are divided, and pass for evidence.
-MIN_TEMPERATURE = 1e-30
-POSITIVE = f"must be positive and finite, {MIN_TEMPERATURE} at least; decide='mode' is the limit of cold"
 
 
 def decide(
@@ -60,7 +57,7 @@ def decide(
         logits, count_potential, key = _flatten(logits, count_potential, key)
     moved = logits if shift is None else logits + shift.to(logits.device, promote_types(logits.dtype, float32))
     untempered = SubsetDistribution(circuit, moved, count_potential, validate_args=validate_args)
-    temperature = as_temperature(temperature, batch)
+    temperature = temperature_of(temperature, batch)
     distribution = untempered.tempered(temperature)
     if replay is None:
         mask = _chosen(distribution, untempered, share, rule, key)
@@ -106,28 +103,14 @@ def shift_of(price: float | Tensor | None, bias: Tensor | None, logits: Tensor, 
     return -lower if bias is None else bias - lower.to(bias)
 
 
-def as_temperature(temperature: float | Tensor, batch: torch.Size | None = None) -> float | Tensor:
-    """A positive number, or a tensor [] or [T]. Values on a GPU, or in a traced program, are not looked at.
-
-    Args:
-        batch: the dimensions of the tokens, which a tensor must fit; None where they are not known yet.
+def temperature_of(temperature: float | Tensor, batch: torch.Size) -> float | Tensor:
+    """A positive number, or a tensor [] or [T] of them, from one that fits the dimensions of the tokens.
 
     Raises:
-        TypeError, ValueError: anything else.
+        TypeError, ValueError: anything else; see :func:`circuitroute.inference.temperature.as_temperature`.
     """
-    if not isinstance(temperature, Tensor):
-        number = as_number("temperature", temperature)
-        if not MIN_TEMPERATURE <= number < math.inf:
-            raise ValueError(f"temperature={number}: {POSITIVE}")
-        return number
-    if not temperature.dtype.is_floating_point:
-        raise TypeError(f"temperature has dtype {temperature.dtype}: expected a floating-point dtype")
-    given = temperature if batch is None else per_token("temperature", temperature, batch)
-    if not cannot_look(given):
-        wrong = ~((given >= MIN_TEMPERATURE) & (given < math.inf)).detach()
-        if bool(wrong.any()):
-            raise ValueError(f"temperature={float(given[wrong][0])} in {rows_text(wrong)}: {POSITIVE}")
-    return given
+    given = per_token("temperature", temperature, batch) if isinstance(temperature, Tensor) else temperature
+    return as_temperature(given)
 
 
 def _flatten(

@@ -17,6 +17,7 @@ from torch import Tensor
 from circuitroute._validate import as_number, int_at_least
 from circuitroute.inference.circuit import Circuit
 from circuitroute.inference.distribution import SubsetDistribution
+from circuitroute.inference.temperature import MIN_TEMPERATURE
 from circuitroute.keys import random_key, uniform
 from circuitroute.routing.decision import Routing
 from circuitroute.routing.estimators import Estimator
@@ -59,7 +60,17 @@ def mode_agreement(routing: Routing) -> Tensor:
     Exact. 1 where samples always are the mode; near k / E where they are nearly uniform, and experts are trained on
     tokens that the mode will not send them. Below 0.5, lower the temperature
     (:meth:`circuitroute.Router.calibrate_temperature`). An empty mode counts the probability of choosing nothing.
+    For a layer under a budget this is the mode of its distribution, not the rule by which evaluation decides.
+
+    Raises:
+        TypeError: anything but a Routing.
+        AttributeError: a :class:`SoftRouting`, which has no distribution.
     """
+    if not isinstance(routing, Routing):
+        raise TypeError(
+            f"routing is a {type(routing).__name__}: expected the Routing that a router returned, since a mask alone "
+            "has no distribution"
+        )
     with torch.no_grad():
         return _agreement(routing.distribution, routing.untempered.mode_mask())
 
@@ -98,12 +109,17 @@ def temperature_for(logits: Tensor, circuit: Circuit, agreement: float) -> float
 
     finite = base.logits[base.logits.isfinite()]
     spread = max(float(finite.max() - finite.min()) if finite.numel() else 0.0, 1e-30)
-    cold, hot = _COLDEST * spread, _HOTTEST * spread
+    cold, hot = max(_COLDEST * spread, MIN_TEMPERATURE), _HOTTEST * spread
     most, least = mean(cold), mean(hot)
+    if most - least < 1e-6:  # but for rounding
+        raise ValueError(
+            f"agreement={target}: on these logits every temperature gives {most:.4g}; they are all equal, or the "
+            "constraint leaves no choice, so that there is nothing to calibrate"
+        )
     if not least < target < most:
         raise ValueError(
             f"agreement={target}: on these logits temperatures give from {least:.4g} (infinitely hot) to {most:.4g} "
-            "(infinitely cold), both excluded"
+            "(infinitely cold); ask for a mean in between, both excluded"
         )
     while hot / cold > 1 + 1e-4:
         middle = math.sqrt(hot * cold)

@@ -1,5 +1,7 @@
 """Temperatures and prices as plain functions of the step: no state, nothing to save.
 
+A step is a number, as a counter gives it; a schedule raises TypeError or ValueError for anything else, NaN included.
+
 ::
 
     temperature = cr.schedules.geometric(1.0, 0.125, steps=1000)
@@ -19,7 +21,11 @@ Schedule: TypeAlias = Callable[[float], float]
 
 
 def constant(value: float) -> Schedule:
-    """The same at every step."""
+    """The same at every step.
+
+    Raises:
+        ValueError: a value that is not finite.
+    """
     number = _finite("value", value)
     return lambda step: number
 
@@ -28,25 +34,33 @@ def geometric(start: float, end: float, steps: int) -> Schedule:
     """From ``start`` to ``end`` by equal factors over ``steps`` steps, and ``end`` from then on.
 
     Raises:
-        ValueError: an end that is not positive, or no steps.
+        ValueError: an end that is not positive and finite, or no steps.
     """
     low, high = (_finite(name, value) for name, value in (("start", start), ("end", end)))
     for name, value in (("start", low), ("end", high)):
         if value <= 0:
             raise ValueError(f"{name}={value}: a geometric schedule has positive ends")
     count = int_at_least("steps", steps, 1)
-    return lambda step: low * (high / low) ** _progress(step, count)
+    # Powers of each, since their ratio may be more than a float can hold.
+    return lambda step: low ** (1 - _progress(step, count)) * high ** _progress(step, count)
 
 
 def cosine(start: float, end: float, steps: int) -> Schedule:
-    """From ``start`` to ``end`` along half a cosine over ``steps`` steps, and ``end`` from then on."""
+    """From ``start`` to ``end`` along half a cosine over ``steps`` steps, and ``end`` from then on.
+
+    Raises:
+        ValueError: an end that is not finite, or no steps.
+    """
     low, high = (_finite(name, value) for name, value in (("start", start), ("end", end)))
     count = int_at_least("steps", steps, 1)
     return lambda step: high + (low - high) * (1 + math.cos(math.pi * _progress(step, count))) / 2
 
 
 def _progress(step: float, steps: int) -> float:
-    return min(max(step / steps, 0.0), 1.0)
+    number = as_number("step", step)
+    if math.isnan(number):
+        raise ValueError(f"step={number}: expected the number of the training step")
+    return min(max(number / steps, 0.0), 1.0)
 
 
 def _finite(name: str, value: float) -> float:

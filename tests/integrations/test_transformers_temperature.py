@@ -97,6 +97,14 @@ def test_the_temperature_is_saved_with_the_model(tmp_path: Path) -> None:
         assert torch.equal(one.mask, other.mask)
 
 
+def test_numbers_of_other_kinds_are_saved_as_numbers(tmp_path: Path) -> None:
+    model = tiny("OLMoE")
+    adapter.patch(model, cr.Exactly(2), decide=torch.tensor(0.25), temperature=torch.tensor(0.5))
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())["circuitroute"]
+    assert (saved["decide"], saved["temperature"]) == (0.25, 0.5)
+
+
 def test_settings_without_a_temperature_are_at_1(tmp_path: Path) -> None:
     """As version 0.1 saved them."""
     model = tiny("OLMoE")

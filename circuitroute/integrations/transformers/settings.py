@@ -8,9 +8,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from circuitroute._validate import as_int, as_number, one_of
 from circuitroute.constraints import Constraint
+from circuitroute.inference.temperature import as_temperature
 from circuitroute.integrations.transformers.experts import Padding
 from circuitroute.interop.reprs import parse_constraint
-from circuitroute.routing.choice import Decide, as_share, as_temperature
+from circuitroute.routing.choice import Decide, as_share
 from circuitroute.routing.estimators import Estimator
 from circuitroute.routing.probes import (
     ProbeCount,
@@ -46,6 +47,8 @@ class Options:
         if self.combine is not None:
             as_combine(self.combine)
         as_share(self.decide, self.estimator)
+        if self.decide is not None and not isinstance(self.decide, str):
+            object.__setattr__(self, "decide", as_number("decide", self.decide))  # which JSON can keep
         object.__setattr__(self, "temperature", as_temperature(as_number("temperature", self.temperature)))
         object.__setattr__(self, "probes", as_probe_count(self.probes))
         as_probe_weights(self.probe_weights)
