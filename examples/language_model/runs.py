@@ -34,7 +34,7 @@ FIELDS = tuple(field.name for field in dataclasses.fields(DemoConfig))
 CPU_PROCESSES = 2
 CUDA_MINUTES = 8.0
 _NO_OPTIONS = argparse.Namespace(k=None, budgets=None, regimes=None, seeds=None)  # of a study's default
-DEMO_MINUTES = 3.0  # of the default run on 2 cores
+DEMO_MINUTES = 2.0  # of the default run on 2 cores
 KEEPS = "Ctrl-C stops it and keeps what there is; --resume goes on."
 STUDY_OPTIONS = ("budgets", "regimes", "minutes")  # of some studies
 Config = TypeVar("Config")
