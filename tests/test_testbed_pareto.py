@@ -232,10 +232,10 @@ def test_the_command_writes_rows_a_table_and_a_figure(
     printed = capsys.readouterr().out
     assert "rising: error against executed experts" in printed
     assert "falling: error against executed experts" in printed
-    from routing_testbed.drawing import draw_pareto
-
     again = tmp_path / "again.svg"
-    draw_pareto(summarise(rows), again)
+    assert command.main(["--show", str(out), "--figure", str(again)]) == 0
+    tables, _ = capsys.readouterr().out.split("figure in")
+    assert tables in printed
     assert again.read_bytes() == figure.read_bytes()
 
 

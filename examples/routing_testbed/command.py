@@ -32,8 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     strangers = _fitting_nowhere(options)
     if strangers:
         parser.error(f"argument --methods: {', '.join(strangers)}: not for the shapes {', '.join(options.shapes)}")
-    if options.figure is not None and "pareto" not in options.tables:
+    if options.figure is not None and "pareto" not in options.tables and not options.show:
         parser.error("argument --figure: it shows the table pareto, which --tables leaves out")
+    if options.show:
+        lines = [line for path in options.show for line in path.read_text(encoding="utf-8").splitlines()]
+        _report([json.loads(line) for line in lines], options.figure)
+        return 0
     jobs = _jobs(options)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
@@ -43,14 +47,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             out.writelines(json.dumps(row) + "\n" for row in found)
             out.flush()
             print(f"{done}/{len(jobs)}  {found[0]['table']}, {found[0]['shape']}, seed {found[0]['seed']}", flush=True)
-    show(rows)
-    if options.figure is not None:
-        from .drawing import draw_pareto  # needs matplotlib
-
-        draw_pareto(pareto_summary.summarise(row for row in rows if row["table"] == "pareto"), options.figure)
-        print(f"figure in {options.figure}")
+    _report(rows, options.figure)
     print(f"rows in {options.out}")
     return 0
+
+
+def _report(rows: Sequence[Row], figure: Path | None) -> None:
+    show(rows)
+    if figure is not None:
+        from .drawing import draw_pareto  # needs matplotlib
+
+        draw_pareto(pareto_summary.summarise(row for row in rows if row["table"] == "pareto"), figure)
+        print(f"figure in {figure}")
 
 
 def show(rows: Sequence[Row]) -> None:
@@ -120,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tables", nargs="+", choices=TABLES, default=USUAL_TABLES, help="which to make (default: all but pareto)"
     )
+    parser.add_argument("--show", nargs="+", type=Path, metavar="FILE", help="of rows from before: trains nothing")
     parser.add_argument("--figure", type=Path, help="an SVG file for the figure of the table pareto")
     parser.add_argument("--processes", type=_positive, default=2, help="of one thread each (default: 2)")
     parser.add_argument("--out", type=Path, default=Path("runs/routing-testbed.jsonl"), help="the file for the rows")
