@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -75,6 +76,106 @@ def test_executed_are_those_above_the_threshold_within_the_cap_and_one_at_least(
         assert bool((routing.counts <= max(1.0, K / threshold)).all())
 
 
+def _published(logits: Tensor, weights: Tensor, k: list[float], cap: float | None, c: float = 1.8) -> list[set[int]]:
+    """SoftMoE's truncation, token by token: the weights of at least c k / E among the ceil(k cap) largest."""
+    found = []
+    for row, p, mass in zip(logits.tolist(), weights.double().tolist(), k, strict=True):
+        order = sorted(range(E), key=lambda e: (-row[e], e))
+        most = E if cap is None else min(E, math.ceil(mass * cap))
+        kept = {e for e in order[:most] if p[e] >= c * mass / E}
+        found.append((kept or {order[0]}) if mass > 0 else set())
+    return found
+
+
+def _sets(mask: Tensor) -> list[set[int]]:
+    return [set(row.nonzero().flatten().tolist()) for row in mask]
+
+
+@pytest.mark.parametrize("cap", [0.5, 1.0, 2.0, 4.0, 100.0])
+@pytest.mark.parametrize("k", [0.0, 0.8, 1.5, 2.0, 3.7, 8.0])
+def test_softmoe_truncates_as_published(k: float, cap: float) -> None:
+    torch.manual_seed(0)
+    router = SoftTopKRouter.softmoe(H, E, k, cap)
+    routing = router(3 * _randn(T, H))
+    assert _sets(routing.mask) == _published(routing.logits, routing.marginals, [k] * T, cap)
+    assert torch.equal(routing.gates, torch.where(routing.mask, routing.marginals, 0.0))
+    width = min(E, max(1, math.ceil(k * cap)))
+    assert routing.max_count == width
+    assert routing.padded()[0].shape == (T, width)
+    assert repr(router).endswith(
+        f"alpha=1.0, max_experts=None, cap_factor={cap}, relative_threshold=True, combine='marginal')"
+    )
+
+
+def test_both_halves_of_the_truncation_decide() -> None:
+    """Otherwise the comparison above would hold without them."""
+    hidden = _randn(T, H)
+    router = {cap: _router(2.0, 1.0, threshold=1.2, relative_threshold=True, cap_factor=cap) for cap in (1.0, 1.5, 4.0)}
+    counts = {cap: each(hidden).counts for cap, each in router.items()}
+    assert counts[1.0].max() == 2
+    assert counts[1.0].min() == 1  # fewer than the cap allows: the threshold
+    assert counts[1.5].max() == 3
+    assert counts[4.0].max() < 8  # no more than E / 1.2 can reach it
+    assert counts[4.0].double().mean() > counts[1.5].double().mean() > counts[1.0].double().mean()
+
+
+@pytest.mark.parametrize("cap", [None, 1.0, 2.0])
+def test_threshold_and_cap_follow_the_mass_of_the_token_and_of_the_layer(cap: float | None) -> None:
+    router = _router(alpha=1.0, threshold=1.8, relative_threshold=True, cap_factor=cap)
+    hidden, k = 3 * _randn(T, H), torch.linspace(0, 5, T, requires_grad=True)
+    routing = router(hidden, k=k)
+    assert _sets(routing.mask) == _published(routing.logits, routing.marginals, k.tolist(), cap)
+    routing.gates.sum().backward()
+    assert k.grad is not None
+    assert bool(k.grad.isfinite().all())
+    share = LayerAllocation(2, 5.0)()[1]  # a tensor without dimensions
+    routing = router(hidden, k=share)
+    assert _sets(routing.mask) == _published(routing.logits, routing.marginals, [2.5] * T, cap)
+    assert torch.equal(routing.mask, router(hidden, k=2.5).mask)
+    # A width that followed a tensor would have to wait for its value.
+    assert routing.max_count == E
+    assert router(hidden, k=2.5).max_count == (E if cap is None else math.ceil(2.5 * cap))
+
+
+def test_the_smaller_of_two_caps_holds() -> None:
+    hidden, k = 3 * _randn(T, H), torch.linspace(1, 5, T)
+    counts = {}
+    for name, options in (("both", {"max_experts": 3}), ("factor", {})):
+        routing = _router(threshold=0.0, cap_factor=1.0, **options)(hidden, k=k)
+        assert routing.max_count == options.get("max_experts", E)
+        counts[name] = routing.counts
+    assert torch.equal(counts["factor"], k.ceil().long())
+    assert torch.equal(counts["both"], k.ceil().long().clamp(max=3))
+    assert _router(threshold=0.0, cap_factor=1.0, max_experts=3)(hidden, k=2).max_count == 2
+
+
+@pytest.mark.parametrize(("k", "cap", "most"), [(5.0, 1.4, 7), (4.0, 1.1, 5), (2.0000002, 1.5, 3), (2.001, 1.5, 4)])
+def test_rounding_does_not_add_an_expert_to_the_cap(k: float, cap: float, most: int) -> None:
+    router = _router(threshold=0.0, cap_factor=cap)
+    for mass in (k, torch.tensor(k), torch.full((T,), k)):
+        assert router(_randn(T, H), k=mass).counts.tolist() == [most] * T
+
+
+def test_what_just_reaches_a_relative_threshold_is_executed_and_without_weight_nothing_is() -> None:
+    """Two weights of exactly 1 at k = 2, of 8 experts: 4 times the mean. An absolute threshold has to be exceeded."""
+    cold = {"k": 2.0, "alpha": 0.01}
+    router, hidden = _fixed([0.0, 9.0, 0.0, 9.0, 0.0, 0.0, 0.0, 0.0], threshold=4.0, relative_threshold=True, **cold)
+    assert _sets(router(hidden).mask) == [{1, 3}]
+    router.threshold.fill_(0.0)
+    assert _sets(router(hidden).mask) == [{1, 3}]
+    router, _ = _fixed(hidden.tolist()[0], threshold=1.0, **cold)
+    assert _sets(router(hidden).mask) == [{1}]
+
+
+def test_a_checkpoint_of_a_plain_router_loads_into_a_capped_one() -> None:
+    plain, capped = _router(threshold=0.3), _router(threshold=0.1, cap_factor=1.0)
+    capped.load_state_dict(plain.state_dict())
+    counts = plain(_randn(T, H)).counts
+    assert int(counts.max()) > 3
+    assert torch.equal(capped(_randn(T, H)).counts, counts.clamp(max=3))
+    assert list(SoftTopKRouter.softmoe(H, E, 2.0, 2.0).state_dict()) == ["weight", "threshold"]
+
+
 def test_equal_logits_are_executed_in_the_order_of_their_indices() -> None:
     router, hidden = _fixed([1.0, 3.0, 0.0, 3.0, 3.0, 3.0, 0.0, 0.0], threshold=0.0, max_experts=2)
     assert router(hidden).mask.nonzero()[:, 1].tolist() == [1, 3]
@@ -126,6 +227,20 @@ def test_a_recorded_mask_is_executed_again() -> None:
         assert torch.equal(routing.gates, torch.where(mask, routing.marginals, 0.0))
     own = router(hidden)
     assert torch.equal(router(hidden, replay=own.mask).gates, own.gates)
+
+
+def test_a_replay_keeps_within_the_cap_of_its_k() -> None:
+    router, hidden = _router(threshold=0.0, cap_factor=1.0), _randn(3, H)
+    k = torch.tensor([1.0, 2.0, 3.0])
+    recorded = router(hidden, k=k).mask
+    assert recorded.sum(-1).tolist() == [1, 2, 3]
+    assert torch.equal(router(hidden, k=k, replay=recorded).mask, recorded)
+    with pytest.raises(
+        ValueError, match=r"replay executes more than cap_factor=1.0 allows for this k .* in rows 1, 2$"
+    ):
+        router(hidden, k=torch.ones(()), replay=recorded)
+    with pytest.raises(ValueError, match=r"in row 2$"):
+        router(hidden, k=2.0, replay=recorded)
 
 
 @pytest.mark.parametrize("lead", [(), (6,), (2, 1, 3), (2, 0)], ids=str)
@@ -266,9 +381,57 @@ def test_calibration_minds_the_cap_the_mass_and_the_tokens_without_any() -> None
         assert int(routing.counts.max()) <= 3
     router.calibrate(hidden, mass=0.5, k=k)
     assert float(router(hidden, k=k).gates.detach().sum()) >= 100
-    with pytest.raises(ValueError, match=r"mass=0.99: max_experts keeps 0\.\d+ of the soft mass at most; raise it"):
+    with pytest.raises(ValueError, match=r"mass=0.99: max_experts and cap_factor keep 0\.\d+ of the soft mass at most"):
         router.calibrate(hidden, mass=0.99, k=k)
     assert router.calibrate(hidden, mass=0.99, k=torch.zeros(())) <= 1  # of nothing, everything is kept
+
+
+@pytest.mark.parametrize("executed", [1.0, 1.3, 1.8, 2.2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_calibration_of_a_relative_threshold_minds_a_cap_that_follows_the_mass(
+    executed: float, dtype: torch.dtype
+) -> None:
+    router = _router(relative_threshold=True, cap_factor=1.0).to(dtype)
+    hidden, k = _randn(100, H).to(dtype), torch.linspace(1, 4, 100, dtype=dtype)
+    threshold = router.calibrate(hidden, executed=executed, k=k)
+    routing = router(hidden, k=k)
+    assert metrics.active_experts(routing) == executed
+    assert bool((routing.counts <= k.ceil()).all())
+    kept = _published(routing.logits, routing.marginals, k.tolist(), 1.0, threshold)
+    assert _sets(routing.mask) == kept
+    most = int(k.ceil().sum()) / 100
+    with pytest.raises(ValueError, match=rf"executed={most + 0.01}: .* from 1 .* to {most} experts per token"):
+        router.calibrate(hidden, executed=most + 0.01, k=k)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.6])
+def test_calibration_of_a_relative_threshold_keeps_a_share_of_the_mass(share: float) -> None:
+    """Shares are of weights, though experts are ordered by their weight over the mean: by trying all thresholds."""
+    router, hidden = _router(relative_threshold=True, cap_factor=2.0), _randn(60, H)
+    k = torch.linspace(0.5, 6, 60)
+    router.calibrate(hidden, mass=share, k=k)
+    found, kept = float(router.threshold), float(router(hidden, k=k).gates.detach().sum())
+    assert kept >= share * float(k.sum())
+    scores = (router(hidden, k=k).marginals.detach() * E / k[:, None]).flatten()
+    for threshold in scores[scores > found].sort().values[:3].tolist():  # the next ones up, and all beyond, keep less
+        router.threshold.fill_(threshold + 1e-4)
+        if not torch.equal(router(hidden, k=k).gates.sum(), torch.tensor(kept)):
+            assert float(router(hidden, k=k).gates.detach().sum()) < share * float(k.sum()) < kept
+            return
+    pytest.fail("no threshold above changed anything")
+
+
+def test_calibration_tells_neighbours_apart() -> None:
+    """Two scores that are adjacent numbers: the threshold is the larger one, which alone reaches it."""
+    router, _ = _fixed([0.0] * E, relative_threshold=True)
+    below = torch.tensor(1.5)  # to which the number in the middle is rounded
+    above = torch.nextafter(below, torch.tensor(2.0))
+    router._put_between(torch.stack([above, below]).double(), 1)
+    assert router._reaching(torch.stack([above, below])).tolist() == [True, False]
+    router._put_between(torch.stack([above, above]).double(), 1)
+    assert router._reaching(torch.stack([above, above])).tolist() == [True, True]
+    router._put_between(torch.stack([above, below]).double(), 0)
+    assert router._reaching(torch.stack([above, below])).tolist() == [False, False]
 
 
 def test_calibration_executes_equal_weights_together() -> None:
@@ -408,8 +571,10 @@ def test_autocast_does_not_touch_the_router(combine: Any) -> None:
     assert torch.equal(routing.gates, expected.gates)
 
 
-def test_a_traced_router_decides_alike() -> None:
-    router, hidden = _router(alpha=nn.Parameter(torch.tensor(0.5)), max_experts=3), _randn(T, H)
+@pytest.mark.parametrize("published", [False, True])
+def test_a_traced_router_decides_alike(published: bool) -> None:
+    hidden, options = _randn(T, H), {"cap_factor": 1.0, "relative_threshold": True} if published else {"max_experts": 3}
+    router = _router(alpha=nn.Parameter(torch.tensor(0.5)), **options)
 
     def gates(hidden: Tensor, k: Tensor) -> Tensor:
         routing: cr.Routing = router(hidden, k=k)
@@ -461,6 +626,12 @@ MADE: Callable[..., Any] = _router
         (lambda: MADE(threshold=1.5), ValueError, r"threshold=1.5: must lie in 0..1"),
         (lambda: MADE(max_experts=0), ValueError, "max_experts=0: must be at least 1"),
         (lambda: MADE(max_experts=9), ValueError, "max_experts=9: there are only num_experts=8"),
+        (lambda: MADE(cap_factor=0), ValueError, "cap_factor=0.0: must be positive and finite"),
+        (lambda: MADE(cap_factor=float("inf")), ValueError, "cap_factor=inf: must be positive and finite"),
+        (lambda: MADE(cap_factor="two"), TypeError, "cap_factor='two': expected a number, got str"),
+        (lambda: MADE(threshold=-1, relative_threshold=True), ValueError, r"threshold=-1.0: must lie in 0..inf"),
+        (lambda: SoftTopKRouter.softmoe(H, E, 9, 2), ValueError, r"k=9.0: must lie in 0..8"),
+        (lambda: SoftTopKRouter.softmoe(H, E, 2, 2, alpha=0), ValueError, "alpha=0.0: the temperature must be"),
         (lambda: MADE(combine="magic"), ValueError, "combine='magic'"),
         (lambda: MADE()(_randn(2, 4)), ValueError, r"hidden has shape \(2, 4\): the last dimension must be"),
         (lambda: MADE()(_randn(2, H), k=9), ValueError, "k=9.0 in rows 0, 1: k must lie between"),

@@ -20,14 +20,25 @@ from circuitroute.routing.records import RoutingRecord
 from circuitroute.routing.soft_topk import soft_topk
 from circuitroute.routing.weights import Combine, weigh_by_logits
 
+ROUNDED = 1e-6  # k is often float32: what exceeds a whole number by less than this share of it is that number
+
 
 class SoftTopKRouter(LinearRouter):
-    """SoftMoE's router (arXiv:2606.17952): soft top-k weights, of which those above a threshold are executed.
+    """A router by soft top-k weights, of which the larger ones are executed: SoftMoE's (arXiv:2606.17952), and others.
 
-    The weights p = soft_topk(logits, k, alpha) sum to the soft mass k. Executed are the experts with p > threshold, at
-    most ``max_experts`` of them, the largest; and at least one where k > 0. The soft mass is not their number: cold
-    (small alpha) the two agree, warm many experts have a little mass each. Since the weights sum to k, fewer than
-    k / threshold exceed the threshold; :meth:`calibrate` sets it for a mean number of experts, or a share of the mass.
+    The weights p = soft_topk(logits, k, alpha) sum to the soft mass k. Executed are the experts that reach the
+    threshold, the largest within the cap, and at least one where k > 0:
+
+    - the threshold is a weight that p exceeds, or, with ``relative_threshold``, a multiple c of the mean weight k / E
+      that p reaches: p >= c k / E;
+    - the cap is ``max_experts``, the same for all, or ceil(k ``cap_factor``), which follows k; with both, the smaller.
+
+    The soft mass is not the number of executed experts: cold (small alpha) the two agree, warm many experts have a
+    little mass each. Since the weights sum to k, no more than E / c reach c k / E; :meth:`calibrate` sets the threshold
+    for a mean number of experts, or a share of the mass.
+
+    **SoftMoE as published** is :meth:`softmoe`: p >= 1.8 k / E, at most ceil(k ``cap_factor``). The "alpha" of its
+    tables is that cap factor. The ``alpha`` of this class is another thing: the temperature of LapSum.
 
     Deterministic, in training as in evaluation. Which experts are executed is taken as given in backward, the gradient
     of the truncated weights almost everywhere: an expert that is not executed gets no gradient through its own weight,
@@ -41,12 +52,15 @@ class SoftTopKRouter(LinearRouter):
             learned.
         threshold: the weight that an executed expert exceeds, in 0..1; kept as a buffer.
         max_experts: the most that a token executes; None for no such cap.
+        cap_factor: the most that a token executes, as a multiple of its soft mass k, rounded up (a product that exceeds
+            a whole number by less than a millionth of itself counts as that number); None for no such cap.
+        relative_threshold: whether ``threshold`` is in units of k / E, then any number from 0 on.
         combine: how executed experts are weighted, g being p on them: ``"marginal"``, by g itself; the others as
             in :func:`circuitroute.route`.
         bias: whether the linear map has one.
 
     Raises:
-        TypeError: k, alpha or threshold that are not numbers.
+        TypeError: k, alpha, threshold or cap_factor that are not numbers.
         ValueError: a size below 1, a number out of range, or an unknown ``combine``.
     """
 
@@ -62,6 +76,8 @@ class SoftTopKRouter(LinearRouter):
         *,
         threshold: float = 0.1,
         max_experts: int | None = None,
+        cap_factor: float | None = None,
+        relative_threshold: bool = False,
         combine: Combine = "marginal",
         bias: bool = False,
         device: torch.device | str | None = None,
@@ -72,10 +88,52 @@ class SoftTopKRouter(LinearRouter):
         self.max_experts = None if max_experts is None else int_at_least("max_experts", max_experts, 1)
         if self.max_experts is not None and self.max_experts > self.num_experts:
             raise ValueError(f"max_experts={max_experts}: there are only num_experts={self.num_experts}")
-        self.initial_threshold = _within("threshold", threshold, 0, 1)
+        self.cap_factor = None if cap_factor is None else _positive_number("cap_factor", cap_factor)
+        self.relative_threshold = relative_threshold
+        self.initial_threshold = _within("threshold", threshold, 0, math.inf if relative_threshold else 1)
         self.register_buffer("threshold", torch.empty((), device=device, dtype=dtype))
         self._set_alpha(alpha)
         self.reset_parameters()
+
+    @classmethod
+    def softmoe(
+        cls,
+        hidden_size: int,
+        num_experts: int,
+        k: float,
+        cap_factor: float,
+        alpha: float | Tensor = 1.0,
+        *,
+        threshold: float = 1.8,
+        combine: Combine = "marginal",
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> SoftTopKRouter:
+        """SoftMoE's truncation as published: p >= 1.8 k / E, at most ceil(k cap_factor) experts.
+
+        With the k of a :class:`LayerAllocation` both follow the layer's own k. Where no weight reaches the threshold,
+        as with equal logits, the largest is executed; that rule is this library's.
+
+        Args:
+            hidden_size, num_experts, k, combine, bias, device, dtype: as for the class.
+            cap_factor: what SoftMoE's tables call alpha.
+            alpha: the temperature of LapSum; 1 takes the logits as they are.
+            threshold: in units of k / E.
+        """
+        return cls(
+            hidden_size,
+            num_experts,
+            k,
+            alpha,
+            threshold=threshold,
+            cap_factor=cap_factor,
+            relative_threshold=True,
+            combine=combine,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
 
     def _set_alpha(self, alpha: float | Tensor) -> None:
         if isinstance(alpha, Tensor) and alpha.numel() != 1:
@@ -85,9 +143,7 @@ class SoftTopKRouter(LinearRouter):
         elif isinstance(alpha, Tensor):
             self.register_buffer("alpha", alpha)
         else:
-            self.alpha = as_number("alpha", alpha)
-            if not 0 < self.alpha < math.inf:
-                raise ValueError(f"alpha={self.alpha}: the temperature must be positive and finite")
+            self.alpha = _positive_number("alpha", alpha, "the temperature ")
 
     def reset_parameters(self) -> None:
         """Draw the linear map anew and put the threshold back to where it started."""
@@ -114,8 +170,8 @@ class SoftTopKRouter(LinearRouter):
 
         Raises:
             TypeError: another argument.
-            ValueError: shapes that do not fit, a k or an alpha out of range, NaN, or a replayed mask with more than
-                ``max_experts`` in a row.
+            ValueError: shapes that do not fit, a k or an alpha out of range, NaN, or a replayed mask with more experts
+                in a row than the cap allows under this k.
         """
         if refused:
             given = ", ".join(f"{name}={refused[name]!r}" for name in refused)
@@ -124,14 +180,15 @@ class SoftTopKRouter(LinearRouter):
                 "the threshold say how many experts it executes"
             )
         logits, weights, mass = self._soft(hidden, k)
+        cap = self._cap(mass)
         if replay is None:
-            mask = self._executed(logits, weights, mass)
+            mask = self._executed(logits, weights, mass, cap)
         else:
-            mask = self._replayed(replay, logits)
+            mask = self._replayed(replay, logits, cap)
         with torch.autocast(logits.device.type, enabled=False):
             g = torch.where(mask, weights, 0.0)
             gates = g if self.combine == "marginal" else weigh_by_logits(g, mask, logits, self.combine)
-        return SoftRouting(logits, weights, mask, gates, self.max_experts or self.num_experts)
+        return SoftRouting(logits, weights, mask, gates, self._slots(cap))
 
     def _soft(self, hidden: Tensor, k: float | Tensor | None) -> tuple[Tensor, Tensor, float | Tensor]:
         """Logits [T, E], soft weights [T, E], and the soft mass, a number or a tensor, scalar or [T]."""
@@ -142,27 +199,66 @@ class SoftTopKRouter(LinearRouter):
         with torch.autocast(logits.device.type, enabled=False):
             return logits, soft_topk(logits, mass, self.alpha), mass
 
-    def _ranked(self, logits: Tensor) -> Tensor:
-        """[T, K] int64, the K experts that may be executed, from the largest logit down; lower indices among equals."""
-        return logits.detach().argsort(dim=-1, descending=True, stable=True)[:, : self.max_experts]
+    def _cap(self, mass: float | Tensor) -> int | Tensor | None:
+        """The most experts that a token executes, from 1 to E, or None: a number, or int64, scalar or [T]."""
+        if self.cap_factor is None:
+            return self.max_experts
+        most = self.max_experts or self.num_experts
+        factor = self.cap_factor * (1 - ROUNDED)
+        if isinstance(mass, Tensor):
+            return (mass.detach().double() * factor).ceil().clamp(1, most).long()
+        return max(1, math.ceil(min(mass * factor, most)))
 
-    def _executed(self, logits: Tensor, weights: Tensor, mass: float | Tensor) -> Tensor:
-        """[T, E] bool: above the threshold, within the cap; and the first in any case, where there is mass at all."""
-        mask = weights.detach() > self.threshold
+    def _slots(self, cap: int | Tensor | None) -> int:
+        """What every token's decision fits in. Of a cap in a tensor the value is not looked at."""
+        return cap if isinstance(cap, int) else self.max_experts or self.num_experts
+
+    def _ranked(self, logits: Tensor, cap: int | Tensor | None) -> tuple[Tensor, Tensor]:
+        """The K experts that may be executed: [T, K] int64, from the largest logit down, lower indices among equals;
+        and [T, K] bool, whether the token's own cap allows that many."""
+        slots = self._slots(cap)
+        ranked = logits.detach().argsort(dim=-1, descending=True, stable=True)[:, :slots]
+        most = cap.to(logits.device).reshape(-1, 1) if isinstance(cap, Tensor) else slots
+        allowed = torch.arange(slots, device=logits.device) < most
+        return ranked, allowed.expand(ranked.shape)
+
+    def _scores(self, weights: Tensor, mass: float | Tensor) -> Tensor:
+        """[T, E] the weights in the unit of the threshold; no gradient."""
+        if not self.relative_threshold:
+            return weights.detach()
+        tiny = torch.finfo(weights.dtype).tiny  # without mass all weights are 0
+        if isinstance(mass, Tensor):
+            return weights.detach() / (mass.detach().to(weights) / self.num_experts).clamp(min=tiny).reshape(-1, 1)
+        return weights.detach() / max(mass / self.num_experts, tiny)
+
+    def _reaching(self, scores: Tensor) -> Tensor:
+        """[T, E] bool; weights of 0 never do."""
+        return (scores >= self.threshold) & (scores > 0) if self.relative_threshold else scores > self.threshold
+
+    def _executed(self, logits: Tensor, weights: Tensor, mass: float | Tensor, cap: int | Tensor | None) -> Tensor:
+        """[T, E] bool: what reaches the threshold, within the cap; and the first in any case, where there is mass."""
+        mask = self._reaching(self._scores(weights, mass))
         nothing = torch.zeros_like(mask)
-        if self.max_experts is not None:
-            mask &= nothing.scatter(-1, self._ranked(logits), True)
+        if cap is not None:
+            mask &= nothing.scatter(-1, *self._ranked(logits, cap))
         first = nothing.scatter(-1, logits.detach().argmax(-1, keepdim=True), True)
         return mask | (first & _positive(mass, logits)[:, None])
 
-    def _replayed(self, replay: Tensor | RoutingRecord, logits: Tensor) -> Tensor:
+    def _replayed(self, replay: Tensor | RoutingRecord, logits: Tensor, cap: int | Tensor | None) -> Tensor:
         mask = recorded_mask(replay, logits)
-        if self.max_experts is None:
+        if cap is None:
             return mask
-        over = mask.sum(-1) > self.max_experts
+        over = mask.sum(-1) > (cap.to(mask.device) if isinstance(cap, Tensor) else cap)
         if bool(over.any()):
-            raise ValueError(f"replay executes more than max_experts={self.max_experts} in {rows_text(over)}")
+            raise ValueError(f"replay executes more than {self._cap_text()} in {rows_text(over)}")
         return mask
+
+    def _cap_text(self) -> str:
+        """The cap in an error."""
+        if self.cap_factor is None:
+            return f"max_experts={self.max_experts}"
+        both = "" if self.max_experts is None else f" and max_experts={self.max_experts}"
+        return f"cap_factor={self.cap_factor}{both} allows for this k (give the k that it was recorded with)"
 
     @torch.no_grad()
     def calibrate(
@@ -180,16 +276,16 @@ class SoftTopKRouter(LinearRouter):
 
         Args:
             hidden: [..., H].
-            executed: the mean number of executed experts per token to get on these hidden states; or
+            executed: the mean number of executed experts per token to get on these hidden states, within the cap; or
             mass: the share of the soft mass to keep at least, in 0..1. Exactly one of the two.
             k: as in ``forward``.
 
         Returns:
-            The threshold.
+            The threshold, in its unit.
 
         Raises:
             ValueError: both or neither of the two, no tokens, or what no threshold reaches: at least one expert is
-                executed by every token with mass, and ``max_experts`` at most.
+                executed by every token with mass, and as many as the cap allows at most.
         """
         if (executed is None) == (mass is None):
             raise ValueError(f"executed={executed}, mass={mass}: give exactly one of the two")
@@ -197,32 +293,43 @@ class SoftTopKRouter(LinearRouter):
         if not len(logits):
             raise ValueError(f"hidden has shape {tuple(hidden.shape)}: there are no tokens to calibrate on")
         some = _positive(soft_mass, logits)
-        ranked = weights.gather(-1, self._ranked(logits))[some].double()
+        ranked, allowed = self._ranked(logits, self._cap(soft_mass))
+        scores = torch.where(allowed, self._scores(weights, soft_mass).gather(-1, ranked), 0.0)[some].double()
+        kept = weights.gather(-1, ranked)[some].double()
         # The first are always executed: the threshold decides about the others.
-        first, others = ranked[:, 0], ranked[:, 1:].flatten().sort(descending=True).values
+        others, order = scores[:, 1:].flatten().sort(descending=True)
         others = others[others > 0]
         if mass is None:
-            count = _count_for_executed(as_number("executed", executed), len(logits), len(first), len(others))
+            count = _count_for_executed(as_number("executed", executed), len(logits), len(scores), len(others))
         else:
-            count = _count_for_mass(as_number("mass", mass), weights.double().sum(), first.sum(), others)
+            in_order = kept[:, 1:].flatten()[order[: len(others)]]
+            count = _count_for_mass(as_number("mass", mass), weights.double().sum(), kept[:, 0].sum(), in_order)
         self._put_between(others, count)
         return float(self.threshold)
 
-    def _put_between(self, weights: Tensor, count: int) -> None:
-        """The threshold, such that the first ``count`` of the weights (from the largest down) exceed it."""
-        above = float(weights[count - 1]) if count > 0 else 1.0
-        below = float(weights[count]) if count < len(weights) else 0.0
+    def _put_between(self, scores: Tensor, count: int) -> None:
+        """The threshold, such that the first ``count`` of the scores (from the largest down) reach it."""
+        below = float(scores[count]) if count < len(scores) else 0.0
+        # Where none is to reach it, weights are at most 1, and relative ones may be anything.
+        unreached = 2 * below + 1 if self.relative_threshold else 1.0
+        above = float(scores[count - 1]) if count > 0 else unreached
         self.threshold.fill_((above + below) / 2)
-        if count > 0 and float(self.threshold) >= above:  # equal, or too close for the threshold's dtype
-            self.threshold.fill_(above)
-            self.threshold.copy_(torch.nextafter(self.threshold, torch.zeros_like(self.threshold)))
+        if count == 0:
+            return
+        last, following = scores[count - 1], scores[count : count + 1]
+        if not self._reaching(last) or bool((self._reaching(following) & (following < last)).any()):
+            self.threshold.fill_(above)  # equal, or too close for the threshold's dtype
+            if not self._reaching(last):
+                self.threshold.copy_(torch.nextafter(self.threshold, torch.zeros_like(self.threshold)))
 
     def extra_repr(self) -> str:
         """What repr() shows."""
         alpha = "learned" if isinstance(self.alpha, nn.Parameter) else self.alpha
+        relative = ", relative_threshold=True" if self.relative_threshold else ""
+        factor = "" if self.cap_factor is None else f", cap_factor={self.cap_factor}"
         return (
             f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, k={self.k}, alpha={alpha}, "
-            f"max_experts={self.max_experts}, combine={self.combine!r}"
+            f"max_experts={self.max_experts}{factor}{relative}, combine={self.combine!r}"
         )
 
 
@@ -230,6 +337,13 @@ def _within(name: str, value: object, low: float, high: float) -> float:
     number = as_number(name, value)
     if not low <= number <= high:
         raise ValueError(f"{name}={number}: must lie in {low}..{high}")
+    return number
+
+
+def _positive_number(name: str, value: object, meaning: str = "") -> float:
+    number = as_number(name, value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name}={number}: {meaning}must be positive and finite")
     return number
 
 
@@ -258,5 +372,7 @@ def _count_for_mass(mass: float, total: Tensor, first: Tensor, others: Tensor) -
     kept = torch.cat([first.reshape(1), first + others.cumsum(0)]) / total.clamp(min=torch.finfo(total.dtype).tiny)
     enough = kept >= min(mass, 1 - 1e-12)  # the sums are rounded
     if bool((total > 0) & ~enough.any()):
-        raise ValueError(f"mass={mass}: max_experts keeps {float(kept[-1]):.4g} of the soft mass at most; raise it")
+        raise ValueError(
+            f"mass={mass}: max_experts and cap_factor keep {float(kept[-1]):.4g} of the soft mass at most; raise them"
+        )
     return int((~enough).sum()) if bool(total > 0) else 0

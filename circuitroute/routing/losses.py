@@ -23,7 +23,9 @@ def load_balance(
     """E sum_e f_e P_e: f the share of the executed load, P the share of probability; 1 at perfect balance.
 
     The loss of Switch Transformer (Fedus et al. 2021, eq. 4) with its two shares taken from the decision itself:
-    f from the sampled set z (no gradient) and P from the exact marginals m, both normalised over experts.
+    f from the sampled set z (no gradient) and P from the exact marginals m, both normalised over experts. So f is the
+    load over the number of experts that were really executed, whatever k is: the factor by which SoftMoE
+    (arXiv:2606.17952) scales the loss for soft routers is in it.
 
     Args:
         routing: T decisions.

@@ -28,7 +28,7 @@ def pair(values: Sequence[float], baselines: Sequence[float]) -> Paired:
     differences = [value - baseline for value, baseline in zip(values, baselines, strict=True)]
     shares = [difference / baseline for difference, baseline in zip(differences, baselines, strict=True)]
     wins = sum(difference < 0 for difference in differences)
-    return Paired(fmean(differences), _spread(differences), fmean(shares), _spread(shares), wins)
+    return Paired(fmean(differences), spread(differences), fmean(shares), spread(shares), wins)
 
 
 def summarise(rows: Iterable[Row], measure: str = "error", others: Sequence[str] = MEASURES) -> list[Row]:
@@ -55,16 +55,16 @@ def _summary(found: dict[int, Row], baseline: dict[int, Row], measure: str, othe
     return {
         "seeds": len(seeds),
         measure: fmean(values),
-        f"{measure}_spread": _spread(values),
+        f"{measure}_spread": spread(values),
         "paired": None if found is baseline else paired,
-        **{name: _mean([found[seed][name] for seed in seeds]) for name in others},
+        **{name: mean_of_known([found[seed][name] for seed in seeds]) for name in others},
     }
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def mean_of_known(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
 
 
-def _spread(values: Sequence[float]) -> float:
+def spread(values: Sequence[float]) -> float:
     return stdev(values) if len(values) > 1 else math.nan

@@ -16,6 +16,9 @@ from .pairing import Paired, Row
 LEARNING = ("error", "minus the first", "percent", "better", "agreement", "dead", "load", "executed", "cpu")
 OPTIONAL = {"count_correlation": "counts", "purity": "purity"}
 GRADIENTS = ("cosine", "minus the first", "bias", "variance", "cosine, seen", "bias, seen")
+PARETO = (
+    "budget", "executed", "error", "front", "minus top-k", "percent", "better", "layers", "last - first", "counts"
+)  # fmt: skip
 TIMING = ("over top-k", "over mode", "limit for one probe")
 
 
@@ -71,6 +74,30 @@ def show_timing(rows: Iterable[Row]) -> None:
         for row in group:
             table.add_row(row["method"], *(f"{row[key]:.2f}" for key in ("over_top_k", "over_mode", "limit")))
         _print(table)
+
+
+def show_pareto(summary: Sequence[Row]) -> None:
+    for shape, group in groupby(summary, key=lambda row: str(row["shape"])):
+        rows = list(group)
+        teacher = _layers(rows[0]["teacher_layers"])
+        table = _table(f"{shape}: error against executed experts; the teacher's layers take {teacher}", PARETO)
+        for row in rows:
+            table.add_row(
+                row["method"],
+                f"{row['budget']:g}",
+                with_spread(row["executed"], row["executed_spread"], ".2f"),
+                with_spread(row["error"], row["error_spread"], ".3f"),
+                "*" if row["front"] else "",
+                *_paired_cells(row["paired"], row["pairs"]),
+                _layers(row["layers"]),
+                with_spread(row["later"], row["later_spread"], "+.2f"),
+                _number(row["count_correlation"], ".2f"),
+            )
+        _print(table)
+
+
+def _layers(means: Sequence[float]) -> str:
+    return " ".join(format(mean, ".2f") for mean in means)
 
 
 def with_spread(mean: float, spread: float, form: str) -> str:
