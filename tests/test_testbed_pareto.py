@@ -84,7 +84,9 @@ def test_every_method_trains_and_fills_its_rows() -> None:
             assert math.isfinite(row["error"])
             assert row["executed"] == pytest.approx(sum(row["layers"]) / 4)
             assert len(row["layers"]) == len(row["teacher_layers"]) == 4
-            assert (row["count_correlation"] is None) == (method in ("top-k", "budget-sampled", "budget-mode"))
+            assert (row["count_correlation"] is None) == (
+                method in ("top-k", "soft-fixed", "budget-sampled", "budget-mode")
+            )
 
 
 def test_methods_start_from_the_same_weights() -> None:
@@ -156,6 +158,16 @@ def test_softmoe_is_never_calibrated_and_keeps_its_cap() -> None:
     assert max(int(routing.counts.max()) for routing in routings) == 3
 
 
+def test_soft_weights_on_a_fixed_number_are_those_of_the_largest_logits() -> None:
+    student = pareto.soft_fixed("rising", 2.0, TINY)
+    hidden = LayeredTask("rising", TINY, 0).held_out().hidden
+    _, routings = student(hidden, keys(0, 0, len(hidden)))
+    for routing in routings:
+        assert torch.equal(routing.mask.nonzero()[:, 1].view(-1, 2), routing.logits.topk(2, -1).indices.sort(-1).values)
+        weights = cr.soft_topk(routing.logits, 2.0, 1.0)
+        assert torch.equal(routing.gates, torch.where(routing.mask, weights, 0.0))
+
+
 def test_a_budget_is_kept_by_every_token() -> None:
     student = pareto.budgeted("rising", 1.5, TINY)
     batch = next(LayeredTask("rising", TINY, 0).batches())
@@ -165,7 +177,11 @@ def test_a_budget_is_kept_by_every_token() -> None:
     student.train()
     output, routings = student(batch.hidden, keys(0, 0, 32))
     (normalised_error(output, batch.target) + student.more_loss(routings)).backward()
-    assert all(parameter.grad is not None for parameter in student.splitting())
+    assert all(parameter.grad is not None for parameter in student.parameters())
+    fast = pareto.budgeted("rising", 1.5, TINY, fast=True)
+    assert isinstance(fast, BudgetStudent)
+    assert student.splitting() == []
+    assert [id(parameter) for parameter in fast.splitting()] == [id(fast.budget.preferences), id(fast.budget.estimates)]
 
 
 def test_what_divides_a_budget_learns_at_its_own_rate(monkeypatch: pytest.MonkeyPatch) -> None:

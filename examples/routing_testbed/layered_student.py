@@ -88,9 +88,9 @@ class PricedStudent(LayeredStudent):
 class BudgetStudent(LayeredStudent):
     """One router for all layers, under a total that every token keeps."""
 
-    def __init__(self, layers: Sequence[cr.MoE], budget: cr.BudgetRouter) -> None:
+    def __init__(self, layers: Sequence[cr.MoE], budget: cr.BudgetRouter, fast: bool) -> None:
         super().__init__(layers)
-        self.budget = budget
+        self.budget, self.fast = budget, fast
 
     def begin(self, hidden: Tensor) -> cr.BudgetState:
         return self.budget.begin(hidden)
@@ -101,7 +101,7 @@ class BudgetStudent(LayeredStudent):
         return added, routing, state
 
     def splitting(self) -> list[nn.Parameter]:
-        return [self.budget.preferences, self.budget.estimates]
+        return [self.budget.preferences, self.budget.estimates] if self.fast else []
 
     def more_loss(self, routings: Sequence[cr.Routing]) -> Tensor | float:
         return ESTIMATION * self.budget.estimation_loss(routings)

@@ -24,7 +24,7 @@ from .training import Row, keys, one_thread
 Build = Callable[[str, float, Setting], LayeredStudent]
 LAYERS = 4
 COLD = 0.25  # the temperature of all methods that have one
-SPLIT_RATE = 10.0  # times the learning rate: a handful of numbers would hardly move at that of the weights
+SPLIT_RATE = 10.0  # times the learning rate, of a learned split, which would hardly move at that of the weights
 CAP_FACTOR = 2.0  # SoftMoE's
 CALIBRATE_EVERY, CALIBRATE_ON = 10, 4  # steps; batches before evaluation
 
@@ -41,13 +41,14 @@ def range_k(
     targets = {"together": [budget], "alike": [budget] * LAYERS, "as the teacher": teacher}[held]
     layers = _layers(
         setting,
-        lambda: cr.DynamicKRouter(setting.hidden, EXPERTS, LEAST, MOST, temperature=COLD, **options),
+        lambda: cr.DynamicKRouter(setting.hidden, EXPERTS, LEAST, MOST, **{"temperature": COLD, **options}),
         probes=probes,
     )
     return PricedStudent(layers).hold(targets)
 
 
-def budgeted(split: str, budget: float, setting: Setting, **options: Any) -> LayeredStudent:
+def budgeted(split: str, budget: float, setting: Setting, fast: bool = False, **options: Any) -> LayeredStudent:
+    """One total; ``fast`` if preferences and estimates are to learn at the rate of a learned split."""
     per_layer, total = cr.Between(LEAST, MOST), cr.AtMost(round(budget * LAYERS))
     layers = _layers(setting, lambda: cr.DynamicKRouter(setting.hidden, EXPERTS, LEAST, MOST))
     router = cr.BudgetRouter(setting.hidden, EXPERTS, LAYERS, per_layer, total, temperature=COLD, **options)
@@ -55,7 +56,7 @@ def budgeted(split: str, budget: float, setting: Setting, **options: Any) -> Lay
         assert layer.router is not None
         router.router(number).load_state_dict(layer.router.state_dict())
         layer.router = None
-    return BudgetStudent(layers, router)
+    return BudgetStudent(layers, router, fast)
 
 
 def soft(
@@ -68,6 +69,13 @@ def soft(
 
     allocation = cr.LayerAllocation(LAYERS, LAYERS * budget, LEAST, MOST) if learned else None
     return SoftStudent(_layers(setting, router), budget, allocation, calibrated)
+
+
+def soft_fixed(split: str, budget: float, setting: Setting) -> LayeredStudent:
+    """Soft weights on a number of experts that does not vary: the k largest, always."""
+    k = int(budget)
+    layers = _layers(setting, lambda: cr.SoftTopKRouter(setting.hidden, EXPERTS, k, threshold=0.0, max_experts=k))
+    return SoftStudent(layers, budget, allocation=None, calibrated=False)
 
 
 def _layers(setting: Setting, router: Callable[[], Any], **options: Any) -> list[cr.MoE]:
@@ -89,6 +97,11 @@ METHODS: dict[str, tuple[Build, Sequence[float]]] = {
     "softmoe-learned": (partial(soft, learned=True), BUDGETS),
     "calibrated": (partial(soft, calibrated=True), BUDGETS),
     "calibrated-learned": (partial(soft, calibrated=True, learned=True), BUDGETS),
+    "range-marginal": (partial(range_k, decide="mode", combine="marginal", temperature=1.0), BUDGETS),
+    "range-marginal, cold": (partial(range_k, decide="mode", combine="marginal"), (2.5,)),
+    "soft-fixed": (soft_fixed, (2.0, 3.0)),
+    "calibrated, softmax": (partial(soft, calibrated=True, combine="softmax"), (2.5,)),
+    "budget-mode, fast": (partial(budgeted, decide="mode", fast=True), (2.5,)),
     "range-mode, alike": (partial(range_k, decide="mode", held="alike"), (2.5,)),
     "range-mode, teacher's": (partial(range_k, decide="mode", held="as the teacher"), (2.5,)),
 }
