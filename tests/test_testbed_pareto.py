@@ -84,9 +84,9 @@ def test_every_method_trains_and_fills_its_rows() -> None:
             assert math.isfinite(row["error"])
             assert row["executed"] == pytest.approx(sum(row["layers"]) / 4)
             assert len(row["layers"]) == len(row["teacher_layers"]) == 4
-            assert (row["count_correlation"] is None) == (
-                method in ("top-k", "soft-fixed", "budget-sampled", "budget-mode")
-            )
+            # So short a training leaves every token with all of its budget.
+            constant = method in ("top-k", "soft-fixed") or method.startswith("budget")
+            assert (row["count_correlation"] is None) == constant
 
 
 def test_methods_start_from_the_same_weights() -> None:
