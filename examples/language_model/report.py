@@ -6,6 +6,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -114,6 +115,14 @@ def row_of(record: Record, setting: Setting) -> dict[str, Any]:
         "tokens_per_second": record.tokens_per_second(setting.config),
         "seconds": record.seconds,
     }
+
+
+def mean_and_spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """The mean and sample standard deviation of what is known; None where there is nothing, or one value."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None, None
+    return fmean(known), stdev(known) if len(known) > 1 else None
 
 
 def new_table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:

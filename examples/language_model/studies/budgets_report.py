@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from .. import figures
 from ..config import DemoConfig, Run
-from ..report import circumstances, new_table, publish
+from ..report import circumstances, mean_and_spread, new_table, publish
 from ..trainee import Record
 from .budgets import BudgetsConfig
 from .execution import Study
@@ -121,23 +121,16 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _summary(k: int, router: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     summary: dict[str, Any] = {"router": router, "k": k, "budget": rows[0]["budget"], "seeds": len(rows)}
     for name in SUMMARISED:
-        summary[name], summary[f"{name}_spread"] = _mean_and_spread([row[name] for row in rows])
+        summary[name], summary[f"{name}_spread"] = mean_and_spread([row[name] for row in rows])
     for name in ("executed_per_layer", "soft_mass_per_layer"):
         layers = [row[name] for row in rows if row[name] is not None]
-        found = [_mean_and_spread(values) for values in zip(*layers, strict=True)]
+        found = [mean_and_spread(values) for values in zip(*layers, strict=True)]
         summary[name] = [mean for mean, _ in found] or None
         summary[f"{name}_spread"] = [spread for _, spread in found] or None
     summary["over_budget"] = sum(row["over_budget"] for row in rows)
     summary["total_max"] = max(row["total_max"] for row in rows)
     summary["totals"] = [sum(counts) for counts in zip(*(row["totals"] for row in rows), strict=True)]
     return summary
-
-
-def _mean_and_spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
-    known = [value for value in values if value is not None]
-    if not known:
-        return None, None
-    return fmean(known), stdev(known) if len(known) > 1 else None
 
 
 # TABLE AND FIGURES

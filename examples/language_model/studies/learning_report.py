@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -17,7 +17,7 @@ from rich.table import Table
 from .. import figures
 from ..config import DemoConfig, Run
 from ..evaluation import Evaluation
-from ..report import circumstances, new_table, publish_tables
+from ..report import circumstances, mean_and_spread, new_table, publish_tables
 from ..trainee import Record
 from .execution import Study
 from .learning import AGAIN, PRETRAINING, REFERENCE, LearningConfig
@@ -104,22 +104,15 @@ def _summary(
     for key, _ in (LAST, HALF, BEST):
         pairs = [(row[key], reference.get((regime, row["seed"]), {}).get(key)) for row in rows]
         differences = [own - base for own, base in pairs if base is not None]
-        summary[key], summary[f"{key}_spread"] = _mean_and_spread([own for own, _ in pairs])
-        summary[f"{key}_difference"], summary[f"{key}_difference_spread"] = _mean_and_spread(differences)
+        summary[key], summary[f"{key}_spread"] = mean_and_spread([own for own, _ in pairs])
+        summary[f"{key}_difference"], summary[f"{key}_difference_spread"] = mean_and_spread(differences)
         summary[f"{key}_better"] = sum(difference < 0 for difference in differences)
         summary[f"{key}_pairs"] = len(differences)
     for name in (*MEASURES, "best_step"):
-        summary[name], summary[f"{name}_spread"] = _mean_and_spread([row[name] for row in rows])
+        summary[name], summary[f"{name}_spread"] = mean_and_spread([row[name] for row in rows])
     steps, _, tested = zip(*(zip(*row["curve"], strict=True) for row in rows), strict=True)
     summary["curve"] = [list(steps[0]), [fmean(values) for values in zip(*tested, strict=True)]]
     return summary
-
-
-def _mean_and_spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
-    known = [value for value in values if value is not None]
-    if not known:
-        return None, None
-    return fmean(known), stdev(known) if len(known) > 1 else None
 
 
 # TABLES AND FIGURES
