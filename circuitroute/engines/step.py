@@ -24,7 +24,7 @@ H being the second derivative of log Z, see :mod:`circuitroute.engines.autograd`
     sigmoid      v_j z_j w_j (1 - w_j)
 
 Infinite logits are evidence: they are no arguments of p and get no gradient. Rows with NaN, or that nothing satisfies,
-choose no expert; their numbers are NaN and their gradients 0.
+choose no expert: they are marked, their slots are unused, their other numbers are NaN and their gradients 0.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ class Step:
             unused slots.
         indices: [T, S] int64, these experts, then the largest others likewise.
         mask: [T, N] bool, z.
+        invalid: [T] bool, rows with NaN, or that nothing satisfies.
         count_probs: [T, J] q; None, like all that follows, where only the mode was asked for.
         log_partition: [T] log Z.
         log_prob: [T] log p(z).
@@ -92,6 +93,7 @@ class Step:
     weights: Tensor
     indices: Tensor
     mask: Tensor
+    invalid: Tensor
     count_probs: Tensor | None = None
     log_partition: Tensor | None = None
     log_prob: Tensor | None = None
@@ -134,8 +136,8 @@ class Stepper(Protocol):
         """Decide and weigh; without ``moments``, all that is asked of p is the decision."""
         ...
 
-    def step_marginals(self, inputs: Inputs, step: Step) -> Tensor:
-        """[T, N] the marginals of p, around what a step with moments found."""
+    def step_marginals(self, inputs: Inputs, step: Step, out_TN: Tensor) -> None:
+        """Fill in the marginals of p, around what a step with moments found."""
         ...
 
     def step_gradient(self, inputs: Inputs, rule: Rule, step: Step, upstream: Upstream) -> Slopes:

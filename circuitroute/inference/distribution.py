@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Size, Tensor
@@ -55,6 +55,18 @@ class AllowedSubsets(constraints.Constraint):
         return f"AllowedSubsets({self.circuit.constraint!r}, n={self.circuit.n})"
 
 
+class Known(Protocol):
+    """Who has the moments of a distribution already."""
+
+    def values(self) -> Inference:
+        """What a sweep would find, without gradients."""
+        ...
+
+    def functions(self) -> Inference | None:
+        """The same as functions of the distribution's parameters; None where they are not."""
+        ...
+
+
 class SubsetDistribution(Distribution):
     """p(S) ~ exp(count_potential[|S|] + sum of the logits of S), over the subsets a circuit allows.
 
@@ -88,6 +100,7 @@ class SubsetDistribution(Distribution):
         checked = _validating(validate_args)
         self.rows = Rows.of(circuit, logits, count_potential, checked)
         self.logits, self.count_potential = self.rows.logits, self.rows.count_potential
+        self.known: Known | None = None
         self._cached: Inference | None = None
         # Validation is done, with messages that name rows; torch's own would print whole tensors.
         super().__init__(self.rows.batch_shape, Size([circuit.n]), validate_args=False)
@@ -102,11 +115,14 @@ class SubsetDistribution(Distribution):
         logits, potential = self.rows.inputs()
         engine = engine_of(self.circuit, self.logits.device)
         with torch.autocast(self.logits.device.type, enabled=False):
+            if self._cached is None and self.known is not None:
+                self._cached = self.known.values()
             if self._cached is None or key_T is not None:
                 self._cached = engine.infer(logits.detach(), None if potential is None else potential.detach(), key_T)
             result = self._cached
             if self.rows.needs_grad():
-                result = engine.attach(result, logits, potential)
+                functions = None if self.known is None or key_T is not None else self.known.functions()
+                result = functions or engine.attach(result, logits, potential)
         return self._with_nan(result)
 
     def _infer_traced(self, key_T: Tensor | None) -> Inference:

@@ -89,6 +89,13 @@ class Rows:
             return None
         return unsatisfiable_rows(self.circuit, self.logits, self.count_potential, self.finite)
 
+    def given(self) -> tuple[Tensor, Tensor]:
+        """What a fused step is given, rows with NaN as they are: ([T, N], [J] or [T, J]); for count constraints."""
+        potential = self._potential()
+        if potential is None:
+            raise RuntimeError("a circuit that is not a count constraint has no potential")  # cannot happen
+        return self.logits.reshape(-1, self.circuit.n), potential
+
     def inputs(self) -> tuple[Tensor, Tensor | None]:
         """What engines are given, as functions of logits and potential: ([T, N], [J] or [T, J]).
 

@@ -5,7 +5,7 @@ Legend: T tokens, E experts.
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, float32, promote_types
@@ -52,22 +52,70 @@ def decide(
         rule: what the others take: the ``"mode"``, or, for count constraints, ``"count"``: the most probable number of
             experts (the lower among equals), then the most probable subset of that size.
     """
-    batch = logits.shape[:-1] if isinstance(logits, Tensor) else torch.Size()
-    if isinstance(logits, Tensor) and logits.dim() > 0:
-        logits, count_potential, key = _flatten(logits, count_potential, key)
-    moved = logits if shift is None else logits + shift.to(logits.device, promote_types(logits.dtype, float32))
-    untempered = SubsetDistribution(circuit, moved, count_potential, validate_args=validate_args)
-    temperature = temperature_of(temperature, batch)
+    batch = Batch.of(
+        logits,
+        circuit,
+        key=key,
+        temperature=temperature,
+        shift=shift,
+        count_potential=count_potential,
+        validate_args=validate_args,
+    )
+    return decided(batch, share=share, rule=rule, replay=replay)
+
+
+class Batch(NamedTuple):
+    """Checked arguments of a decision.
+
+    Attributes:
+        untempered: what is decided on, at temperature 1, over the flattened tokens [T, E].
+        logits: [T, E] as given, in float32 or float64; the same tensor as that of ``untempered`` where nothing moves
+            the choice.
+        temperature: a number, or a tensor [] or [T].
+        key: as given, or [T].
+    """
+
+    untempered: SubsetDistribution
+    logits: Tensor
+    temperature: float | Tensor
+    key: Tensor | int | None
+
+    @staticmethod
+    def of(
+        logits: Tensor,
+        circuit: Compiled,
+        *,
+        key: Tensor | int | None,
+        temperature: float | Tensor,
+        shift: Tensor | None,
+        count_potential: Tensor | None,
+        validate_args: bool | None,
+    ) -> Batch:
+        """The arguments of :func:`decide`, which is refused what it refuses."""
+        batch = logits.shape[:-1] if isinstance(logits, Tensor) else torch.Size()
+        if isinstance(logits, Tensor) and logits.dim() > 0:
+            logits, count_potential, key = _flatten(logits, count_potential, key)
+        moved = logits if shift is None else logits + shift.to(logits.device, promote_types(logits.dtype, float32))
+        untempered = SubsetDistribution(circuit, moved, count_potential, validate_args=validate_args)
+        temperature = temperature_of(temperature, batch)
+        given = untempered.logits if shift is None else logits.to(untempered.logits.dtype)
+        return Batch(untempered, given, temperature, key)
+
+
+def decided(
+    batch: Batch, *, share: float, rule: Rule = "mode", replay: Tensor | RoutingRecord | None = None
+) -> Decision:
+    """:func:`decide`, of arguments that are checked already."""
+    untempered, temperature = batch.untempered, batch.temperature
     distribution = untempered.tempered(temperature)
     if replay is None:
-        mask = _chosen(distribution, untempered, share, rule, key)
+        mask = _chosen(distribution, untempered, share, rule, batch.key)
         invalid = distribution.invalid_rows()
     else:
         invalid = distribution.invalid_rows()
         mask = _replayed(distribution, replay, temperature, invalid)
     mask = mask if invalid is None else mask & ~invalid[:, None]
-    given = untempered.logits if shift is None else logits.to(untempered.logits.dtype)
-    return Decision(distribution, mask, invalid, untempered, given, temperature)
+    return Decision(distribution, mask, invalid, untempered, batch.logits, temperature)
 
 
 def as_share(decide: Decide | float | None, estimator: str | Estimator) -> float:

@@ -60,7 +60,6 @@ class Routing:
 
     Attributes:
         mask: [T, E] bool, the chosen experts.
-        gates: [T, E] float32, combination weights; 0 off the chosen set in value, with the estimator's gradient.
         temperature: what the logits were divided by for the decision: a number, or a tensor [] or [T].
     """
 
@@ -77,8 +76,13 @@ class Routing:
         self._untempered = distribution if untempered is None else untempered
         self._logits = self._untempered.logits if logits is None else logits
         self.mask = mask
-        self.gates = gates
+        self._gates = gates
         self.temperature = temperature
+
+    @property
+    def gates(self) -> Tensor:
+        """[T, E] float32, combination weights; 0 off the chosen set in value, with the estimator's gradient."""
+        return self._gates
 
     @property
     def distribution(self) -> SubsetDistribution:
@@ -113,7 +117,7 @@ class Routing:
     @property
     def max_count(self) -> int:
         """The most experts that any token may have; at least 1, so that there is a slot."""
-        return max(1, self.distribution.circuit.max_count)
+        return max(1, self.untempered.circuit.max_count)
 
     def padded(self, width: int | None = None, pad: Pad = "distinct") -> tuple[Tensor, Tensor]:
         """The decision in K slots per token: chosen experts first, by decreasing logit, then padding.
@@ -129,15 +133,7 @@ class Routing:
         Raises:
             ValueError: an unknown ``pad``, ``width`` outside 1..E, or a token with more experts than ``width``.
         """
-        if pad not in PADS:
-            raise ValueError(f"pad={pad!r}: choose one of {', '.join(map(repr, PADS))}")
-        experts = self.mask.shape[-1]
-        largest = self.max_count
-        slots = largest if width is None else int_at_least("width", width, 1)
-        if slots > experts:
-            raise ValueError(f"width={slots}: there are only {experts} experts")
-        if slots < largest and self.counts.numel() and int(self.counts.max()) > slots:
-            raise ValueError(f"width={slots}: a token has {int(self.counts.max())} experts; widen it")
+        experts, slots = self.mask.shape[-1], self._slots(width, pad)
         indices = chosen_first(self.mask, self.logits.detach(), slots)
         used = self.mask.gather(-1, indices)
         weights = torch.where(used, self.gates.gather(-1, indices), 0.0)
@@ -146,6 +142,18 @@ class Routing:
         elif pad == "minus_one":
             indices = torch.where(used, indices, -1)
         return weights, indices
+
+    def _slots(self, width: int | None, pad: Pad) -> int:
+        """How many slots that is, or a ValueError that says what is wrong with it."""
+        if pad not in PADS:
+            raise ValueError(f"pad={pad!r}: choose one of {', '.join(map(repr, PADS))}")
+        experts, largest = self.mask.shape[-1], self.max_count
+        slots = largest if width is None else int_at_least("width", width, 1)
+        if slots > experts:
+            raise ValueError(f"width={slots}: there are only {experts} experts")
+        if slots < largest and self.counts.numel() and int(self.counts.max()) > slots:
+            raise ValueError(f"width={slots}: a token has {int(self.counts.max())} experts; widen it")
+        return slots
 
     def ragged(self, by: Literal["token", "expert"] = "token") -> tuple[Tensor, Tensor, Tensor]:
         """The decision as a list of (token, expert, weight), one entry per chosen expert.
@@ -166,7 +174,7 @@ class Routing:
 
     def __repr__(self) -> str:
         tokens, experts = self.mask.shape
-        return f"Routing({tokens} tokens, {experts} experts, {self.distribution.circuit.constraint!r})"
+        return f"Routing({tokens} tokens, {experts} experts, {self.untempered.circuit.constraint!r})"
 
 
 class SoftRouting(Routing):
@@ -185,7 +193,7 @@ class SoftRouting(Routing):
         self._marginals = marginals
         self._max_count = max_count
         self.mask = mask
-        self.gates = gates
+        self._gates = gates
         self.temperature = 1.0
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from circuitroute.inference.circuit import Circuit
-from circuitroute.routing import choice
+from circuitroute.routing import choice, step
 from circuitroute.routing.choice import Decide
 from circuitroute.routing.decision import Routing
 from circuitroute.routing.estimators import Estimator
@@ -70,15 +70,19 @@ def route(
     """
     as_combine(combine)
     share = choice.as_share(decide, estimator)
-    decision = choice.decide(
+    batch = choice.Batch.of(
         logits,
         circuit,
-        share=share if training else 0.0,
         key=key,
-        replay=replay,
         temperature=temperature,
         shift=choice.shift_of(price, bias, logits, circuit.n),
         count_potential=count_potential,
         validate_args=validate_args,
     )
+    share = share if training else 0.0
+    if replay is None:
+        routing = step.routing(batch, share, combine=combine, estimator=estimator)
+        if routing is not None:
+            return routing
+    decision = choice.decided(batch, share=share, replay=replay)
     return decision.routing(weigh(decision, combine=combine, estimator=estimator))

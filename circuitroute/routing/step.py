@@ -1,0 +1,338 @@
+"""Decisions on an engine's fused step: one node of autograd for all that is read of them.
+
+Legend: T tokens, E experts, K the largest allowed count, J = K + 1, S slots of a padded projection.
+
+What is asked of a decision is not known when it is made: a training step reads gates, perhaps the marginals for a
+balance loss, perhaps a log-probability. So :class:`Steps` is one function of the logits with all of these as results,
+and the way back is one sweep for whatever gradients arrive. The results [T, E] are room that is filled when it is read.
+
+The same decision composed of its parts, which any engine and any estimator can do, stands in
+:mod:`circuitroute.routing.choice` and :mod:`circuitroute.routing.weights`; gradients of gradients go through that.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from circuitroute.circuit import Compiled
+from circuitroute.engines import Inference, engine_of
+from circuitroute.engines.step import Inputs, Rule, Slopes, Step, Stepper, Upstream
+from circuitroute.inference.distribution import SubsetDistribution
+from circuitroute.routing.choice import Batch
+from circuitroute.routing.decision import Decision, Pad, Routing
+from circuitroute.routing.estimators import Estimator, NoEstimator, Score, Simple, as_estimator
+from circuitroute.routing.weights import Combine, weigh
+
+# The estimators that a step knows, and whether their gradient crosses the decision.
+_CROSSES = {Simple: True, Score: False, NoEstimator: False}
+
+
+class Given(NamedTuple):
+    """The inputs of a step as functions of what the caller gave."""
+
+    logits: Tensor
+    choice: Tensor
+    temperature: float | Tensor
+    potential: Tensor
+
+    @property
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """What gradients may be asked for; the temperature only where it is a tensor."""
+        temperature = self.temperature if isinstance(self.temperature, Tensor) else None
+        return (self.logits, self.choice, temperature, self.potential)
+
+
+@dataclass(frozen=True, eq=False)
+class Taken:
+    """A step that was taken: who took it, of what, and what came out, without gradients."""
+
+    engine: Stepper
+    circuit: Compiled
+    given: Given
+    inputs: Inputs
+    rule: Rule
+    step: Step
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether more than the decision is known."""
+        return self.step.shift is not None
+
+    @cached_property
+    def room(self) -> tuple[Tensor, Tensor]:
+        """Memory for gates and marginals, [T, E]."""
+        like, shape = self.step.weights, self.step.mask.shape
+        return like.new_empty(shape), like.new_empty(shape if self.has_moments else 0)
+
+    @cached_property
+    def gates(self) -> Tensor:
+        """[T, E] the weights, scattered; NaN in invalid rows."""
+        gates, step = self.room[0], self.step
+        gates.zero_().scatter_(-1, step.indices, step.weights)
+        return gates.masked_fill_(step.invalid[:, None], math.nan)
+
+    @cached_property
+    def marginals(self) -> Tensor:
+        """[T, E]."""
+        marginals = self.room[1]
+        self.engine.step_marginals(self.inputs, self.step, marginals)
+        return marginals
+
+    def gradient(self, upstream: Upstream) -> Slopes:
+        """The way back."""
+        return self.engine.step_gradient(self.inputs, self.rule, self.step, upstream)
+
+    def composed(self) -> tuple[Tensor, ...]:
+        """The six results, composed of parts that are differentiable to any order."""
+        logits, choice, temperature, potential = self.given
+        untempered = SubsetDistribution(self.circuit, choice, potential, validate_args=False)
+        distribution = untempered.tempered(temperature)
+        decision = Decision(distribution, self.step.mask, self.step.invalid, untempered, logits, temperature)
+        gates = weigh(decision, combine=self.rule.combine, estimator="simple" if self.rule.simple else "none")
+        used = self.step.mask.gather(-1, self.step.indices)
+        weights = torch.where(used, gates.gather(-1, self.step.indices), 0.0)
+        log_prob = distribution.log_prob(self.step.mask)
+        return weights, gates, distribution.marginals, distribution.log_partition, log_prob, distribution.count_probs
+
+
+def routing(batch: Batch, share: float, *, combine: Combine, estimator: str | Estimator) -> Routing | None:
+    """The decision with its weights, in one step; None where there is none for this engine, estimator or shape."""
+    untempered, crosses = batch.untempered, _CROSSES.get(type(as_estimator(estimator)))
+    if is_compiling() or crosses is None or untempered.circuit.counts is None:
+        return None
+    engine = engine_of(untempered.circuit, batch.logits.device)
+    rows = untempered.rows
+    if not isinstance(engine, Stepper) or (not batch.logits.is_cuda and rows.nan is not None):
+        return None
+    choice, potential = rows.given()
+    theta = choice if batch.logits is untempered.logits else batch.logits
+    given = Given(theta, choice, _temperatures(batch.temperature, theta), potential)
+    moments = share > 0 or combine == "marginal" or (crosses and _needs_grad(given))
+    with torch.no_grad(), torch.autocast(theta.device.type, enabled=False):
+        inputs = _detached(given)
+        if not engine.steps(inputs):
+            return None
+        if share > 0:
+            inputs = inputs._replace(key=untempered.keys(batch.key))
+        rule = Rule(combine, share, crosses)
+        step = engine.step(inputs, rule, moments)
+    taken = Taken(engine, untempered.circuit, given, inputs, rule, step)
+    return StepRouting(taken, untempered, batch.logits, batch.temperature)
+
+
+def _temperatures(temperature: float | Tensor, logits: Tensor) -> float | Tensor:
+    """A number, or a tensor [T]."""
+    if not isinstance(temperature, Tensor):
+        return temperature
+    return temperature.to(logits).expand(len(logits))
+
+
+def _detached(given: Given) -> Inputs:
+    logits = given.logits.detach().contiguous()
+    by_temperature = isinstance(given.temperature, Tensor) and given.temperature.requires_grad
+    # A gradient by temperature is made of that by the choice, which then must come apart from that by the weights.
+    one = given.choice is given.logits and not by_temperature
+    choice = logits if one else given.choice.detach().contiguous()
+    temperature = given.temperature
+    if isinstance(temperature, Tensor):
+        temperature = temperature.detach().contiguous()
+    return Inputs(logits, choice, temperature, given.potential.detach().contiguous(), None)
+
+
+def _needs_grad(given: Given) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given.differentiable)
+
+
+# ---------------------------------------------------------------------------------------------- with gradients
+
+
+class _Results(NamedTuple):
+    """What was found, as functions of the inputs; the fields of :class:`~circuitroute.engines.step.Upstream`."""
+
+    weights: Tensor
+    gates: Tensor
+    marginals: Tensor
+    log_partition: Tensor
+    log_prob: Tensor
+    count_probs: Tensor
+
+
+class Steps(torch.autograd.Function):
+    """(logits, choice, temperature, potential) -> :class:`_Results`, of a step that was taken already."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        choice: Tensor | None,
+        temperature: Tensor | None,
+        potential: Tensor,
+        taken: Taken,
+        room: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, ...]:
+        """``choice`` is None where it is the logits; ``room``, for gates and marginals, is filled later."""
+        # Inputs are kept by the context and not by save_for_backward, so that results can be differentiated one by
+        # one: they share this node, and saved tensors are gone after its first way back.
+        ctx.taken = taken
+        ctx.set_materialize_grads(False)
+        step = taken.step
+        moments = (step.log_partition, step.log_prob, step.count_probs)
+        return tuple(_alias(x, logits) for x in (step.weights, *room, *moments))
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        taken, wanted = ctx.taken, ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():
+            return (*_composed_gradients(taken, upstream, wanted), None, None)
+        slopes = taken.gradient(Upstream(*upstream))
+        by_logits, by_choice, by_potential = slopes
+        by_temperature = None
+        if wanted[2] and by_choice is not None:
+            # a / t: the slope along t is that along a times -a / t.
+            moved = torch.where(torch.isinf(taken.inputs.choice), 0.0, taken.inputs.choice)
+            by_temperature = -(by_choice * moved).sum(-1) / taken.inputs.temperature
+        if not wanted[1] and taken.given.choice is taken.given.logits and by_choice is not None:
+            by_logits = by_logits + by_choice
+        if taken.given.potential.dim() == 1 and wanted[3]:
+            by_potential = by_potential.sum(0)
+        by_input = (by_logits, by_choice, by_temperature, by_potential)
+        return (*(x if want else None for x, want in zip(by_input, wanted, strict=True)), None, None)
+
+
+def _alias(found: Tensor | None, like: Tensor) -> Tensor:
+    """The same memory as a tensor of its own; of what was not asked for there is nothing."""
+    return like.new_empty(0) if found is None else found.detach()
+
+
+def _composed_gradients(
+    taken: Taken, upstream: tuple[Tensor | None, ...], wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """The same gradients as functions of inputs and upstream, differentiable to any order."""
+    results = zip(taken.composed(), upstream, strict=True)
+    pairs = [(x, g.to(x.dtype)) for x, g in results if g is not None and x.requires_grad]
+    leaves = [x for x, want in zip(taken.given.differentiable, wanted, strict=True) if want]
+    if not pairs:
+        return (None,) * len(wanted)
+    outputs, gradients = [x for x, _ in pairs], [g for _, g in pairs]
+    found = iter(torch.autograd.grad(outputs, leaves, gradients, create_graph=True, allow_unused=True))  # type: ignore[arg-type]
+    return tuple(next(found) if want else None for want in wanted)
+
+
+def _attached(taken: Taken) -> _Results:
+    logits, choice, temperature, potential = taken.given
+    inputs = (
+        logits,
+        None if choice is logits else choice,
+        temperature if isinstance(temperature, Tensor) else None,
+        potential,
+    )
+    return _Results(*Steps.apply(*inputs, taken, taken.room))  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a step found, as values and, if gradients were recorded when it was taken, as functions of its inputs.
+
+    A distribution keeps this as what is known of it, so this knows no distribution: a circle would outlive its use.
+    """
+
+    taken: Taken
+    results: _Results | None
+
+    @staticmethod
+    def of(taken: Taken) -> Found:
+        """With gradients, where they are wanted."""
+        return Found(taken, _attached(taken) if _needs_grad(taken.given) else None)
+
+    @property
+    def recorded(self) -> _Results | None:
+        """The functions, if gradients are recorded now."""
+        return self.results if torch.is_grad_enabled() else None
+
+    def values(self) -> Inference:
+        """See :class:`circuitroute.inference.distribution.Known`."""
+        return self._inference(self.taken.step, self._marginals())
+
+    def functions(self) -> Inference | None:
+        """See :class:`circuitroute.inference.distribution.Known`."""
+        if self.recorded is None:
+            return None
+        self._marginals()  # fills what is returned
+        return self._inference(self.recorded, self.recorded.marginals)
+
+    def gates(self) -> Tensor:
+        """[T, E]."""
+        with torch.no_grad():
+            gates = self.taken.gates
+        return gates if self.recorded is None else self.recorded.gates
+
+    def _marginals(self) -> Tensor:
+        with torch.no_grad():
+            return self.taken.marginals
+
+    def _inference(self, found: Step | _Results, marginals: Tensor) -> Inference:
+        step = self.taken.step
+        if found.log_partition is None or step.shift is None or step.log_root is None:
+            raise RuntimeError("a step without moments knows no distribution")  # cannot happen
+        return Inference(
+            found.log_partition, marginals, found.count_probs, step.shift, step.log_root, step.mask, step.fallback
+        )
+
+
+# ---------------------------------------------------------------------------------------------- the decision
+
+
+class StepRouting(Routing):
+    """A :class:`Routing` whose numbers come from one step, and are made when they are read."""
+
+    def __init__(
+        self, taken: Taken, untempered: SubsetDistribution, logits: Tensor, temperature: float | Tensor
+    ) -> None:
+        self.mask = taken.step.mask
+        self.temperature = temperature
+        self._untempered, self._logits = untempered, logits
+        self._found = Found.of(taken)
+
+    @property
+    def distribution(self) -> SubsetDistribution:
+        """See :class:`Routing`."""
+        return self._tempered
+
+    @cached_property
+    def _tempered(self) -> SubsetDistribution:
+        distribution = self._untempered.tempered(self.temperature)
+        if self._found.taken.has_moments:
+            distribution.known = self._found
+        return distribution
+
+    @property
+    def gates(self) -> Tensor:
+        """See :class:`Routing`."""
+        return self._found.gates()
+
+    @property
+    def log_prob(self) -> Tensor:
+        """See :class:`Routing`."""
+        known, recorded = self._found.taken.step.log_prob, self._found.recorded
+        if known is None or (recorded is None and _needs_grad(self._found.taken.given)):
+            return self.distribution.log_prob(self.mask)
+        return known if recorded is None else recorded.log_prob
+
+    def padded(self, width: int | None = None, pad: Pad = "distinct") -> tuple[Tensor, Tensor]:
+        """See :class:`Routing`."""
+        step, slots = self._found.taken.step, self._slots(width, pad)
+        recorded = self._found.recorded
+        weights, indices = step.weights if recorded is None else recorded.weights, step.indices
+        if slots > weights.shape[-1]:
+            return super().padded(width, pad)
+        if pad != "distinct":
+            used = torch.arange(weights.shape[-1], device=weights.device) < self.counts[:, None]
+            indices = torch.where(used, indices, self.mask.shape[-1] if pad == "sentinel" else -1)
+        return weights[:, :slots], indices[:, :slots]
