@@ -125,6 +125,10 @@ class SubsetDistribution(Distribution):
                 result = functions or engine.attach(result, logits, potential)
         return self._with_nan(result)
 
+    def inference(self) -> Inference:
+        """All that a sweep finds, by row; computed once."""
+        return self._infer()
+
     def _infer_traced(self, key_T: Tensor | None) -> Inference:
         """The same as an operator, which carries its gradient; kept unless that was switched off meanwhile."""
         result = self._cached

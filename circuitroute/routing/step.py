@@ -6,8 +6,7 @@ What is asked of a decision is not known when it is made: a training step reads 
 balance loss, perhaps a log-probability. So :class:`Steps` is one function of the logits with all of these as results,
 and the way back is one sweep for whatever gradients arrive. The results [T, E] are room that is filled when it is read.
 
-The same decision composed of its parts, which any engine and any estimator can do, stands in
-:mod:`circuitroute.routing.choice` and :mod:`circuitroute.routing.weights`; gradients of gradients go through that.
+The same composed of its parts stands in :mod:`circuitroute.routing.composed`; gradients of gradients go through that.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,36 +25,27 @@ from circuitroute.engines import Inference, engine_of
 from circuitroute.engines.step import Inputs, Rule, Slopes, Step, Stepper, Upstream
 from circuitroute.inference.distribution import SubsetDistribution
 from circuitroute.routing.choice import Batch
-from circuitroute.routing.decision import Decision, Pad, Routing
+from circuitroute.routing.composed import Results, gradients
+from circuitroute.routing.decision import Pad, Routing
 from circuitroute.routing.estimators import Estimator, NoEstimator, Score, Simple, as_estimator
-from circuitroute.routing.weights import Combine, weigh
+from circuitroute.routing.weights import Combine
 
 # The estimators that a step knows, and whether their gradient crosses the decision.
 _CROSSES = {Simple: True, Score: False, NoEstimator: False}
 
 
-class Given(NamedTuple):
-    """The inputs of a step as functions of what the caller gave."""
-
-    logits: Tensor
-    choice: Tensor
-    temperature: float | Tensor
-    potential: Tensor
-
-    @property
-    def differentiable(self) -> tuple[Tensor | None, ...]:
-        """What gradients may be asked for; the temperature only where it is a tensor."""
-        temperature = self.temperature if isinstance(self.temperature, Tensor) else None
-        return (self.logits, self.choice, temperature, self.potential)
-
-
 @dataclass(frozen=True, eq=False)
 class Taken:
-    """A step that was taken: who took it, of what, and what came out, without gradients."""
+    """A step that was taken: who took it, of what, and what came out.
+
+    Attributes:
+        given: the inputs as functions of what the caller gave.
+        inputs: the same as the engine got them, without gradients.
+    """
 
     engine: Stepper
     circuit: Compiled
-    given: Given
+    given: Inputs
     inputs: Inputs
     rule: Rule
     step: Step
@@ -89,18 +79,6 @@ class Taken:
         """The way back."""
         return self.engine.step_gradient(self.inputs, self.rule, self.step, upstream)
 
-    def composed(self) -> tuple[Tensor, ...]:
-        """The six results, composed of parts that are differentiable to any order."""
-        logits, choice, temperature, potential = self.given
-        untempered = SubsetDistribution(self.circuit, choice, potential, validate_args=False)
-        distribution = untempered.tempered(temperature)
-        decision = Decision(distribution, self.step.mask, self.step.invalid, untempered, logits, temperature)
-        gates = weigh(decision, combine=self.rule.combine, estimator="simple" if self.rule.simple else "none")
-        used = self.step.mask.gather(-1, self.step.indices)
-        weights = torch.where(used, gates.gather(-1, self.step.indices), 0.0)
-        log_prob = distribution.log_prob(self.step.mask)
-        return weights, gates, distribution.marginals, distribution.log_partition, log_prob, distribution.count_probs
-
 
 def routing(batch: Batch, share: float, *, combine: Combine, estimator: str | Estimator) -> Routing | None:
     """The decision with its weights, in one step; None where there is none for this engine, estimator or shape."""
@@ -113,7 +91,7 @@ def routing(batch: Batch, share: float, *, combine: Combine, estimator: str | Es
         return None
     choice, potential = rows.given()
     theta = choice if batch.logits is untempered.logits else batch.logits
-    given = Given(theta, choice, _temperatures(batch.temperature, theta), potential)
+    given = Inputs(theta, choice, _temperatures(batch.temperature, theta), potential, None)
     moments = share > 0 or combine == "marginal" or (crosses and _needs_grad(given))
     with torch.no_grad(), torch.autocast(theta.device.type, enabled=False):
         inputs = _detached(given)
@@ -134,7 +112,7 @@ def _temperatures(temperature: float | Tensor, logits: Tensor) -> float | Tensor
     return temperature.to(logits).expand(len(logits))
 
 
-def _detached(given: Given) -> Inputs:
+def _detached(given: Inputs) -> Inputs:
     logits = given.logits.detach().contiguous()
     by_temperature = isinstance(given.temperature, Tensor) and given.temperature.requires_grad
     # A gradient by temperature is made of that by the choice, which then must come apart from that by the weights.
@@ -146,26 +124,15 @@ def _detached(given: Given) -> Inputs:
     return Inputs(logits, choice, temperature, given.potential.detach().contiguous(), None)
 
 
-def _needs_grad(given: Given) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given.differentiable)
+def _needs_grad(given: Inputs) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in given)
 
 
 # ---------------------------------------------------------------------------------------------- with gradients
 
 
-class _Results(NamedTuple):
-    """What was found, as functions of the inputs; the fields of :class:`~circuitroute.engines.step.Upstream`."""
-
-    weights: Tensor
-    gates: Tensor
-    marginals: Tensor
-    log_partition: Tensor
-    log_prob: Tensor
-    count_probs: Tensor
-
-
 class Steps(torch.autograd.Function):
-    """(logits, choice, temperature, potential) -> :class:`_Results`, of a step that was taken already."""
+    """(logits, choice, temperature, potential) -> :class:`Results`, of a step that was taken already."""
 
     @staticmethod
     def forward(
@@ -190,7 +157,10 @@ class Steps(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         taken, wanted = ctx.taken, ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
-            return (*_composed_gradients(taken, upstream, wanted), None, None)
+            again = gradients(
+                taken.circuit, taken.given, taken.rule, taken.step, Upstream(*upstream), create_graph=True
+            )
+            return (*again, None, None)
         slopes = taken.gradient(Upstream(*upstream))
         by_logits, by_choice, by_potential = slopes
         by_temperature = None
@@ -211,29 +181,15 @@ def _alias(found: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if found is None else found.detach()
 
 
-def _composed_gradients(
-    taken: Taken, upstream: tuple[Tensor | None, ...], wanted: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    """The same gradients as functions of inputs and upstream, differentiable to any order."""
-    results = zip(taken.composed(), upstream, strict=True)
-    pairs = [(x, g.to(x.dtype)) for x, g in results if g is not None and x.requires_grad]
-    leaves = [x for x, want in zip(taken.given.differentiable, wanted, strict=True) if want]
-    if not pairs:
-        return (None,) * len(wanted)
-    outputs, gradients = [x for x, _ in pairs], [g for _, g in pairs]
-    found = iter(torch.autograd.grad(outputs, leaves, gradients, create_graph=True, allow_unused=True))  # type: ignore[arg-type]
-    return tuple(next(found) if want else None for want in wanted)
-
-
-def _attached(taken: Taken) -> _Results:
-    logits, choice, temperature, potential = taken.given
+def _attached(taken: Taken) -> Results:
+    logits, choice, temperature, potential, _ = taken.given
     inputs = (
         logits,
         None if choice is logits else choice,
         temperature if isinstance(temperature, Tensor) else None,
         potential,
     )
-    return _Results(*Steps.apply(*inputs, taken, taken.room))  # type: ignore[no-untyped-call]
+    return Results(*Steps.apply(*inputs, taken, taken.room))  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,7 +200,7 @@ class Found:
     """
 
     taken: Taken
-    results: _Results | None
+    results: Results | None
 
     @staticmethod
     def of(taken: Taken) -> Found:
@@ -252,7 +208,7 @@ class Found:
         return Found(taken, _attached(taken) if _needs_grad(taken.given) else None)
 
     @property
-    def recorded(self) -> _Results | None:
+    def recorded(self) -> Results | None:
         """The functions, if gradients are recorded now."""
         return self.results if torch.is_grad_enabled() else None
 
@@ -277,7 +233,7 @@ class Found:
         with torch.no_grad():
             return self.taken.marginals
 
-    def _inference(self, found: Step | _Results, marginals: Tensor) -> Inference:
+    def _inference(self, found: Step | Results, marginals: Tensor) -> Inference:
         step = self.taken.step
         if found.log_partition is None or step.shift is None or step.log_root is None:
             raise RuntimeError("a step without moments knows no distribution")  # cannot happen
@@ -321,7 +277,7 @@ class StepRouting(Routing):
     def log_prob(self) -> Tensor:
         """See :class:`Routing`."""
         known, recorded = self._found.taken.step.log_prob, self._found.recorded
-        if known is None or (recorded is None and _needs_grad(self._found.taken.given)):
+        if known is None:
             return self.distribution.log_prob(self.mask)
         return known if recorded is None else recorded.log_prob
 
