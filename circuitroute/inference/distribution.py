@@ -131,7 +131,8 @@ class SubsetDistribution(Distribution):
 
     def _infer_traced(self, key_T: Tensor | None) -> Inference:
         """The same as an operator, which carries its gradient; kept unless that was switched off meanwhile."""
-        result = self._cached
+        known = self.known.functions() if self.known is not None and key_T is None else None
+        result = self._cached if known is None else known
         if result is None or key_T is not None:
             result = ops.infer(self.circuit, *self.rows.inputs(), key_T)
             if torch.is_grad_enabled() or not (self.logits.requires_grad or _requires_grad(self.count_potential)):

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from circuitroute.circuit import Compiled
+from circuitroute.engines import engine_of
 from circuitroute.engines.step import Inputs, Rule, Slopes, Step, Upstream
 from circuitroute.inference.distribution import SubsetDistribution
 from circuitroute.routing.choice import Batch, decided
 from circuitroute.routing.decision import Decision, chosen_first
-from circuitroute.routing.weights import weigh
+from circuitroute.routing.weights import relative_weights, weigh, weigh_by_logits
 
 
 class Results(NamedTuple):
@@ -69,6 +70,25 @@ def gradients(
     return tuple(next(found) if x is not None and x.requires_grad else None for x in candidates)
 
 
+def by_input(slopes: Slopes, inputs: Inputs, one: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """The gradients of logits, choice, temperature and potential that slopes are; None for what is no tensor.
+
+    Args:
+        one: whether the choice is the logits, even where they were given as two.
+    """
+    by_logits, by_choice, by_potential = slopes
+    by_temperature = None
+    if by_choice is not None and isinstance(inputs.temperature, Tensor):
+        # a / t moves by -a / t^2 along t, and its slope is t times that of a.
+        moved = torch.where(torch.isinf(inputs.choice), 0.0, inputs.choice)
+        by_temperature = -(by_choice * moved).sum(-1) / inputs.temperature
+    if by_choice is not None and one:
+        by_logits, by_choice = by_logits + by_choice, None
+    if inputs.potential.dim() == 1:
+        by_potential = by_potential.sum(0)
+    return by_logits, by_choice, by_temperature, by_potential
+
+
 class ComposedSteps:
     """The steps of a circuit on whatever engine it has; a :class:`~circuitroute.engines.step.Stepper`."""
 
@@ -105,19 +125,77 @@ class ComposedSteps:
         out_TN.copy_(self._distribution(inputs).tempered(inputs.temperature).marginals)
 
     def step_gradient(self, inputs: Inputs, rule: Rule, step: Step, upstream: Upstream) -> Slopes:
-        """See :class:`~circuitroute.engines.step.Stepper`."""
-        with torch.enable_grad():
-            logits = inputs.logits.detach().requires_grad_()
-            choice = logits if inputs.choice is inputs.logits else inputs.choice.detach().requires_grad_()
-            potential = inputs.potential.expand(len(logits), -1).detach().requires_grad_()
-            leaves = inputs._replace(logits=logits, choice=choice, potential=potential)
-            found = gradients(self.circuit, leaves, rule, step, upstream, create_graph=False)
-        by_logits, by_choice, _, by_potential = found
-        return Slopes(
-            logits=torch.zeros_like(logits) if by_logits is None else by_logits,
-            choice=None if choice is logits else torch.zeros_like(choice) if by_choice is None else by_choice,
-            potential=torch.zeros_like(potential) if by_potential is None else by_potential,
-        )
+        """See :class:`~circuitroute.engines.step.Stepper`; the formulas are those of its module."""
+        tempered = self._distribution(inputs).tempered(inputs.temperature)
+        v = _gates_gradient(step, upstream)
+        u, by_weights = weights_gradient(inputs.logits, step.mask, tempered.marginals, v, rule)
+        moments = (upstream.log_partition, upstream.log_prob, _sum(u, upstream.marginals), upstream.count_probs)
+        by_logits, by_potential = moments_gradient(tempered, step.mask, *moments)
+        temperature = inputs.temperature
+        by_choice = by_logits / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
+        lost = step.invalid[:, None]
+        by_weights, by_choice, by_potential = (x.masked_fill(lost, 0.0) for x in (by_weights, by_choice, by_potential))
+        if inputs.choice is inputs.logits:
+            return Slopes(by_weights + by_choice, None, by_potential)
+        return Slopes(by_weights, by_choice, by_potential)
 
     def _distribution(self, inputs: Inputs) -> SubsetDistribution:
         return SubsetDistribution(self.circuit, inputs.choice, inputs.potential, validate_args=False)
+
+
+# ---------------------------------------------------------------------------------------------- the way back, plainly
+
+
+def _sum(a: Tensor, b: Tensor | None) -> Tensor:
+    return a if b is None else a + b
+
+
+def _gates_gradient(step: Step, upstream: Upstream) -> Tensor:
+    """[T, E] v, what reaches the gates, from the slots too."""
+    v = torch.zeros(step.mask.shape, dtype=step.weights.dtype, device=step.weights.device)
+    if upstream.weights is not None:
+        used = step.mask.gather(-1, step.indices)
+        v.scatter_(-1, step.indices, torch.where(used, upstream.weights, 0.0))
+    return _sum(v, upstream.gates)
+
+
+def weights_gradient(logits: Tensor, mask: Tensor, marginals: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    """[T, E] each: what reaches the marginals, and the gradient of the weights' own logits."""
+    z = mask.to(logits.dtype)
+    if rule.combine == "marginal":
+        return v * (marginals + z) if rule.simple else v * z, torch.zeros_like(v)
+    w = weigh_by_logits(torch.ones_like(logits), mask, logits, rule.combine)
+    if rule.combine == "sigmoid":
+        return v * w if rule.simple else torch.zeros_like(v), v * z * w * (1 - w)
+    if rule.combine == "softmax":
+        mean = (v * z * w).sum(-1, keepdim=True)
+        return v * w if rule.simple else torch.zeros_like(v), w * (v * z - mean)
+    w = relative_weights(mask, logits)
+    excess = w * (v - (v * z * w).sum(-1, keepdim=True))
+    return excess if rule.simple else torch.zeros_like(v), z * excess
+
+
+def moments_gradient(
+    distribution: SubsetDistribution,
+    mask: Tensor,
+    w_T: Tensor | None,
+    c_T: Tensor | None,
+    u_TE: Tensor,
+    v_TJ: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """([T, E], [T, J]) the gradients of logits and potential, of what reaches log Z, log p(z), marginals, posterior."""
+    logits, potential = (x.detach() for x in distribution.rows.inputs() if x is not None)
+    potential = potential.expand(len(logits), -1)
+    zeros = u_TE.new_zeros(len(u_TE))
+    score = zeros if c_T is None else c_T
+    leaves = [logits.requires_grad_(), potential.requires_grad_()]
+    engine = engine_of(distribution.circuit, logits.device)
+    with torch.enable_grad():
+        found = engine.attach(engine.infer(logits.detach(), potential.detach()), *leaves)
+        outputs = [found.log_partition, found.marginals, found.count_probs]
+        upstream = [(zeros if w_T is None else w_T) - score, u_TE, v_TJ]
+        pairs = [(x, g) for x, g in zip(outputs, upstream, strict=True) if x is not None and g is not None]
+        by_logits, by_potential = torch.autograd.grad([x for x, _ in pairs], leaves, [g for _, g in pairs])
+    by_logits = by_logits + torch.where(torch.isinf(logits), 0.0, score[:, None] * mask)
+    chosen = mask.sum(-1, keepdim=True)
+    return by_logits.detach(), by_potential.scatter_add(-1, chosen, score[:, None]).detach()

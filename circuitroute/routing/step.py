@@ -24,8 +24,9 @@ from circuitroute.circuit import Compiled
 from circuitroute.engines import Inference, engine_of
 from circuitroute.engines.step import Inputs, Rule, Slopes, Step, Stepper, Upstream
 from circuitroute.inference.distribution import SubsetDistribution
+from circuitroute.routing import traced
 from circuitroute.routing.choice import Batch
-from circuitroute.routing.composed import Results, gradients
+from circuitroute.routing.composed import Results, by_input, gradients
 from circuitroute.routing.decision import Pad, Routing
 from circuitroute.routing.estimators import Estimator, NoEstimator, Score, Simple, as_estimator
 from circuitroute.routing.weights import Combine
@@ -50,16 +51,11 @@ class Taken:
     rule: Rule
     step: Step
 
-    @property
-    def has_moments(self) -> bool:
-        """Whether more than the decision is known."""
-        return self.step.shift is not None
-
     @cached_property
     def room(self) -> tuple[Tensor, Tensor]:
         """Memory for gates and marginals, [T, E]."""
         like, shape = self.step.weights, self.step.mask.shape
-        return like.new_empty(shape), like.new_empty(shape if self.has_moments else 0)
+        return like.new_empty(shape), like.new_empty(0 if self.step.shift is None else shape)
 
     @cached_property
     def gates(self) -> Tensor:
@@ -83,26 +79,36 @@ class Taken:
 def routing(batch: Batch, share: float, *, combine: Combine, estimator: str | Estimator) -> Routing | None:
     """The decision with its weights, in one step; None where there is none for this engine, estimator or shape."""
     untempered, crosses = batch.untempered, _CROSSES.get(type(as_estimator(estimator)))
-    if is_compiling() or crosses is None or untempered.circuit.counts is None:
+    if crosses is None or untempered.circuit.counts is None:
         return None
-    engine = engine_of(untempered.circuit, batch.logits.device)
-    rows = untempered.rows
-    if not isinstance(engine, Stepper) or (not batch.logits.is_cuda and rows.nan is not None):
-        return None
-    choice, potential = rows.given()
+    choice, potential = untempered.rows.given()
     theta = choice if batch.logits is untempered.logits else batch.logits
     given = Inputs(theta, choice, _temperatures(batch.temperature, theta), potential, None)
-    moments = share > 0 or combine == "marginal" or (crosses and _needs_grad(given))
-    with torch.no_grad(), torch.autocast(theta.device.type, enabled=False):
+    rule = Rule(combine, share, crosses)
+    found = _traced(batch, given, rule) if is_compiling() else _found(batch, given, rule)
+    return None if found is None else StepRouting(found, untempered, batch.logits, batch.temperature)
+
+
+def _found(batch: Batch, given: Inputs, rule: Rule) -> Found | None:
+    untempered = batch.untempered
+    engine = engine_of(untempered.circuit, given.logits.device)
+    if not isinstance(engine, Stepper) or (not given.logits.is_cuda and untempered.rows.nan is not None):
+        return None
+    moments = rule.share > 0 or rule.combine == "marginal" or (rule.simple and _needs_grad(given))
+    with torch.no_grad(), torch.autocast(given.logits.device.type, enabled=False):
         inputs = _detached(given)
         if not engine.steps(inputs):
             return None
-        if share > 0:
+        if rule.share > 0:
             inputs = inputs._replace(key=untempered.keys(batch.key))
-        rule = Rule(combine, share, crosses)
         step = engine.step(inputs, rule, moments)
-    taken = Taken(engine, untempered.circuit, given, inputs, rule, step)
-    return StepRouting(taken, untempered, batch.logits, batch.temperature)
+    return Found(Taken(engine, untempered.circuit, given, inputs, rule, step))
+
+
+def _traced(batch: Batch, given: Inputs, rule: Rule) -> Found:
+    keys = batch.untempered.keys(batch.key) if rule.share > 0 else None
+    results, step = traced.step(batch.untempered.circuit, given._replace(key=keys), rule)
+    return TracedFound(step, results)
 
 
 def _temperatures(temperature: float | Tensor, logits: Tensor) -> float | Tensor:
@@ -162,18 +168,8 @@ class Steps(torch.autograd.Function):
             )
             return (*again, None, None)
         slopes = taken.gradient(Upstream(*upstream))
-        by_logits, by_choice, by_potential = slopes
-        by_temperature = None
-        if wanted[2] and by_choice is not None:
-            # a / t: the slope along t is that along a times -a / t.
-            moved = torch.where(torch.isinf(taken.inputs.choice), 0.0, taken.inputs.choice)
-            by_temperature = -(by_choice * moved).sum(-1) / taken.inputs.temperature
-        if not wanted[1] and taken.given.choice is taken.given.logits and by_choice is not None:
-            by_logits = by_logits + by_choice
-        if taken.given.potential.dim() == 1 and wanted[3]:
-            by_potential = by_potential.sum(0)
-        by_input = (by_logits, by_choice, by_temperature, by_potential)
-        return (*(x if want else None for x, want in zip(by_input, wanted, strict=True)), None, None)
+        found = by_input(slopes, taken.inputs, one=taken.given.choice is taken.given.logits)
+        return (*(x if want else None for x, want in zip(found, wanted, strict=True)), None, None)
 
 
 def _alias(found: Tensor | None, like: Tensor) -> Tensor:
@@ -192,20 +188,15 @@ def _attached(taken: Taken) -> Results:
     return Results(*Steps.apply(*inputs, taken, taken.room))  # type: ignore[no-untyped-call]
 
 
-@dataclass(frozen=True, eq=False)
 class Found:
     """What a step found, as values and, if gradients were recorded when it was taken, as functions of its inputs.
 
     A distribution keeps this as what is known of it, so this knows no distribution: a circle would outlive its use.
     """
 
-    taken: Taken
-    results: Results | None
-
-    @staticmethod
-    def of(taken: Taken) -> Found:
-        """With gradients, where they are wanted."""
-        return Found(taken, _attached(taken) if _needs_grad(taken.given) else None)
+    def __init__(self, taken: Taken) -> None:
+        self.taken, self.step = taken, taken.step
+        self.results = _attached(taken) if _needs_grad(taken.given) else None
 
     @property
     def recorded(self) -> Results | None:
@@ -214,14 +205,14 @@ class Found:
 
     def values(self) -> Inference:
         """See :class:`circuitroute.inference.distribution.Known`."""
-        return self._inference(self.taken.step, self._marginals())
+        return inference(self.step, self.step, self._marginals())
 
     def functions(self) -> Inference | None:
         """See :class:`circuitroute.inference.distribution.Known`."""
         if self.recorded is None:
             return None
         self._marginals()  # fills what is returned
-        return self._inference(self.recorded, self.recorded.marginals)
+        return inference(self.step, self.recorded, self.recorded.marginals)
 
     def gates(self) -> Tensor:
         """[T, E]."""
@@ -233,13 +224,34 @@ class Found:
         with torch.no_grad():
             return self.taken.marginals
 
-    def _inference(self, found: Step | Results, marginals: Tensor) -> Inference:
-        step = self.taken.step
-        if found.log_partition is None or step.shift is None or step.log_root is None:
-            raise RuntimeError("a step without moments knows no distribution")  # cannot happen
-        return Inference(
-            found.log_partition, marginals, found.count_probs, step.shift, step.log_root, step.mask, step.fallback
-        )
+
+class TracedFound(Found):
+    """The same in a traced program, where all is made at once."""
+
+    def __init__(self, step: Step, results: Results) -> None:
+        self.step, self.results = step, results
+        self._made = results
+
+    def values(self) -> Inference:
+        """See :class:`circuitroute.inference.distribution.Known`."""
+        return inference(self.step, self._made, self._made.marginals)
+
+    def functions(self) -> Inference:
+        """See :class:`circuitroute.inference.distribution.Known`."""
+        return self.values()
+
+    def gates(self) -> Tensor:
+        """[T, E]."""
+        return self._made.gates
+
+
+def inference(step: Step, found: Step | Results, marginals: Tensor) -> Inference:
+    """What a sweep would find."""
+    if found.log_partition is None or step.shift is None or step.log_root is None:
+        raise RuntimeError("a step without moments knows no distribution")  # cannot happen
+    return Inference(
+        found.log_partition, marginals, found.count_probs, step.shift, step.log_root, step.mask, step.fallback
+    )
 
 
 # ---------------------------------------------------------------------------------------------- the decision
@@ -249,24 +261,23 @@ class StepRouting(Routing):
     """A :class:`Routing` whose numbers come from one step, and are made when they are read."""
 
     def __init__(
-        self, taken: Taken, untempered: SubsetDistribution, logits: Tensor, temperature: float | Tensor
+        self, found: Found, untempered: SubsetDistribution, logits: Tensor, temperature: float | Tensor
     ) -> None:
-        self.mask = taken.step.mask
+        self.mask = found.step.mask
         self.temperature = temperature
         self._untempered, self._logits = untempered, logits
-        self._found = Found.of(taken)
+        self._found = found
+        self._tempered: SubsetDistribution | None = None
 
     @property
     def distribution(self) -> SubsetDistribution:
         """See :class:`Routing`."""
+        # Made when it is read. No cached_property: torch.compile cannot trace that of Python 3.11, which has a lock.
+        if self._tempered is None:
+            self._tempered = self._untempered.tempered(self.temperature)
+            if self._found.step.shift is not None:
+                self._tempered.known = self._found
         return self._tempered
-
-    @cached_property
-    def _tempered(self) -> SubsetDistribution:
-        distribution = self._untempered.tempered(self.temperature)
-        if self._found.taken.has_moments:
-            distribution.known = self._found
-        return distribution
 
     @property
     def gates(self) -> Tensor:
@@ -276,14 +287,14 @@ class StepRouting(Routing):
     @property
     def log_prob(self) -> Tensor:
         """See :class:`Routing`."""
-        known, recorded = self._found.taken.step.log_prob, self._found.recorded
+        known, recorded = self._found.step.log_prob, self._found.recorded
         if known is None:
             return self.distribution.log_prob(self.mask)
         return known if recorded is None else recorded.log_prob
 
     def padded(self, width: int | None = None, pad: Pad = "distinct") -> tuple[Tensor, Tensor]:
         """See :class:`Routing`."""
-        step, slots = self._found.taken.step, self._slots(width, pad)
+        step, slots = self._found.step, self._slots(width, pad)
         recorded = self._found.recorded
         weights, indices = step.weights if recorded is None else recorded.weights, step.indices
         if slots > weights.shape[-1]:

@@ -5,21 +5,16 @@ Legend: T tokens, E experts; z the 0/1 mask of the chosen experts, g the estimat
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, get_args
-
 import torch
 from torch import Tensor
 
 from circuitroute.engines import certainly_finite
+from circuitroute.engines.step import COMBINES as COMBINES
+from circuitroute.engines.step import MAX_RELATIVE_LOGIT
+from circuitroute.engines.step import Combine as Combine
 from circuitroute.inference.rows import cannot_look
 from circuitroute.routing.decision import Decision
 from circuitroute.routing.estimators import Dense, Estimator, as_estimator
-
-Combine: TypeAlias = Literal["softmax", "normalized", "sigmoid", "marginal"]
-COMBINES = get_args(Combine)  # here, since torch 2.6 cannot trace get_args
-
-# An unchosen expert's weight relative to the chosen ones enters a gradient only; e^30 keeps that finite.
-MAX_RELATIVE_LOGIT = 30.0
 
 
 def weigh(
@@ -103,9 +98,21 @@ def _dense(decision: Decision, logits: Tensor, combine: Combine) -> Tensor:
 
 def _normalized(g: Tensor, mask: Tensor, logits: Tensor) -> Tensor:
     """Softmax over the chosen experts, written with g so that its gradient reaches the unchosen ones."""
+    weights = g * _relative(mask, logits)
+    total = weights.sum(-1, keepdim=True)
+    return weights / torch.where(total > 0, total, 1.0)
+
+
+def _relative(mask: Tensor, logits: Tensor) -> Tensor:
+    """[T, E] each expert's weight over that of the largest chosen one."""
     finite = torch.where(logits == torch.inf, torch.finfo(logits.dtype).max, logits)
     top = torch.where(mask, finite, -torch.inf).amax(-1, keepdim=True).detach()
     top = torch.where(torch.isinf(top), 0.0, top)  # nothing chosen
-    weights = g * (finite - top).clamp(max=MAX_RELATIVE_LOGIT).exp()
-    total = weights.sum(-1, keepdim=True)
+    return (finite - top).clamp(max=MAX_RELATIVE_LOGIT).exp()
+
+
+def relative_weights(mask: Tensor, logits: Tensor) -> Tensor:
+    """[T, E] each expert's weight over the sum of the chosen ones': the normalized rule for every expert."""
+    weights = _relative(mask, logits)
+    total = torch.where(mask, weights, 0.0).sum(-1, keepdim=True)
     return weights / torch.where(total > 0, total, 1.0)
