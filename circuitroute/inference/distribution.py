@@ -97,7 +97,7 @@ class SubsetDistribution(Distribution):
         validate_args: bool | None = None,
     ) -> None:
         self.circuit = circuit
-        checked = _validating(validate_args)
+        checked = validating(validate_args)
         self.rows = Rows.of(circuit, logits, count_potential, checked)
         self.logits, self.count_potential = self.rows.logits, self.rows.count_potential
         self.known: Known | None = None
@@ -153,6 +153,15 @@ class SubsetDistribution(Distribution):
             inference.mask,
             inference.fallback,
         )
+
+    def check(self) -> None:
+        """Check values after all, as with ``validate_args``, and from here on.
+
+        Raises:
+            ValueError: see :class:`SubsetDistribution`.
+        """
+        self.rows.check()
+        self._validate_args = True
 
     def invalid_rows(self) -> Tensor | None:
         """[...] bool, rows with NaN or without any subset; None where there are none; validation refuses them."""
@@ -484,7 +493,7 @@ class SubsetDistribution(Distribution):
         return f"SubsetDistribution({self.circuit.constraint!r}, n={self.circuit.n}, batch={tuple(self._batch_shape)})"
 
 
-def _validating(validate_args: bool | None) -> bool:
+def validating(validate_args: bool | None) -> bool:
     """A traced program cannot branch on values: its rows go unchecked, and bad ones are NaN alone."""
     if is_compiling():
         return False

@@ -36,7 +36,6 @@ class Rows:
         count_potential: [J] or [..., J], or None.
         batch_shape: the leading dimensions of both together.
         finite: whether all logits are known to be finite: no evidence, no NaN. Never known where looking is ruled out.
-        nan: [T] bool, rows with NaN in logits or potential; None where there are none.
     """
 
     circuit: Compiled
@@ -44,7 +43,7 @@ class Rows:
     count_potential: Tensor | None
     batch_shape: Size
     finite: bool
-    nan: Tensor | None
+    _nan: list[Tensor | None]  # what is known of NaN: one entry, or none yet
 
     @staticmethod
     def of(circuit: Compiled, logits: Tensor, count_potential: Tensor | None, validate: bool) -> Rows:
@@ -61,15 +60,27 @@ class Rows:
             logits = logits.expand(*batch_shape, circuit.n)
         blind = cannot_look(logits) and not validate
         finite = not blind and certainly_finite(logits)
-        nan = None if finite and count_potential is None else _nan_rows(logits, count_potential, batch_shape)
-        if nan is not None and not blind and not bool(nan.any()):
-            nan = None
-        rows = Rows(circuit, logits, count_potential, batch_shape, finite, nan)
+        rows = Rows(circuit, logits, count_potential, batch_shape, finite, [])
+        if finite and count_potential is None:
+            rows._nan.append(None)
+        elif not blind:
+            bad = _nan_rows(logits, count_potential, batch_shape)
+            rows._nan.append(bad if bool(bad.any()) else None)
         if validate:
-            rows._check()
+            rows.check()
         return rows
 
-    def _check(self) -> None:
+    @property
+    def nan(self) -> Tensor | None:
+        """[T] bool, rows with NaN in logits or potential; None where there are none.
+
+        Where looking is ruled out it is found when it is asked for: an engine's fused step finds out by itself.
+        """
+        if not self._nan:
+            self._nan.append(_nan_rows(self.logits, self.count_potential, self.batch_shape))
+        return self._nan[0]
+
+    def check(self) -> None:
         """Refuse NaN, +inf in the potential, and rows that are left without a subset, by name."""
         for name, values in (("logits hold", self.logits), ("count_potential holds", self.count_potential)):
             if self.nan is not None and values is not None and bool((bad := values.isnan().any(-1)).any()):

@@ -9,10 +9,11 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, float32, promote_types
+from torch.compiler import is_compiling
 
 from circuitroute._validate import as_mask, as_number
 from circuitroute.circuit import Compiled, boolean
-from circuitroute.inference.distribution import SubsetDistribution
+from circuitroute.inference.distribution import SubsetDistribution, validating
 from circuitroute.inference.evidence import rows_text
 from circuitroute.inference.rows import cannot_look
 from circuitroute.inference.temperature import as_temperature
@@ -73,12 +74,14 @@ class Batch(NamedTuple):
             the choice.
         temperature: a number, or a tensor [] or [T].
         key: as given, or [T].
+        unchecked: whether values are still to be checked: on a GPU that is left to who decides.
     """
 
     untempered: SubsetDistribution
     logits: Tensor
     temperature: float | Tensor
     key: Tensor | int | None
+    unchecked: bool = False
 
     @staticmethod
     def of(
@@ -96,10 +99,11 @@ class Batch(NamedTuple):
         if isinstance(logits, Tensor) and logits.dim() > 0:
             logits, count_potential, key = _flatten(logits, count_potential, key)
         moved = logits if shift is None else logits + shift.to(logits.device, promote_types(logits.dtype, float32))
-        untempered = SubsetDistribution(circuit, moved, count_potential, validate_args=validate_args)
+        unchecked = moved.is_cuda and not is_compiling() and validating(validate_args)
+        untempered = SubsetDistribution(circuit, moved, count_potential, False if unchecked else validate_args)
         temperature = temperature_of(temperature, batch)
         given = untempered.logits if shift is None else logits.to(untempered.logits.dtype)
-        return Batch(untempered, given, temperature, key)
+        return Batch(untempered, given, temperature, key, unchecked)
 
 
 def decided(
@@ -107,6 +111,8 @@ def decided(
 ) -> Decision:
     """:func:`decide`, of arguments that are checked already."""
     untempered, temperature = batch.untempered, batch.temperature
+    if batch.unchecked:
+        untempered.check()
     distribution = untempered.tempered(temperature)
     if replay is None:
         mask = _chosen(distribution, untempered, share, rule, batch.key)
@@ -144,7 +150,8 @@ def shift_of(price: float | Tensor | None, bias: Tensor | None, logits: Tensor, 
         raise ValueError(f"bias has shape {tuple(bias.shape)}: expected one number per expert, ({experts},)")
     if price is None:
         return bias
-    given = price if isinstance(price, Tensor) else torch.tensor(as_number("price", price))
+    # Filled where it is wanted: a copy to a GPU would wait for it.
+    given = price if isinstance(price, Tensor) else torch.full((), as_number("price", price), device=logits.device)
     if not cannot_look(given) and not bool(given.isfinite().all()):
         raise ValueError(f"price={price}: must be finite")
     lower = per_token("price", given, logits.shape[:-1])[..., None]

@@ -61,7 +61,8 @@ def route(
         bias: [E], added to the logits for the choice alone, as auxiliary-loss-free balancing does.
         count_potential: [K + 1] or [T, K + 1], see :class:`SubsetDistribution`.
         validate_args: whether to check values; None follows torch.distributions. Without it, rows with NaN or
-            with evidence that leaves nothing choose no expert and have NaN gates, in those rows alone.
+            with evidence that leaves nothing choose no expert and have NaN gates, in those rows alone. On a GPU the
+            host does not wait for what is wrong with values: a later routing step raises it.
 
     Raises:
         ValueError: shapes that do not fit, an unknown option, NaN or unsatisfiable rows, a temperature that is not

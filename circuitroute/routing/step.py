@@ -28,6 +28,7 @@ from circuitroute.routing import traced
 from circuitroute.routing.choice import Batch
 from circuitroute.routing.composed import Results, by_input, gradients
 from circuitroute.routing.decision import Pad, Routing
+from circuitroute.routing.deferred import watch
 from circuitroute.routing.estimators import Estimator, NoEstimator, Score, Simple, as_estimator
 from circuitroute.routing.weights import Combine
 
@@ -102,6 +103,8 @@ def _found(batch: Batch, given: Inputs, rule: Rule) -> Found | None:
         if rule.share > 0:
             inputs = inputs._replace(key=untempered.keys(batch.key))
         step = engine.step(inputs, rule, moments)
+        if batch.unchecked:
+            watch(step.invalid, f"{untempered.circuit.constraint!r} over {untempered.circuit.n} experts")
     return Found(Taken(engine, untempered.circuit, given, inputs, rule, step))
 
 
