@@ -24,7 +24,7 @@ H being the second derivative of log Z, see :mod:`circuitroute.engines.autograd`
     sigmoid      v_j z_j w_j (1 - w_j)
 
 Infinite logits are evidence: they are no arguments of p and get no gradient. Rows with NaN, or that nothing satisfies,
-choose no expert; their numbers are NaN and their gradients 0.
+choose no expert: they are marked, their slots are unused, their other numbers are NaN and their gradients 0.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ COMBINES = get_args(Combine)  # here, since torch 2.6 cannot trace get_args
 
 # An unchosen expert's weight relative to the chosen ones enters a gradient only; e^30 keeps that finite.
 MAX_RELATIVE_LOGIT = 30.0
+
+# Mixed into the key that says whether a token is sampled, so that what is drawn then does not depend on it.
+SHARE = 0x5A4E
 
 
 class Inputs(NamedTuple):
@@ -83,6 +86,7 @@ class Step:
             unused slots.
         indices: [T, S] int64, these experts, then the largest others likewise.
         mask: [T, N] bool, z.
+        invalid: [T] bool, rows with NaN, or that nothing satisfies.
         count_probs: [T, J] q; None, like all that follows, where only the mode was asked for.
         log_partition: [T] log Z.
         log_prob: [T] log p(z).
@@ -92,6 +96,7 @@ class Step:
     weights: Tensor
     indices: Tensor
     mask: Tensor
+    invalid: Tensor
     count_probs: Tensor | None = None
     log_partition: Tensor | None = None
     log_prob: Tensor | None = None
@@ -134,8 +139,8 @@ class Stepper(Protocol):
         """Decide and weigh; without ``moments``, all that is asked of p is the decision."""
         ...
 
-    def step_marginals(self, inputs: Inputs, step: Step) -> Tensor:
-        """[T, N] the marginals of p, around what a step with moments found."""
+    def step_marginals(self, inputs: Inputs, step: Step, out_TN: Tensor) -> None:
+        """Fill in the marginals of p, around what a step with moments found."""
         ...
 
     def step_gradient(self, inputs: Inputs, rule: Rule, step: Step, upstream: Upstream) -> Slopes:
