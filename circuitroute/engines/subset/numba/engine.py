@@ -127,11 +127,28 @@ class NumbaSubset(SweepEngine):
         found, underflow, uncertain = _step(inputs, rule, moments, None)
         doubtful = (underflow | uncertain).nonzero().squeeze(1)
         if len(doubtful):
-            self._settle_step(inputs, rule, moments, found, doubtful)
+            under = underflow[doubtful]
+            if under.any():
+                self._settle_step(inputs, rule, moments, found, doubtful[under])
+                doubtful = doubtful[~under]
+        if len(doubtful):
+            self._redraw_step(inputs, rule, moments, found, doubtful)
         return found
 
+    def _redraw_step(self, inputs: StepInputs, rule: Rule, moments: bool, found: Step, rows: Tensor) -> None:
+        """The decision of a few sampled rows, drawn in float64, with its weights and slots; their moments are right."""
+        from circuitroute.engines.subset.numba import unsettled
+
+        few = unsettled.at(inputs, rows)
+        given = Inputs(unsettled.divided(few), few.potential)
+        mask = self._exact(given).sample(*given.double(), _given(few.key))
+        again, _, _ = _step(few, rule, moments, mask)
+        found.weights[rows], found.indices[rows], found.mask[rows] = again.weights, again.indices, mask
+        if found.log_prob is not None and again.log_prob is not None:
+            found.log_prob[rows] = again.log_prob
+
     def _settle_step(self, inputs: StepInputs, rule: Rule, moments: bool, found: Step, rows: Tensor) -> None:
-        """The decision of a few rows, and what is known of them, by the policy; their weights and slots once more."""
+        """A few rows that underflow, right nowhere yet: decision and moments by the policy, then weights and slots."""
         from circuitroute.engines.subset.numba import unsettled
 
         few = unsettled.at(inputs, rows)
@@ -147,10 +164,9 @@ class NumbaSubset(SweepEngine):
         found.weights[rows], found.indices[rows], found.mask[rows] = weights, again.indices, mask
         if not moments:
             return
-        # Uncertain rows are right but for their sample; the others are right nowhere.
-        score = unsettled.log_prob(few, mask, exact.shift, exact.log_root)
         for name in ("count_probs", "log_partition", "shift", "log_root", "fallback"):
             getattr(found, name)[rows] = getattr(exact, name)
+        score = unsettled.log_prob(few, mask, exact.shift, exact.log_root)
         _given(found.log_prob)[rows] = score.to(inputs.logits.dtype)
 
     @torch.no_grad()
