@@ -302,13 +302,13 @@ def test_nowhere_to_keep_kernels_is_told(monkeypatch, caplog):
 
     monkeypatch.setattr(type(sweep.forward), "enable_caching", fail)
     with caplog.at_level(logging.INFO, logger="circuitroute"):
-        assert sweep._kernel(lambda x: x)(3) == 3
+        assert sweep.kernel(lambda x: x)(3) == 3
     assert "no locator available for file 'sweep.py': compiled kernels last for this process only" in caplog.text
 
 
 def test_the_cache_on_disk_knows_every_source():
     """Numba looks at the file of a cached function only; the digest of all of them is one of its constants."""
     sweep = engine._kernels()
-    assert {"sweep.py", "tree.py", "lanes.py", "polynomials.py"} <= {path.name for path in sweep._sources()}
+    assert {"sweep.py", "tree.py", "lanes.py", "polynomials.py"} <= {path.name for path in sweep.sources()}
     for kernel in (sweep.forward, sweep.second_derivative):
-        assert [cell.cell_contents for cell in kernel.py_func.__closure__] == [sweep._source_digest()]
+        assert [cell.cell_contents for cell in kernel.py_func.__closure__] == [sweep.source_digest()]

@@ -48,7 +48,7 @@ def coins(x, n, high, low, tree, present):
 
 @inlined
 def log_normaliser(x, n, s, tree, spare):
-    """float64 lanes: the sum of max(x - s, 0) - log max(p, q) over undecided variables.
+    """float64 lanes: the sum of max(x - s, 0) - log max(p, q) over undecided variables, and that of log max(p, q).
 
     The first part is summed as the logits above s, less s times their number, for the reason that
     :func:`circuitroute.engines.coins.log_normaliser` gives.
@@ -67,4 +67,5 @@ def log_normaliser(x, n, s, tree, spare):
         product = product * as_double(maximum(p, q))
         if i % 512 == 511:
             log_product, product = log_product + log(product, spare), zero + 1.0
-    return logits - s * number - log_product - log(product, spare)
+    rest = log(product, spare)
+    return logits - s * number - log_product - rest, log_product + rest

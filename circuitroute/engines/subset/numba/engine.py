@@ -29,6 +29,8 @@ from torch import Tensor
 from circuitroute.engines.base import given
 from circuitroute.engines.root import NEGLIGIBLE, SMALLEST_COEFFICIENT
 from circuitroute.engines.sampling import MARGIN
+from circuitroute.engines.step import COMBINES, Rule, Slopes, Step, Upstream
+from circuitroute.engines.step import Inputs as StepInputs
 from circuitroute.engines.subset.naive import NaiveSubset
 from circuitroute.engines.subset.torch.sweep import Centre, forward
 from circuitroute.engines.subset.torch.tree import even
@@ -36,6 +38,8 @@ from circuitroute.engines.sweep import Inputs, Sweep, SweepEngine
 from circuitroute.errors import EngineError
 
 MAX_TREE = 1 << 24
+# The largest count and row of a fused step: it inserts every logit into a list of as many as are chosen.
+MAX_STEP = (64, 4096)
 # A second thread is not worth it for fewer logits.
 LOGITS_PER_THREAD = 1 << 14
 # Compiling that takes longer logs a warning meanwhile.
@@ -107,6 +111,172 @@ class NumbaSubset(SweepEngine):
         _in_threads(_kernels().second_derivative, arrays, tuple(_array(x) for x in (shift_T, u_TN, v, dm, dq)))
         return dm, dq
 
+    # ------------------------------------------------------------------ steps
+
+    def steps(self, inputs: StepInputs) -> bool:
+        """See :class:`circuitroute.engines.step.Stepper`."""
+        n, K = inputs.logits.shape[1], inputs.potential.shape[-1] - 1
+        tensors = (inputs.logits, inputs.choice)
+        taken = all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
+        return taken and K <= min(n, MAX_STEP[0]) and 0 < n <= MAX_STEP[1] and fits(n, K)
+
+    @torch.no_grad()
+    def step(self, inputs: StepInputs, rule: Rule, moments: bool) -> Step:
+        """See :class:`circuitroute.engines.step.Stepper`."""
+        moments = moments or rule.combine == "marginal"
+        found, underflow, uncertain = _step(inputs, rule, moments, None)
+        doubtful = (underflow | uncertain).nonzero().squeeze(1)
+        if len(doubtful):
+            under = underflow[doubtful]
+            if under.any():
+                self._settle_step(inputs, rule, moments, found, doubtful[under])
+                doubtful = doubtful[~under]
+        if len(doubtful):
+            self._redraw_step(inputs, rule, moments, found, doubtful)
+        return found
+
+    def _redraw_step(self, inputs: StepInputs, rule: Rule, moments: bool, found: Step, rows: Tensor) -> None:
+        """The decision of a few sampled rows, drawn in float64, with its weights and slots; their moments are right."""
+        from circuitroute.engines.subset.numba import unsettled
+
+        few = unsettled.at(inputs, rows)
+        given = Inputs(unsettled.divided(few), few.potential)
+        mask = self._exact(given).sample(*given.double(), _given(few.key))
+        again, _, _ = _step(few, rule, moments, mask)
+        found.weights[rows], found.indices[rows], found.mask[rows] = again.weights, again.indices, mask
+        if found.log_prob is not None and again.log_prob is not None:
+            found.log_prob[rows] = again.log_prob
+
+    def _settle_step(self, inputs: StepInputs, rule: Rule, moments: bool, found: Step, rows: Tensor) -> None:
+        """A few rows that underflow, right nowhere yet: decision and moments by the policy, then weights and slots."""
+        from circuitroute.engines.subset.numba import unsettled
+
+        few = unsettled.at(inputs, rows)
+        exact = self._settled(Inputs(unsettled.divided(few), few.potential), few.key, moments)
+        mask = found.mask[rows]
+        if exact.mask is not None:
+            mask = torch.where(unsettled.drawn(few, rule.share)[:, None], exact.mask, mask)
+        again, _, _ = _step(few, rule, moments, mask)
+        weights = again.weights
+        if rule.combine == "marginal":
+            used = mask.gather(-1, again.indices)
+            weights = torch.where(used, exact.marginals.gather(-1, again.indices), 0.0)
+        found.weights[rows], found.indices[rows], found.mask[rows] = weights, again.indices, mask
+        if not moments:
+            return
+        for name in ("count_probs", "log_partition", "shift", "log_root", "fallback"):
+            getattr(found, name)[rows] = getattr(exact, name)
+        score = unsettled.log_prob(few, mask, exact.shift, exact.log_root)
+        _given(found.log_prob)[rows] = score.to(inputs.logits.dtype)
+
+    @torch.no_grad()
+    def step_marginals(self, inputs: StepInputs, step: Step, out_TN: Tensor) -> None:
+        """See :class:`circuitroute.engines.step.Stepper`."""
+        arrays = _Arrays.of(Inputs(inputs.choice, inputs.potential))
+        room = out_TN if out_TN.is_contiguous() else torch.empty_like(inputs.choice)
+        lines = (_array(_given(step.shift)), _array(step.invalid))
+        _in_threads(_step_kernels().step_marginals, arrays, (_temperatures(inputs), *lines, _array(room)))
+        if room is not out_TN:
+            out_TN.copy_(room)
+        under = _given(step.fallback).nonzero().squeeze(1)
+        if len(under):
+            from circuitroute.engines.subset.numba import unsettled
+
+            few = unsettled.at(inputs, under)
+            out_TN[under] = self.infer(unsettled.divided(few), few.potential).marginals
+
+    @torch.no_grad()
+    def step_gradient(self, inputs: StepInputs, rule: Rule, step: Step, upstream: Upstream) -> Slopes:
+        """See :class:`circuitroute.engines.step.Stepper`."""
+        weighs = upstream.weights is not None or upstream.gates is not None
+        others = (upstream.marginals, upstream.log_partition, upstream.log_prob, upstream.count_probs)
+        crosses = weighs and (rule.simple or rule.combine == "marginal")
+        sweeps = crosses or any(x is not None for x in others)
+        arrays, theta = _Arrays.of(Inputs(inputs.logits, inputs.potential)), inputs.logits
+        one = inputs.choice is inputs.logits
+        by_logits = torch.empty_like(theta, memory_format=torch.contiguous_format)
+        by_choice = theta.new_zeros(0 if one else len(theta), theta.shape[1])
+        by_potential = theta.new_empty(len(theta), inputs.potential.shape[-1])
+        known = (_array(step.mask), _array(_optional(step.shift, 1, torch.float64)), _array(step.invalid))
+        slots = (_array(step.indices), _array(_optional(upstream.weights)))
+        lines = tuple(_array(_optional(x, 1)) for x in (upstream.log_partition, upstream.log_prob))
+        arguments = (
+            _array(theta[:0] if one else inputs.choice),
+            _temperatures(inputs),
+            known,
+            (COMBINES.index(rule.combine), rule.simple, sweeps),
+            slots,
+            *(_array(_optional(x)) for x in (upstream.gates, upstream.marginals)),
+            lines,
+            _array(_optional(upstream.count_probs)),
+            (_array(by_logits), _array(by_choice)),
+            _array(by_potential),
+        )
+        _in_threads(_step_kernels().step_gradient, arrays, arguments)
+        found = Slopes(by_logits, None if one else by_choice, by_potential)
+        under = theta.new_zeros(0).long() if step.fallback is None else step.fallback.nonzero().squeeze(1)
+        if sweeps and len(under):
+            self._settle_slopes(inputs, rule, step, upstream, found, under)
+        return found
+
+    def _settle_slopes(
+        self, inputs: StepInputs, rule: Rule, step: Step, upstream: Upstream, found: Slopes, rows: Tensor
+    ) -> None:
+        from circuitroute.engines.subset.numba import unsettled
+
+        few = Step(step.weights[rows], step.indices[rows], step.mask[rows], step.invalid[rows])
+        arrived = Upstream(*(None if x is None else x[rows] for x in upstream))
+        exact = unsettled.slopes(self, unsettled.at(inputs, rows), rule, few, arrived)
+        for ours, theirs in zip(found, exact, strict=True):
+            if ours is not None and theirs is not None:
+                ours[rows] = theirs.to(ours.dtype)
+
+
+def _step(
+    inputs: StepInputs, rule: Rule, moments: bool, mask: Tensor | None
+) -> tuple[Step, Tensor, Tensor]:
+    """(the step, rows that underflow, rows whose sample is uncertain), in float32; of a mask that is given, or not."""
+    arrays, theta = _Arrays.of(Inputs(inputs.logits, inputs.potential)), inputs.logits
+    (T, n), J = theta.shape, inputs.potential.shape[-1]
+    rows, S = T if moments else 0, max(1, J - 1)
+    weights, indices = theta.new_empty(T, S), torch.empty(T, S, dtype=torch.int64)
+    chosen, probs = torch.empty(T, n, dtype=torch.bool), theta.new_empty(rows, J)
+    log_partition, log_prob = theta.new_empty(rows), theta.new_empty(rows)
+    log_root, shift = (theta.new_empty(rows, dtype=torch.float64) for _ in range(2))
+    invalid, underflow, uncertain = (torch.empty(T, dtype=torch.bool) for _ in range(3))
+    key = torch.empty(0, dtype=torch.int64) if inputs.key is None else inputs.key
+    arguments = (
+        _array(theta[:0] if inputs.choice is theta else inputs.choice),
+        _temperatures(inputs),
+        _array(key),
+        _array(chosen[:0] if mask is None else mask),
+        (COMBINES.index(rule.combine), float(rule.share), moments),
+        tuple(map(_array, (log_partition, log_prob, log_root, shift, invalid, underflow, uncertain))),
+        (_array(weights), _array(indices)),
+        _array(chosen),
+        _array(probs),
+    )
+    _in_threads(_step_kernels().step, arrays, arguments)
+    known = (probs, log_partition, log_prob, shift, log_root, underflow) if moments else ()
+    return Step(weights, indices, chosen, invalid, *known), underflow, uncertain
+
+
+def _temperatures(inputs: StepInputs) -> NDArray[np.float32]:
+    """[T] or [1]."""
+    t = inputs.temperature
+    return _array(t.float().reshape(-1)) if isinstance(t, Tensor) else np.array([t], dtype=np.float32)
+
+
+def _optional(x: Tensor | None, dims: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
+    """x, or nothing at all in as many dimensions."""
+    return torch.empty((0,) * dims, dtype=dtype) if x is None else x.to(dtype)
+
+
+def _given(x: Tensor | None) -> Tensor:
+    if x is None:
+        raise ValueError("step: it was taken without moments, and these are asked for now; take it with moments=True")
+    return x
+
 
 class _Arrays(NamedTuple):
     """What all kernels read, sharing the memory of tensors."""
@@ -148,6 +318,12 @@ def _kernels() -> Any:
     return sweep
 
 
+def _step_kernels() -> Any:
+    from circuitroute.engines.subset.numba import step
+
+    return step
+
+
 def _in_threads(kernel: Any, rows: _Arrays, arguments: tuple[Any, ...]) -> None:
     """Run the kernel on all rows, split evenly among as many threads as torch uses (kernels release the GIL)."""
 
@@ -187,3 +363,8 @@ def warmup() -> None:
         logits, potential, key = torch.zeros(1, 2, dtype=dtype), torch.zeros(2, dtype=dtype), torch.zeros(1).long()
         inference = engine.infer(logits, potential, key)
         engine.second_derivative(logits, potential, inference, logits, None)
+    logits, potential, key = torch.zeros(1, 2), torch.zeros(2), torch.zeros(1).long()
+    inputs, rule = StepInputs(logits, logits, 1.0, potential, key), Rule("softmax", 1.0, True)
+    step = engine.step(inputs, rule, moments=True)
+    engine.step_marginals(inputs, step, torch.empty(1, 2))
+    engine.step_gradient(inputs, rule, step, Upstream(weights=step.weights))

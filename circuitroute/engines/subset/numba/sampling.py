@@ -37,11 +37,16 @@ _SECOND = np.int32(0x846CA68B - (1 << 32))
 @inlined
 def mix64(key):
     """:func:`circuitroute.keys.mix64` of one key, as (low, high) words."""
-    x = np.uint64(key)
+    x = mixed(np.uint64(key))
+    return np.int32(x & np.uint64(0xFFFFFFFF)), np.int32(x >> np.uint64(32))
+
+
+@inlined
+def mixed(x):
+    """:func:`circuitroute.keys.mix64` of one uint64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x = x ^ (x >> np.uint64(31))
-    return np.int32(x & np.uint64(0xFFFFFFFF)), np.int32(x >> np.uint64(32))
+    return x ^ (x >> np.uint64(31))
 
 
 @inlined

@@ -20,6 +20,7 @@ import numba
 import numpy as np
 
 from circuitroute.engines import shift as constants
+from circuitroute.engines import step as contract
 from circuitroute.engines.subset.numba.coins import coins, log_normaliser
 from circuitroute.engines.subset.numba.root import weigh, weigh_tangent
 from circuitroute.engines.subset.numba.sampling import draw
@@ -42,26 +43,26 @@ _log = logging.getLogger("circuitroute")
 
 
 @inlined
-def _room(numbers, kind):
+def room(numbers, kind):
     return np.empty(numbers * WIDTH, kind)
 
 
 @inlined
-def _read_line(rows_T, first, last, line):
+def read_line(rows_T, first, last, line):
     for lane in range(WIDTH):
         line[lane] = rows_T[min(first + lane, last)]
     return load(line, 0)
 
 
 @inlined
-def _write_line(values, first, last, line, rows_T):
+def write_line(values, first, last, line, rows_T):
     store(line, 0, as_kind_of(line, values))
     for lane in range(min(WIDTH, last + 1 - first)):
         rows_T[first + lane] = line[lane]
 
 
 @inlined
-def _marginals(tree, x, present, n):
+def put_marginals(tree, x, present, n):
     """P(i in S) = A_i p_i, with A_i the adjoint of the leaf's present weight, in the place of the logits."""
     one = fill(x, 1.0)
     for i in range(n):
@@ -70,7 +71,7 @@ def _marginals(tree, x, present, n):
 
 
 @inlined
-def _leaf_tangents(tangents, present, u, n):
+def leaf_tangents(tangents, present, u, n):
     """Up to a constant that cancels, a leaf (q, p) is (1, e^(theta - s)): along u it moves by (0, p u)."""
     for i in range(n):
         store(tangents, 2 * i * WIDTH, fill(u, 0.0))
@@ -78,23 +79,23 @@ def _leaf_tangents(tangents, present, u, n):
 
 
 @inlined
-def _marginal_tangents(tree, tangents, present, u, n):
+def marginal_tangents(tree, tangents, present, u, n):
     """d(A_i p_i) = p_i (dA_i + A_i u_i), in the place of u."""
     for i in range(n):
         A, dA = load(tree, (2 * i + 1) * WIDTH), load(tangents, (2 * i + 1) * WIDTH)
         store(u, i * WIDTH, load(present, i * WIDTH) * (dA + A * load(u, i * WIDTH)))
 
 
-def _sources() -> list[Path]:
+def sources() -> list[Path]:
     """All that is compiled. Numba's cache on disk looks at the file of a kernel only, not at what it calls."""
-    return [*sorted(Path(__file__).parent.rglob("*.py")), Path(constants.__file__)]
+    return [*sorted(Path(__file__).parent.rglob("*.py")), Path(constants.__file__), Path(contract.__file__)]
 
 
-def _source_digest() -> int:
-    return int(hashlib.sha256(b"".join(path.read_bytes() for path in _sources())).hexdigest()[:12], 16)
+def source_digest() -> int:
+    return int(hashlib.sha256(b"".join(path.read_bytes() for path in sources())).hexdigest()[:12], 16)
 
 
-def _kernel(function: Callable[..., None]) -> Any:
+def kernel(function: Callable[..., None]) -> Any:
     """Compiled on first use, without the interpreter's lock, and kept on disk where there is a place for it."""
     compiled = numba.njit(nogil=True, error_model="numpy")(function)
     try:
@@ -107,7 +108,7 @@ def _kernel(function: Callable[..., None]) -> Any:
 def _forward_kernel(digest):
     """Logits to moments and a sample."""
 
-    @_kernel
+    @kernel
     def forward(rows, shape, logits_TN, phi_PJ, limits, key_T, lines, marginals_TN, probs_TJ, mask_TN):
         """Fill ``rows`` = (start, stop) of the results.
 
@@ -122,10 +123,10 @@ def _forward_kernel(digest):
         _ = digest  # part of what the cache on disk knows this function by
         n, (P, J), kind, wide = logits_TN.shape[1], phi_PJ.shape, logits_TN.dtype, phi_PJ.dtype
         log_partition_T, log_root_T, shift_T, underflow_T, uncertain_T = lines
-        x, present = _room(n, kind), _room(n, kind)
-        tree, spare = _room(size(shape), kind), _room(shape[-1, 2] + 2, kind)
-        aim, phi, adjoint, probs, line = _room(3, kind), _room(J, wide), _room(J, wide), _room(J, wide), _room(1, wide)
-        counts, words = _room(max(2, shape[0, 1]), np.int32), _room(2, np.int32)
+        x, present = room(n, kind), room(n, kind)
+        tree, spare = room(size(shape), kind), room(shape[-1, 2] + 2, kind)
+        aim, phi, adjoint, probs, line = room(3, kind), room(J, wide), room(J, wide), room(J, wide), room(1, wide)
+        counts, words = room(max(2, shape[0, 1]), np.int32), room(2, np.int32)
         last = rows[1] - 1
         for first in range(rows[0], rows[1], WIDTH):
             read(logits_TN, first, last, x)
@@ -135,21 +136,21 @@ def _forward_kernel(digest):
             evidence = find_evidence(x, n)
             high, low = solve_shift(x, n, evidence, aim, tree, present)
             s = as_double(high) + as_double(low)
-            normaliser = log_normaliser(x, n, s, tree, line)
+            normaliser, _ = log_normaliser(x, n, s, tree, line)
             up(tree, shape, n)
             log_root, underflow = weigh(tree, shape, phi, s, as_double(evidence[0]), limits, adjoint, probs, line)
-            _write_line(s, first, last, line, shift_T)
-            _write_line(log_root, first, last, line, log_root_T)
-            _write_line(log_root + normaliser, first, last, line, log_partition_T)
-            _write_line(underflow, first, last, line, underflow_T)
+            write_line(s, first, last, line, shift_T)
+            write_line(log_root, first, last, line, log_root_T)
+            write_line(log_root + normaliser, first, last, line, log_partition_T)
+            write_line(underflow, first, last, line, underflow_T)
             if len(key_T):
                 uncertain = draw(tree, shape, probs, key_T, first, last, limits[2], counts, words, spare)
-                _write_line(uncertain, first, last, line, uncertain_T)
+                write_line(uncertain, first, last, line, uncertain_T)
                 write(counts, first, last, mask_TN)
             if len(marginals_TN):
                 put_root(tree, shape, adjoint)
                 down(tree, shape, spare)
-                _marginals(tree, x, present, n)
+                put_marginals(tree, x, present, n)
                 write(x, first, last, marginals_TN)
                 write(probs, first, last, probs_TJ)
 
@@ -159,7 +160,7 @@ def _forward_kernel(digest):
 def _second_derivative_kernel(digest):
     """The derivative of the moments along a direction."""
 
-    @_kernel
+    @kernel
     def second_derivative(rows, shape, logits_TN, phi_PJ, limits, shift_T, u_TN, v_TJ, dm_TN, dq_TJ):
         """Fill ``rows`` of the derivative (dm, dq) of (marginals, count posterior) along (u, v).
 
@@ -167,9 +168,9 @@ def _second_derivative_kernel(digest):
         """
         _ = digest  # part of what the cache on disk knows this function by
         n, (P, J), kind, wide = logits_TN.shape[1], phi_PJ.shape, logits_TN.dtype, phi_PJ.dtype
-        x, u, present = _room(n, kind), _room(n, kind), _room(n, kind)
-        tree, tangents, spare = _room(size(shape), kind), _room(size(shape), kind), _room(shape[-1, 2] + 2, kind)
-        phi, v, adjoint, probs, line = _room(J, wide), _room(J, wide), _room(J, wide), _room(J, wide), _room(1, wide)
+        x, u, present = room(n, kind), room(n, kind), room(n, kind)
+        tree, tangents, spare = room(size(shape), kind), room(size(shape), kind), room(shape[-1, 2] + 2, kind)
+        phi, v, adjoint, probs, line = room(J, wide), room(J, wide), room(J, wide), room(J, wide), room(1, wide)
         last, unforced = rows[1] - 1, fill(line, 0.0)  # or any number: a factor e^(-s forced) of all weights cancels
         for first in range(rows[0], rows[1], WIDTH):
             read(logits_TN, first, last, x)
@@ -177,23 +178,23 @@ def _second_derivative_kernel(digest):
             read(v_TJ, first, last, v)
             if first == rows[0] or P > 1:
                 read(phi_PJ, min(first, P - 1), min(last, P - 1), phi)
-            s = _read_line(shift_T, first, last, line)
+            s = read_line(shift_T, first, last, line)
             high = as_kind_of(x, s)
             coins(x, n, high, as_kind_of(x, s - as_double(high)), tree, present)
-            _leaf_tangents(tangents, present, u, n)
+            leaf_tangents(tangents, present, u, n)
             dual_up(tree, tangents, shape, n)
             weigh(tree, shape, phi, s, unforced, limits, adjoint, probs, line)
             weigh_tangent(tangents, shape, v, adjoint, probs)
             put_root(tree, shape, adjoint)
             put_root(tangents, shape, probs)
             dual_down(tree, tangents, shape, spare)
-            _marginal_tangents(tree, tangents, present, u, n)
+            marginal_tangents(tree, tangents, present, u, n)
             write(u, first, last, dm_TN)
             write(v, first, last, dq_TJ)
 
     return second_derivative
 
 
-_digest = _source_digest()
+_digest = source_digest()
 forward = _forward_kernel(_digest)
 second_derivative = _second_derivative_kernel(_digest)

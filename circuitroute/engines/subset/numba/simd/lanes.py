@@ -348,3 +348,34 @@ def as_int(typingctx: Any, mask: Any) -> Any:
         return builder.zext(args[0], ir.VectorType(ir.IntType(32), WIDTH))
 
     return INT(mask), codegen
+
+
+# ---------------------------------------------------------------------------------------------- order
+
+
+def _flipped(builder: Any, bits: Any) -> Any:
+    """Bits of a float32 to an int32 that is ordered like it, and back: of negative ones, all but the sign change."""
+    vector = bits.type
+    negative = builder.ashr(bits, constant(vector, 31))
+    return builder.xor(bits, builder.and_(negative, constant(vector, 0x7FFFFFFF)))
+
+
+@intrinsic
+def rank_of(typingctx: Any, a: Any) -> Any:
+    """int32 lanes ordered like float32 lanes without NaN, zeros of both signs equal, none the lowest int32."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        value = builder.fadd(args[0], constant(args[0].type, 0.0))
+        return _flipped(builder, builder.bitcast(value, ir.VectorType(ir.IntType(32), WIDTH)))
+
+    return INT(a), codegen
+
+
+@intrinsic
+def of_rank(typingctx: Any, a: Any) -> Any:
+    """The float32 lanes of :func:`rank_of`."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.bitcast(_flipped(builder, args[0]), ir.VectorType(ir.FloatType(), WIDTH))
+
+    return Lanes(types.float32)(a), codegen

@@ -39,7 +39,7 @@ def _converted(builder: Any, values: Any, element: Any) -> Any:
     if source == element:
         return values
     if isinstance(element, ir.IntType):
-        return builder.trunc(values, to)
+        return builder.trunc(values, to) if element.width < source.width else builder.sext(values, to)
     return builder.fpext(values, to) if isinstance(element, ir.DoubleType) else builder.fptrunc(values, to)
 
 

@@ -1,0 +1,423 @@
+"""The compiled routing step of :mod:`circuitroute.engines.step`: all of it in one loop forward, and in one back.
+
+Legend: T tokens, N variables, J counts, S slots; P is 1 where all tokens share something, else T. Float32 alone.
+
+As in :mod:`circuitroute.engines.subset.numba.sweep`, whose pieces these loops are made of, a few tokens at a time.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from circuitroute.engines.subset.numba.coins import coins, log_normaliser
+from circuitroute.engines.subset.numba.decision import (
+    MARGINAL,
+    NORMALIZED,
+    SIGMOID,
+    SOFTMAX,
+    best_count,
+    clean,
+    count_chosen,
+    list_all,
+    list_slots,
+    log_mismatch,
+    possible,
+    sampled,
+    take_first,
+    weigh_all,
+    weigh_slots,
+)
+from circuitroute.engines.subset.numba.root import weigh, weigh_tangent
+from circuitroute.engines.subset.numba.sampling import draw
+from circuitroute.engines.subset.numba.shift import fill_aim, find_evidence, solve_shift
+from circuitroute.engines.subset.numba.simd.lanes import (
+    WIDTH,
+    as_double,
+    as_kind_of,
+    fill,
+    gather,
+    inlined,
+    lane_numbers,
+    load,
+    magnitude,
+    store,
+    where,
+    whole,
+)
+from circuitroute.engines.subset.numba.simd.rows import read, write
+from circuitroute.engines.subset.numba.sweep import (
+    kernel,
+    leaf_tangents,
+    marginal_tangents,
+    put_marginals,
+    read_line,
+    room,
+    source_digest,
+    write_line,
+)
+from circuitroute.engines.subset.numba.tree import down, dual_down, dual_up, put_root, size, up
+
+
+@inlined
+def _divided(a, n, t, x):
+    """x = a / t."""
+    for i in range(n):
+        store(x, i * WIDTH, load(a, i * WIDTH) / t)
+
+
+@inlined
+def _read_shared(rows_P, first, last, line):
+    """A number per token, or one for all."""
+    P = len(rows_P)
+    return read_line(rows_P, min(first, P - 1), min(last, P - 1), line)
+
+
+@inlined
+def _write_known(values, invalid, first, last, line, rows_T):
+    """Values, NaN in invalid lanes."""
+    write_line(where(invalid, fill(line, math.nan), values), first, last, line, rows_T)
+
+
+@inlined
+def _hide(values, invalid):
+    """NaN in invalid lanes."""
+    for j in range(len(values) // WIDTH):
+        store(values, j * WIDTH, where(invalid, fill(values, math.nan), load(values, j * WIDTH)))
+
+
+@inlined
+def _potential_at(phi, count):
+    """phi of a count per lane."""
+    return gather(phi, count * WIDTH + lane_numbers())
+
+
+def _step_kernel(digest):
+    """Logits to decision, weights and what is known of them."""
+
+    @kernel
+    def step(
+        rows, shape, theta_TN, phi_PJ, limits, choice_TN, t_P, key_T, given_TN, rule, lines, slots, mask_TN, probs_TJ
+    ):
+        """Fill ``rows`` of the results.
+
+        Args:
+            choice_TN: without rows where it is theta.
+            t_P: float32 temperatures.
+            key_T: without rows where no token is sampled.
+            given_TN: bool, a decision that was made already; without rows if there is none.
+            rule: (number of the rule of the weights, share, whether moments are wanted).
+            lines: (log_partition, log_prob, log_root, shift) [T], and the flags (invalid, underflow, uncertain).
+            slots: (weights, indices) [T, S].
+            probs_TJ: filled, like the first four lines, if there are moments.
+        """
+        _ = digest  # part of what the cache on disk knows this function by
+        n, (P, J), kind, wide = theta_TN.shape[1], phi_PJ.shape, theta_TN.dtype, phi_PJ.dtype
+        combine, share, moments = rule
+        log_partition_T, log_prob_T, log_root_T, shift_T, invalid_T, underflow_T, uncertain_T = lines
+        weights_TS, indices_TS = slots
+        S, moved, given = weights_TS.shape[1], len(choice_TN) > 0, len(given_TN) > 0
+        theta, other, x, present = room(n, kind), room(n, kind), room(n, kind), room(n, kind)
+        choice = other if moved else theta
+        tree, spare = room(size(shape), kind), room(shape[-1, 2] + 2, kind)
+        aim, phi, adjoint, probs, line = room(3, kind), room(J, wide), room(J, wide), room(J, wide), room(1, wide)
+        z, words, weights, short = room(max(2, shape[0, 1]), np.int32), room(2, np.int32), room(S, kind), room(1, kind)
+        keys, index, more_keys, more_index = room(S, np.int32), room(S, np.int32), room(S, np.int32), room(S, np.int32)
+        last, all_mode = rows[1] - 1, share == 0.0 and not given
+        for first in range(rows[0], rows[1], WIDTH):
+            read(theta_TN, first, last, theta)
+            lost = clean(theta, n)
+            if moved:
+                read(choice_TN, first, last, other)
+                lost = lost | clean(other, n)
+            if first == rows[0] or P > 1:
+                read(phi_PJ, min(first, P - 1), min(last, P - 1), phi)
+                fill_aim(phi_PJ, first, last, aim)
+            evidence = find_evidence(choice, n)
+            forced = as_double(evidence[0])
+            invalid = lost | ~possible(phi, forced, as_double(evidence[1]))
+            ruled, doubt, under = ~(lost & ~lost), lost & ~lost, lost & ~lost
+            s = log_root = log_partition = log_coins = fill(line, 0.0)
+            if moments or not (all_mode or given):
+                _divided(choice, n, _read_shared(t_P, first, last, short), x)
+                high, low = solve_shift(x, n, find_evidence(x, n), aim, tree, present)
+                s = as_double(high) + as_double(low)
+                normaliser, log_coins = log_normaliser(x, n, s, tree, line)
+                up(tree, shape, n)
+                log_root, under = weigh(tree, shape, phi, s, forced, limits, adjoint, probs, line)
+                log_partition = log_root + normaliser
+            if given:
+                read(given_TN, first, last, z)
+                ruled = doubt
+            elif share > 0.0:
+                doubt = draw(tree, shape, probs, key_T, first, last, limits[2], z, words, spare)
+                ruled = doubt & ~doubt
+                if share < 1.0:
+                    ruled = ~sampled(key_T, first, last, share, words, line)
+                    doubt = doubt & ~ruled
+            if share < 1.0 and not given:
+                list_all(choice, n, keys, index)
+                take_first(choice, n, best_count(keys, phi, forced), keys, index, ruled, z)
+            count = count_chosen(z, n, invalid)
+            if moved or not all_mode:
+                list_slots(theta, z, n, count, (keys, index, more_keys, more_index))
+            if moments:
+                fits = where(count < J, count, whole(J - 1))
+                log_prob = _potential_at(phi, fits) + s * (as_kind_of(line, count) - forced) - log_root
+                log_prob += log_coins + log_mismatch(x, z, tree, s, n)
+                _write_known(log_prob, invalid, first, last, line, log_prob_T)
+                _write_known(log_root, invalid, first, last, line, log_root_T)
+                _write_known(log_partition, invalid, first, last, line, log_partition_T)
+                _write_known(s, invalid, first, last, line, shift_T)
+                _hide(probs, invalid)
+                write(probs, first, last, probs_TJ)
+                if combine == MARGINAL:
+                    put_root(tree, shape, adjoint)
+                    down(tree, shape, spare)
+                    put_marginals(tree, x, present, n)
+            weigh_slots(theta, n, count, index, combine, x, weights)
+            write(weights, first, last, weights_TS)
+            write(index, first, last, indices_TS)
+            write(z, first, last, mask_TN)
+            write_line(invalid, first, last, line, invalid_T)
+            write_line(under & ~invalid, first, last, line, underflow_T)
+            write_line(doubt & ~invalid, first, last, line, uncertain_T)
+
+    return step
+
+
+def _marginals_kernel(digest):
+    """The marginals around a shift that is known."""
+
+    @kernel
+    def step_marginals(rows, shape, choice_TN, phi_PJ, limits, t_P, shift_T, invalid_T, marginals_TN):
+        """Fill ``rows`` of the marginals."""
+        _ = digest  # part of what the cache on disk knows this function by
+        n, (P, J), kind, wide = choice_TN.shape[1], phi_PJ.shape, choice_TN.dtype, phi_PJ.dtype
+        x, present, short = room(n, kind), room(n, kind), room(1, kind)
+        tree, spare = room(size(shape), kind), room(shape[-1, 2] + 2, kind)
+        phi, adjoint, probs, line = room(J, wide), room(J, wide), room(J, wide), room(1, wide)
+        last, unforced = rows[1] - 1, fill(line, 0.0)
+        for first in range(rows[0], rows[1], WIDTH):
+            read(choice_TN, first, last, x)
+            clean(x, n)
+            _divided(x, n, _read_shared(t_P, first, last, short), x)
+            if first == rows[0] or P > 1:
+                read(phi_PJ, min(first, P - 1), min(last, P - 1), phi)
+            s = read_line(shift_T, first, last, line)
+            high = as_kind_of(x, s)
+            coins(x, n, high, as_kind_of(x, s - as_double(high)), tree, present)
+            up(tree, shape, n)
+            weigh(tree, shape, phi, s, unforced, limits, adjoint, probs, line)
+            put_root(tree, shape, adjoint)
+            down(tree, shape, spare)
+            put_marginals(tree, x, present, n)
+            _hide(x, read_line(invalid_T, first, last, line) > 0.0)
+            write(x, first, last, marginals_TN)
+
+    return step_marginals
+
+
+@inlined
+def _reaching(first, last, z, slots, gates_TN, v, n):
+    """v [N], the gradient that reaches the gates: that of the gates, and of every used slot at its expert."""
+    indices_TS, by_slots_TS = slots
+    if len(gates_TN):
+        read(gates_TN, first, last, v)
+    else:
+        for i in range(n):
+            store(v, i * WIDTH, fill(v, 0.0))
+    if len(by_slots_TS):
+        for lane in range(min(WIDTH, last + 1 - first)):
+            for slot in range(indices_TS.shape[1]):
+                at = indices_TS[first + lane, slot] * WIDTH + lane
+                v[at] += by_slots_TS[first + lane, slot] * z[at]
+
+
+@inlined
+def _inner(v, z, w, n):
+    """<v, z w>."""
+    total = fill(v, 0.0)
+    for i in range(n):
+        total += where(load(z, i * WIDTH) == 1, load(v, i * WIDTH) * load(w, i * WIDTH), fill(v, 0.0))
+    return total
+
+
+@inlined
+def _by_weights(theta, z, v, w, n, combine, slope):
+    """The gradient of theta through the weights."""
+    zero, inner = fill(v, 0.0), fill(v, 0.0)
+    if combine != SIGMOID:
+        inner = _inner(v, z, w, n)
+    for i in range(n):
+        chosen, share = load(z, i * WIDTH) == 1, load(w, i * WIDTH)
+        mine = where(chosen, load(v, i * WIDTH), zero)
+        if combine == SOFTMAX:
+            slide = share * (mine - inner)
+        elif combine == NORMALIZED:
+            slide = where(chosen, share * (mine - inner), zero)
+        else:
+            slide = mine * share * (1.0 - share)
+        store(slope, i * WIDTH, where(magnitude(load(theta, i * WIDTH)) < math.inf, slide, zero))
+
+
+@inlined
+def _direction(z, v, w, n, rule, by_marginals):
+    """u [N], what reaches the marginals, added to ``by_marginals``."""
+    combine, simple, _ = rule
+    inner = fill(v, 0.0)
+    if combine == NORMALIZED:
+        inner = _inner(v, z, w, n)
+    for i in range(n):
+        u, mine = load(by_marginals, i * WIDTH), load(v, i * WIDTH)
+        if simple:
+            u += load(w, i * WIDTH) * (mine - inner)
+        if combine == MARGINAL:
+            u += where(load(z, i * WIDTH) == 1, mine, fill(v, 0.0))
+        store(by_marginals, i * WIDTH, u)
+
+
+def _gradient_kernel(digest):
+    """The way back."""
+
+    @kernel
+    def step_gradient(
+        rows,
+        shape,
+        theta_TN,
+        phi_PJ,
+        limits,
+        choice_TN,
+        t_P,
+        known,
+        rule,
+        slots,
+        gates_TN,
+        marginals_TN,
+        lines,
+        by_probs_TJ,
+        slopes,
+        potential_TJ,
+    ):
+        """Fill ``rows`` of the gradients.
+
+        Args:
+            choice_TN: without rows where it is theta.
+            known: (mask [T, N], shift [T], invalid [T]).
+            rule: (number of the rule of the weights, whether SIMPLE's gradient crosses, whether p matters at all).
+            slots: (indices, their weights' gradient) [T, S].
+            gates_TN, marginals_TN, lines, by_probs_TJ: the other gradients that arrive, lines those of log_partition
+                and log_prob [T]; all without rows where there are none.
+            slopes: (those of theta, of the choice) [T, N]; the second without rows where they are one.
+        """
+        _ = digest  # part of what the cache on disk knows this function by
+        n, (P, J), kind, wide = theta_TN.shape[1], phi_PJ.shape, theta_TN.dtype, phi_PJ.dtype
+        mask_TN, shift_T, invalid_T = known
+        combine, _simple, sweeps = rule
+        theta_slope_TN, choice_slope_TN = slopes
+        moved, split = len(choice_TN) > 0, len(choice_slope_TN) > 0
+        theta, other, x, present, short = room(n, kind), room(n, kind), room(n, kind), room(n, kind), room(1, kind)
+        choice = other if moved else theta
+        v, w, u, slope = room(n, kind), room(n, kind), room(n, kind), room(n, kind)
+        tree, tangents, spare = room(size(shape), kind), room(size(shape), kind), room(shape[-1, 2] + 2, kind)
+        phi, dq, q, adjoint, probs = room(J, wide), room(J, wide), room(J, wide), room(J, wide), room(J, wide)
+        z, line = room(n, np.int32), room(1, wide)
+        last, unforced = rows[1] - 1, fill(line, 0.0)
+        for first in range(rows[0], rows[1], WIDTH):
+            read(theta_TN, first, last, theta)
+            clean(theta, n)
+            if moved:
+                read(choice_TN, first, last, other)
+                clean(other, n)
+            read(mask_TN, first, last, z)
+            invalid = read_line(invalid_T, first, last, line) > 0.0
+            lost = as_kind_of(theta, invalid) > 0.0
+            _reaching(first, last, z, slots, gates_TN, v, n)
+            if combine == MARGINAL:
+                for i in range(n):
+                    store(slope, i * WIDTH, fill(slope, 0.0))
+            else:
+                weigh_all(theta, z, n, combine, w)
+                _by_weights(theta, z, v, w, n, combine, slope)
+            for j in range(J):
+                store(dq, j * WIDTH, fill(dq, 0.0))
+            if sweeps:
+                t = _read_shared(t_P, first, last, short)
+                _divided(choice, n, t, x)
+                if first == rows[0] or P > 1:
+                    read(phi_PJ, min(first, P - 1), min(last, P - 1), phi)
+                s = read_line(shift_T, first, last, line)
+                s = where(invalid, unforced, s)
+                high = as_kind_of(x, s)
+                low = as_kind_of(x, s - as_double(high))
+                coins(x, n, high, low, tree, present)
+                if combine == MARGINAL:
+                    for i in range(n):
+                        store(w, i * WIDTH, load(x, i * WIDTH))
+                    up(tree, shape, n)
+                    weigh(tree, shape, phi, s, unforced, limits, adjoint, probs, line)
+                    put_root(tree, shape, adjoint)
+                    down(tree, shape, spare)
+                    put_marginals(tree, w, present, n)
+                    coins(x, n, high, low, tree, present)
+                if len(marginals_TN):
+                    read(marginals_TN, first, last, u)
+                else:
+                    for i in range(n):
+                        store(u, i * WIDTH, fill(u, 0.0))
+                _direction(z, v, w, n, rule, u)
+                if len(by_probs_TJ):
+                    read(by_probs_TJ, first, last, dq)
+                leaf_tangents(tangents, present, u, n)
+                dual_up(tree, tangents, shape, n)
+                weigh(tree, shape, phi, s, unforced, limits, adjoint, probs, line)
+                for j in range(J):
+                    store(q, j * WIDTH, load(probs, j * WIDTH))
+                weigh_tangent(tangents, shape, dq, adjoint, probs)
+                put_root(tree, shape, adjoint)
+                put_root(tangents, shape, probs)
+                dual_down(tree, tangents, shape, spare)
+                marginal_tangents(tree, tangents, present, u, n)
+                whole_c, through = _score(lines, first, last, line)
+                c, less = as_kind_of(x, whole_c), as_kind_of(x, through)
+                count, zero = whole(0), fill(x, 0.0)
+                for i in range(n):
+                    m, value = load(tree, (2 * i + 1) * WIDTH) * load(present, i * WIDTH), load(x, i * WIDTH)
+                    chosen = load(z, i * WIDTH)
+                    count += chosen
+                    total = load(u, i * WIDTH) + less * m + where(chosen == 1, c, zero)
+                    total = where((magnitude(value) < math.inf) & ~lost, total / t, zero)
+                    if split:
+                        store(u, i * WIDTH, total)
+                    else:
+                        store(slope, i * WIDTH, load(slope, i * WIDTH) + total)
+                for j in range(J):
+                    total = load(dq, j * WIDTH) + through * load(q, j * WIDTH) + where(count == j, whole_c, unforced)
+                    store(dq, j * WIDTH, where(invalid, unforced, total))
+                if split:
+                    write(u, first, last, choice_slope_TN)
+            for i in range(n):
+                store(slope, i * WIDTH, where(lost, fill(slope, 0.0), load(slope, i * WIDTH)))
+            write(slope, first, last, theta_slope_TN)
+            write(dq, first, last, potential_TJ)
+
+    return step_gradient
+
+
+@inlined
+def _score(lines, first, last, line):
+    """(c, w0 - c), float64."""
+    w0_T, c_T = lines
+    c, w0 = fill(line, 0.0), fill(line, 0.0)
+    if len(c_T):
+        c = read_line(c_T, first, last, line)
+    if len(w0_T):
+        w0 = read_line(w0_T, first, last, line)
+    return c, w0 - c
+
+
+_digest = source_digest()
+step = _step_kernel(_digest)
+step_marginals = _marginals_kernel(_digest)
+step_gradient = _gradient_kernel(_digest)
