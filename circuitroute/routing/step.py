@@ -24,6 +24,7 @@ from circuitroute.circuit import Compiled
 from circuitroute.engines import Inference, engine_of
 from circuitroute.engines.step import Inputs, Rule, Slopes, Step, Stepper, Upstream
 from circuitroute.inference.distribution import SubsetDistribution
+from circuitroute.inference.rows import cannot_look
 from circuitroute.routing import traced
 from circuitroute.routing.choice import Batch
 from circuitroute.routing.composed import Results, by_input, gradients
@@ -63,7 +64,9 @@ class Taken:
         """[T, E] the weights, scattered; NaN in invalid rows."""
         gates, step = self.room[0], self.step
         gates.zero_().scatter_(-1, step.indices, step.weights)
-        return gates.masked_fill_(step.invalid[:, None], math.nan)
+        if cannot_look(step.invalid) or bool(step.invalid.any()):
+            gates.masked_fill_(step.invalid[:, None], math.nan)
+        return gates
 
     @cached_property
     def marginals(self) -> Tensor:
