@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 # Imported on first use; each registers one op and its providers.
-MODULES = ("benchmarks.subset", "benchmarks.layered", "benchmarks.budget")
+MODULES = ("benchmarks.subset", "benchmarks.step", "benchmarks.layered", "benchmarks.budget")
 
 
 # What is timed: a pass's name in the rows.
@@ -28,11 +28,17 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a forward pass leaves: the tensor that the loss sees, and the values to check."""
+    """What a forward pass leaves: the tensor that the loss sees, or several, and the values to check."""
 
     result: Tensor
     values: dict[str, Any] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)  # row fields where this provider departs from the case
+    more: tuple[Tensor, ...] = ()  # what else the loss sees
+
+    @property
+    def results(self) -> tuple[Tensor, ...]:
+        """All that the loss sees."""
+        return (self.result, *self.more)
 
 
 Forward = Callable[[Tensor], Outputs]

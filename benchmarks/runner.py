@@ -66,19 +66,19 @@ def run_case(
 def _prepare(
     case: Case, providers: Sequence[Provider], skip_unavailable: bool, report: Callable[[str], None]
 ) -> list[Entry]:
-    """The providers that can run; those that cannot are reported, or raise."""
-    entries = [_entry(provider, case, skip_unavailable, report) for provider in providers]
-    return [entry for entry in entries if entry is not None]
-
-
-def _entry(provider: Provider, case: Case, skip_unavailable: bool, report: Callable[[str], None]) -> Entry | None:
-    try:
-        return Entry(provider, provider.build(case))
-    except UnavailableError as reason:
-        if not skip_unavailable:
-            raise
-        report(f"skipped {provider.name}: {reason}")
-        return None
+    """The providers that can run; those that cannot are reported, reason by reason, or raise."""
+    entries: list[Entry] = []
+    skipped: dict[str, list[str]] = {}
+    for provider in providers:
+        try:
+            entries.append(Entry(provider, provider.build(case)))
+        except UnavailableError as reason:
+            if not skip_unavailable:
+                raise
+            skipped.setdefault(str(reason), []).append(provider.name)
+    for why, names in skipped.items():
+        report(f"skipped {', '.join(names)}: {why}")
+    return entries
 
 
 def _time_rounds(entries: list[Entry], case: Case, clock: Clock, repeats: int) -> float:
@@ -109,7 +109,11 @@ def _leaf(case: Case) -> Tensor:
 
 
 def _backward(outputs: Outputs, leaf: Tensor, case: Case) -> Tensor:
-    (gradient,) = torch.autograd.grad(outputs.result, leaf, case.upstream(outputs.result))
+    """The gradient of the logits; zeros where nothing was to be differentiated."""
+    if not outputs.result.requires_grad:
+        return torch.zeros_like(leaf)
+    upstream = [case.upstream(result) for result in outputs.results]
+    (gradient,) = torch.autograd.grad(outputs.results, leaf, upstream)
     return gradient
 
 
@@ -120,7 +124,7 @@ def _run(forward: Forward, case: Case) -> tuple[Outputs, Tensor]:
 
 
 def _rows(op: Op, case: Case, entry: Entry, baseline: Entry, floor_ms: float) -> list[Row]:
-    errors, about = _judged(op, case, entry)
+    errors, about, passes = _judged(op, case, entry)
     peaks = {
         FORWARD: peak_mib(lambda: entry.forward(_leaf(case)), case.logits.device),
         BOTH: peak_mib(lambda: _run(entry.forward, case), case.logits.device),
@@ -135,12 +139,12 @@ def _rows(op: Op, case: Case, entry: Entry, baseline: Entry, floor_ms: float) ->
             "peak_mib": peaks[name],
             "max_abs_error": errors[name],
         }
-        for name in PASSES
+        for name in passes
     ]
 
 
-def _judged(op: Op, case: Case, entry: Entry) -> tuple[dict[str, float | None], Row]:
-    """The errors of one more run, and what the rows say of the provider and the case."""
+def _judged(op: Op, case: Case, entry: Entry) -> tuple[dict[str, float | None], Row, tuple[str, ...]]:
+    """The errors of one more run, what the rows say of the provider and the case, and which passes there are."""
     outputs, gradient = _run(entry.forward, case)
     errors = _checked(entry, op.errors(case, outputs, gradient))
     about = {
@@ -152,7 +156,7 @@ def _judged(op: Op, case: Case, entry: Entry) -> tuple[dict[str, float | None], 
         **case.describe(),
         **outputs.about,
     }
-    return errors, about
+    return errors, about, PASSES if outputs.result.requires_grad else (FORWARD,)
 
 
 def _checked(entry: Entry, errors: dict[str, float | None]) -> dict[str, float | None]:

@@ -21,7 +21,7 @@ DEVICES = {"numba": "cpu", "triton": "cuda"}
 
 def _build(engine: str) -> Callable[[SubsetCase], Forward]:
     def build(case: SubsetCase) -> Forward:
-        circuit = _circuit(case, engine)
+        circuit = circuit_on(case, engine)
         key_T = cr.random_key(case.seed, torch.arange(case.tokens, device=case.device))
 
         def forward(logits_TN: Tensor) -> Outputs:
@@ -35,7 +35,8 @@ def _build(engine: str) -> Callable[[SubsetCase], Forward]:
     return build
 
 
-def _circuit(case: SubsetCase, engine: str) -> cr.Circuit:
+def circuit_on(case: SubsetCase, engine: str) -> cr.Circuit:
+    """The case's circuit on an engine, or an error that says why it is not timed here."""
     home = DEVICES.get(engine)
     if home not in (None, case.logits.device.type):
         raise UnavailableError(f"engine {engine} is timed on {home} only")

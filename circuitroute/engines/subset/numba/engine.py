@@ -232,9 +232,7 @@ class NumbaSubset(SweepEngine):
                 ours[rows] = theirs.to(ours.dtype)
 
 
-def _step(
-    inputs: StepInputs, rule: Rule, moments: bool, mask: Tensor | None
-) -> tuple[Step, Tensor, Tensor]:
+def _step(inputs: StepInputs, rule: Rule, moments: bool, mask: Tensor | None) -> tuple[Step, Tensor, Tensor]:
     """(the step, rows that underflow, rows whose sample is uncertain), in float32; of a mask that is given, or not."""
     arrays, theta = _Arrays.of(Inputs(inputs.logits, inputs.potential)), inputs.logits
     (T, n), J = theta.shape, inputs.potential.shape[-1]
