@@ -257,8 +257,11 @@ def test_rows_depend_neither_on_neighbours_nor_on_threads():
             steps.append(ENGINE.step(inputs, rule, moments=True))
     finally:
         torch.set_num_threads(before)
-    few = ENGINE.step(inputs._replace(logits=inputs.logits[5:22], choice=inputs.logits[5:22], key=inputs.key[5:22]),
-                      rule, moments=True)
+    few = ENGINE.step(
+        inputs._replace(logits=inputs.logits[5:22], choice=inputs.logits[5:22], key=inputs.key[5:22]),
+        rule,
+        moments=True,
+    )
     for name in ("weights", "indices", "mask", "log_prob", "shift", "log_partition"):
         assert torch.equal(getattr(steps[0], name), getattr(steps[1], name))
         assert torch.equal(getattr(steps[0], name)[5:22], getattr(few, name))

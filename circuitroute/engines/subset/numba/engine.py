@@ -118,7 +118,7 @@ class NumbaSubset(SweepEngine):
         n, K = inputs.logits.shape[1], inputs.potential.shape[-1] - 1
         tensors = (inputs.logits, inputs.choice)
         taken = all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
-        return taken and K <= min(n, MAX_STEP[0]) and 0 < n <= MAX_STEP[1] and fits(n, K)
+        return taken and K <= min(n, MAX_STEP[0]) and n <= MAX_STEP[1] and fits(n, K)
 
     @torch.no_grad()
     def step(self, inputs: StepInputs, rule: Rule, moments: bool) -> Step:
@@ -232,9 +232,7 @@ class NumbaSubset(SweepEngine):
                 ours[rows] = theirs.to(ours.dtype)
 
 
-def _step(
-    inputs: StepInputs, rule: Rule, moments: bool, mask: Tensor | None
-) -> tuple[Step, Tensor, Tensor]:
+def _step(inputs: StepInputs, rule: Rule, moments: bool, mask: Tensor | None) -> tuple[Step, Tensor, Tensor]:
     """(the step, rows that underflow, rows whose sample is uncertain), in float32; of a mask that is given, or not."""
     arrays, theta = _Arrays.of(Inputs(inputs.logits, inputs.potential)), inputs.logits
     (T, n), J = theta.shape, inputs.potential.shape[-1]
