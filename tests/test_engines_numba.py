@@ -281,6 +281,9 @@ def test_warmup_compiles_all_there_is():
     engines.warmup()
     kernels = engine._kernels()
     assert len(kernels.forward.signatures) == len(kernels.second_derivative.signatures) == 2
+    steps = engine._step_kernels()
+    for kernel in (steps.step, steps.step_marginals, steps.step_gradient):
+        assert [signature[2].dtype.name for signature in kernel.signatures] == ["float32"]
 
 
 def test_slow_compiling_is_told(monkeypatch, caplog):

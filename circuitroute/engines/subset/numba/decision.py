@@ -14,12 +14,12 @@ import numpy as np
 from circuitroute.engines.step import COMBINES, MAX_RELATIVE_LOGIT, SHARE
 from circuitroute.engines.subset.numba.coins import sigmoids
 from circuitroute.engines.subset.numba.sampling import mix64, mixed, uniform
+from circuitroute.engines.subset.numba.shift import find_evidence
 from circuitroute.engines.subset.numba.simd.functions import exp
 from circuitroute.engines.subset.numba.simd.lanes import (
     WIDTH,
     any_lane,
     as_double,
-    as_kind_of,
     fill,
     gather,
     inlined,
@@ -203,29 +203,32 @@ def log_mismatch(x, z, tree, s, n):
 
 
 @inlined
-def softmax_parts(theta, n):
-    """What :func:`softmax_of` needs: (some forced, top, 1 / total, all -inf); a row of -inf is uniform."""
-    forced, top, total = fill(theta, 0.0), fill(theta, -math.inf), fill(theta, 0.0)
-    for i in range(n):
-        value = load(theta, i * WIDTH)
-        forced = where(value == math.inf, forced + 1.0, forced)
-        top = maximum(top, where(value == math.inf, fill(theta, -math.inf), value))
-    none = top == -math.inf
-    for i in range(n):
-        value = load(theta, i * WIDTH)
-        total += where(value < math.inf, exp(value - top), fill(theta, 0.0))
-    total = where(none, fill(theta, n), total)
-    some = forced > 0.0
-    return some, where(none, fill(theta, 0.0), top), 1.0 / where(some, forced, total), none
+def softmax_parts(theta, n, evidence, total):
+    """(some forced, all -inf, top, 1 / total), from ``evidence`` and the sum of exp(theta - top) over finite logits.
+
+    Forced variables share all of it; in a row of -inf all have the same.
+    """
+    forced, finite, top, _ = evidence
+    some, none = forced > 0.0, finite == 0.0
+    return some, none, top, 1.0 / where(some, forced, where(none, fill(theta, n), total))
 
 
 @inlined
-def softmax_of(value, parts):
-    """Softmax over all variables; forced ones share all of it."""
-    some, top, inverse, none = parts
-    one, zero = inverse * 0.0 + 1.0, inverse * 0.0
-    e = where(none, one, exp(value - top))
-    return inverse * where(some, where(value == math.inf, one, zero), e)
+def softmax_total(theta, n, top):
+    """The sum of exp(theta - top) over logits below +inf."""
+    total = fill(theta, 0.0)
+    for i in range(n):
+        value = load(theta, i * WIDTH)
+        total += where(value == math.inf, fill(theta, 0.0), exp(value - top))
+    return total
+
+
+@inlined
+def _softmax_share(value, parts, kind):
+    """Softmax times its total."""
+    some, none, top, _ = parts
+    one, zero = fill(kind, 1.0), fill(kind, 0.0)
+    return where(some, where(value == math.inf, one, zero), where(none, one, exp(value - top)))
 
 
 @inlined
@@ -238,21 +241,21 @@ def relative(value, top, kind):
 
 
 @inlined
-def weigh_slots(theta, n, count, index, combine, marginals, weights):
+def weigh_slots(theta, parts, count, index, combine, marginals, weights):
     """Fill in the weights [S] of the chosen, which are the first ``count`` of the list; 0 after them.
 
     Args:
-        marginals: [N], for that rule.
+        parts: see :func:`softmax_parts`, for that rule.
+        marginals: [N], likewise.
     """
     S = len(index) // WIDTH
     zero = fill(theta, 0.0)
     total, top, normaliser = zero, zero, zero
-    parts = softmax_parts(theta, n if combine == SOFTMAX else 0)
     for s in range(S):
         at = load(index, s * WIDTH) * WIDTH + lane_numbers()
         value = gather(marginals if combine == MARGINAL else theta, at)
         if combine == SOFTMAX:
-            w = softmax_of(value, parts)
+            w = _softmax_share(value, parts, theta) * parts[3]
         elif combine == NORMALIZED:
             top = value if s == 0 else top
             w = relative(value, top, theta)
@@ -271,12 +274,18 @@ def weigh_slots(theta, n, count, index, combine, marginals, weights):
 
 @inlined
 def weigh_all(theta, z, n, combine, weights):
-    """Fill in every variable's weight [N], as if it were chosen, by a rule of the logits; see :mod:`circuitroute.engines.step`."""
+    """Fill in every variable's weight [N], as if it were chosen; see :mod:`circuitroute.engines.step`."""
     zero = fill(theta, 0.0)
     if combine == SOFTMAX:
-        parts = softmax_parts(theta, n)
+        evidence, total = find_evidence(theta, n), zero
+        parts = softmax_parts(theta, n, evidence, fill(theta, 1.0))
         for i in range(n):
-            store(weights, i * WIDTH, softmax_of(load(theta, i * WIDTH), parts))
+            e = _softmax_share(load(theta, i * WIDTH), parts, theta)
+            total += e
+            store(weights, i * WIDTH, e)
+        inverse = 1.0 / total
+        for i in range(n):
+            store(weights, i * WIDTH, load(weights, i * WIDTH) * inverse)
     elif combine == NORMALIZED:
         total, top = zero, fill(theta, -math.inf)
         for i in range(n):

@@ -116,9 +116,10 @@ class NumbaSubset(SweepEngine):
     def steps(self, inputs: StepInputs) -> bool:
         """See :class:`circuitroute.engines.step.Stepper`."""
         n, K = inputs.logits.shape[1], inputs.potential.shape[-1] - 1
+        (most, widest), small = MAX_STEP, fits(n, K)
         tensors = (inputs.logits, inputs.choice)
         taken = all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
-        return taken and K <= min(n, MAX_STEP[0]) and 0 < n <= MAX_STEP[1] and fits(n, K)
+        return taken and small and n <= widest and min(n, most) >= K
 
     @torch.no_grad()
     def step(self, inputs: StepInputs, rule: Rule, moments: bool) -> Step:

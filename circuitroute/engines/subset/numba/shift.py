@@ -79,7 +79,10 @@ def _expected(x, n, tilt):
 
 @inlined
 def solve_shift(x, n, evidence, aim, tree, present):
-    """Shifts (high, low) whose expected count lies in the range of ``aim``; the coins are left in the tree."""
+    """Shifts (high, low) whose expected count lies in the range of ``aim``; the coins are left in the tree.
+
+    Also returns the sum of exp(x - top) over finite logits, which a softmax wants too.
+    """
     forced, finite, top, bottom = evidence
     fewest, most, tilt = load(aim, 0), load(aim, WIDTH), load(aim, 2 * WIDTH)
     target, natural = fewest, fewest < most
@@ -95,7 +98,8 @@ def solve_shift(x, n, evidence, aim, tree, present):
     s = rough_log(total / maximum(wanted, fill(x, LEAST_WANTED)))
     s = where(none_in, past, where(all_in, (bottom - top) - past, s))
     s = where(natural, -tilt - top, s)
-    return _newton(x, n, top, s, target, natural | none_in | all_in, tree, present)
+    high, low = _newton(x, n, top, s, target, natural | none_in | all_in, tree, present)
+    return high, low, total
 
 
 @inlined

@@ -25,6 +25,8 @@ from circuitroute.engines.subset.numba.decision import (
     log_mismatch,
     possible,
     sampled,
+    softmax_parts,
+    softmax_total,
     take_first,
     weigh_all,
     weigh_slots,
@@ -61,8 +63,12 @@ from circuitroute.engines.subset.numba.tree import down, dual_down, dual_up, put
 
 
 @inlined
-def _divided(a, n, t, x):
-    """x = a / t."""
+def _divided(a, n, t_P, t, x):
+    """x = a / t, t being the lanes of ``t_P``."""
+    if len(t_P) == 1 and t_P[0] == 1.0:
+        for i in range(n):
+            store(x, i * WIDTH, load(a, i * WIDTH))
+        return
     for i in range(n):
         store(x, i * WIDTH, load(a, i * WIDTH) / t)
 
@@ -125,6 +131,7 @@ def _step_kernel(digest):
         z, words, weights, short = room(max(2, shape[0, 1]), np.int32), room(2, np.int32), room(S, kind), room(1, kind)
         keys, index, more_keys, more_index = room(S, np.int32), room(S, np.int32), room(S, np.int32), room(S, np.int32)
         last, all_mode = rows[1] - 1, share == 0.0 and not given
+        one, tempered = fill(theta, 1.0), len(t_P) > 1 or (len(t_P) == 1 and t_P[0] != 1.0)
         for first in range(rows[0], rows[1], WIDTH):
             read(theta_TN, first, last, theta)
             lost = clean(theta, n)
@@ -139,9 +146,16 @@ def _step_kernel(digest):
             invalid = lost | ~possible(phi, forced, as_double(evidence[1]))
             ruled, doubt, under = ~(lost & ~lost), lost & ~lost, lost & ~lost
             s = log_root = log_partition = log_coins = fill(line, 0.0)
-            if moments or not (all_mode or given):
-                _divided(choice, n, _read_shared(t_P, first, last, short), x)
-                high, low = solve_shift(x, n, find_evidence(x, n), aim, tree, present)
+            total = one
+            sweeps = moments or not (all_mode or given)
+            if sweeps:
+                centre = evidence
+                if tempered:
+                    _divided(choice, n, t_P, _read_shared(t_P, first, last, short), x)
+                    centre = find_evidence(x, n)
+                else:
+                    _divided(choice, n, t_P, one, x)
+                high, low, total = solve_shift(x, n, centre, aim, tree, present)
                 s = as_double(high) + as_double(low)
                 normaliser, log_coins = log_normaliser(x, n, s, tree, line)
                 up(tree, shape, n)
@@ -176,7 +190,13 @@ def _step_kernel(digest):
                     put_root(tree, shape, adjoint)
                     down(tree, shape, spare)
                     put_marginals(tree, x, present, n)
-            weigh_slots(theta, n, count, index, combine, x, weights)
+            if combine == SOFTMAX:
+                if moved:
+                    evidence = find_evidence(theta, n)
+                if moved or tempered or not sweeps:
+                    total = softmax_total(theta, n, evidence[2])
+            parts = softmax_parts(theta, n, evidence, total)
+            weigh_slots(theta, parts, count, index, combine, x, weights)
             write(weights, first, last, weights_TS)
             write(index, first, last, indices_TS)
             write(z, first, last, mask_TN)
@@ -202,7 +222,7 @@ def _marginals_kernel(digest):
         for first in range(rows[0], rows[1], WIDTH):
             read(choice_TN, first, last, x)
             clean(x, n)
-            _divided(x, n, _read_shared(t_P, first, last, short), x)
+            _divided(x, n, t_P, _read_shared(t_P, first, last, short), x)
             if first == rows[0] or P > 1:
                 read(phi_PJ, min(first, P - 1), min(last, P - 1), phi)
             s = read_line(shift_T, first, last, line)
@@ -344,7 +364,8 @@ def _gradient_kernel(digest):
                 store(dq, j * WIDTH, fill(dq, 0.0))
             if sweeps:
                 t = _read_shared(t_P, first, last, short)
-                _divided(choice, n, t, x)
+                _divided(choice, n, t_P, t, x)
+                inverse = 1.0 / t
                 if first == rows[0] or P > 1:
                     read(phi_PJ, min(first, P - 1), min(last, P - 1), phi)
                 s = read_line(shift_T, first, last, line)
@@ -387,7 +408,7 @@ def _gradient_kernel(digest):
                     chosen = load(z, i * WIDTH)
                     count += chosen
                     total = load(u, i * WIDTH) + less * m + where(chosen == 1, c, zero)
-                    total = where((magnitude(value) < math.inf) & ~lost, total / t, zero)
+                    total = where((magnitude(value) < math.inf) & ~lost, total * inverse, zero)
                     if split:
                         store(u, i * WIDTH, total)
                     else:

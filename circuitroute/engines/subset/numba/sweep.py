@@ -134,7 +134,7 @@ def _forward_kernel(digest):
                 read(phi_PJ, min(first, P - 1), min(last, P - 1), phi)
                 fill_aim(phi_PJ, first, last, aim)
             evidence = find_evidence(x, n)
-            high, low = solve_shift(x, n, evidence, aim, tree, present)
+            high, low, _ = solve_shift(x, n, evidence, aim, tree, present)
             s = as_double(high) + as_double(low)
             normaliser, _ = log_normaliser(x, n, s, tree, line)
             up(tree, shape, n)
