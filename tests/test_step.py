@@ -154,15 +154,21 @@ def test_slots_are_cut_filled_and_refused(stepping):
 
 
 def test_what_has_no_step_is_composed(stepping):
-    logits = randn(T, E)
-    logits[2, 0] = math.nan
     stepping()
-    circuit = circuit_of("exactly")
-    dense = cr.route(randn(T, E), circuit, estimator="dense")
-    custom = cr.route(randn(T, E), circuit, estimator=lambda mask, distribution: mask)
-    spoiled = cr.route(logits, circuit, validate_args=False)
-    replayed = cr.route(randn(T, E), circuit, replay=dense.mask)
-    assert {type(r) for r in (dense, custom, spoiled, replayed)} == {Routing}
+    circuit, logits = circuit_of("exactly"), randn(T, E)
+    custom = cr.route(logits, circuit, estimator=lambda mask, distribution: mask)
+    groups = cr.route(logits, cr.compile(cr.EachGroup(cr.Groups(2), cr.Exactly(1)), E))
+    assert {type(r) for r in (cr.route(logits, circuit, estimator="dense"), custom, groups)} == {Routing}
+
+
+def test_a_replay_is_checked_and_then_a_step(stepping):
+    circuit, logits = circuit_of("exactly"), randn(T, E)
+    mask = circuit(logits).sample(key=5).bool()
+    plain, stepped = both(stepping, lambda x: cr.route(x, circuit, replay=mask), (logits,))
+    torch.testing.assert_close(read(stepped)[0], read(plain)[0])
+    assert torch.equal(stepped.mask, mask)
+    with pytest.raises(ValueError, match=r"replay holds a subset that Exactly\(2\).*exclude, in row 1"):
+        cr.route(logits, circuit, replay=mask | (torch.arange(T) == 1)[:, None])
 
 
 def test_a_decision_goes_with_its_last_reference(stepping):

@@ -53,6 +53,7 @@ class Inputs(NamedTuple):
         temperature: t, a number, or a tensor [T].
         potential: [J] or [T, J], phi; -inf where a count is not allowed.
         key: [T] int64; None where no token is sampled.
+        mask: [T, N] bool, a decision that was made already and that p allows; None where it is to be made.
     """
 
     logits: Tensor
@@ -60,6 +61,7 @@ class Inputs(NamedTuple):
     temperature: float | Tensor
     potential: Tensor
     key: Tensor | None
+    mask: Tensor | None = None
 
 
 class Rule(NamedTuple):

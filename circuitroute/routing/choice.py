@@ -98,7 +98,7 @@ class Batch(NamedTuple):
         if isinstance(logits, Tensor) and logits.dim() > 0:
             logits, count_potential, key = _flatten(logits, count_potential, key)
         moved = logits if shift is None else logits + shift.to(logits.device, promote_types(logits.dtype, float32))
-        unchecked = moved.is_cuda and not is_compiling() and validating(validate_args)
+        unchecked = isinstance(moved, Tensor) and moved.is_cuda and not is_compiling() and validating(validate_args)
         untempered = SubsetDistribution(circuit, moved, count_potential, False if unchecked else validate_args)
         temperature = temperature_of(temperature, batch)
         given = untempered.logits if shift is None else logits.to(untempered.logits.dtype)
@@ -118,7 +118,7 @@ def decided(
         invalid = distribution.invalid_rows()
     else:
         invalid = distribution.invalid_rows()
-        mask = _replayed(distribution, replay, temperature, invalid)
+        mask = replayed(batch, replay, invalid)
     mask = mask if invalid is None else mask & ~invalid[:, None]
     return Decision(distribution, mask, invalid, untempered, batch.logits, temperature)
 
@@ -212,17 +212,18 @@ def _chosen(
     return torch.where(sampled[:, None], distribution.sample_in_sweep(keys), ruled)
 
 
-def _replayed(
-    distribution: SubsetDistribution,
-    replay: Tensor | RoutingRecord,
-    temperature: float | Tensor,
-    invalid: Tensor | None,
-) -> Tensor:
-    """[T, E] bool, the recorded decision; invalid rows had none to check."""
-    mask = recorded_mask(replay, distribution.logits, temperature)
+def replayed(batch: Batch, replay: Tensor | RoutingRecord, invalid: Tensor | None) -> Tensor:
+    """[T, E] bool, the recorded decision; invalid rows had none to check.
+
+    Raises:
+        ValueError: a record of another temperature, or a subset that is not allowed, named by row.
+    """
+    distribution = batch.untempered
+    mask = recorded_mask(replay, distribution.logits, batch.temperature)
     allowed = boolean.satisfies(distribution.circuit, mask)
-    infinite = torch.isinf(distribution.logits)
-    allowed &= ((distribution.logits > 0) == mask).logical_or_(~infinite).all(-1)
+    if not distribution.rows.finite:
+        infinite = torch.isinf(distribution.logits)
+        allowed &= ((distribution.logits > 0) == mask).logical_or_(~infinite).all(-1)
     if distribution.count_potential is not None:
         potential = distribution.count_potential.expand(len(mask), -1)
         count = mask.sum(-1, keepdim=True).clamp(max=potential.shape[-1] - 1)

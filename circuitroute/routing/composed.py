@@ -102,7 +102,8 @@ class ComposedSteps:
     def step(self, inputs: Inputs, rule: Rule, moments: bool) -> Step:
         """See :class:`~circuitroute.engines.step.Stepper`; moments are found in any case."""
         untempered = self._distribution(inputs)
-        decision = decided(Batch(untempered, inputs.logits, inputs.temperature, inputs.key), share=rule.share)
+        batch = Batch(untempered, inputs.logits, inputs.temperature, inputs.key)
+        decision = decided(batch, share=rule.share, replay=inputs.mask)
         gates = weigh(decision, combine=rule.combine, estimator="none")
         mask, distribution = decision.mask, decision.distribution
         indices = chosen_first(mask, inputs.logits, max(1, self.circuit.max_count))

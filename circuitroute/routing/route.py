@@ -81,9 +81,8 @@ def route(
         validate_args=validate_args,
     )
     share = share if training else 0.0
-    if replay is None:
-        routing = step.routing(batch, share, combine=combine, estimator=estimator)
-        if routing is not None:
-            return routing
+    routing = step.routing(batch, share, replay, combine=combine, estimator=estimator)
+    if routing is not None:
+        return routing
     decision = choice.decided(batch, share=share, replay=replay)
     return decision.routing(weigh(decision, combine=combine, estimator=estimator))

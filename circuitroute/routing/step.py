@@ -26,11 +26,12 @@ from circuitroute.engines.step import Inputs, Rule, Slopes, Step, Stepper, Upstr
 from circuitroute.inference.distribution import SubsetDistribution
 from circuitroute.inference.rows import cannot_look
 from circuitroute.routing import traced
-from circuitroute.routing.choice import Batch
+from circuitroute.routing.choice import Batch, replayed
 from circuitroute.routing.composed import Results, by_input, gradients
 from circuitroute.routing.decision import Pad, Routing
 from circuitroute.routing.deferred import watch
 from circuitroute.routing.estimators import Estimator, NoEstimator, Score, Simple, as_estimator
+from circuitroute.routing.records import RoutingRecord
 from circuitroute.routing.weights import Combine
 
 # The estimators that a step knows, and whether their gradient crosses the decision.
@@ -80,7 +81,14 @@ class Taken:
         return self.engine.step_gradient(self.inputs, self.rule, self.step, upstream)
 
 
-def routing(batch: Batch, share: float, *, combine: Combine, estimator: str | Estimator) -> Routing | None:
+def routing(
+    batch: Batch,
+    share: float,
+    replay: Tensor | RoutingRecord | None,
+    *,
+    combine: Combine,
+    estimator: str | Estimator,
+) -> Routing | None:
     """The decision with its weights, in one step; None where there is none for this engine, estimator or shape."""
     untempered, crosses = batch.untempered, _CROSSES.get(type(as_estimator(estimator)))
     if crosses is None or untempered.circuit.counts is None:
@@ -89,22 +97,31 @@ def routing(batch: Batch, share: float, *, combine: Combine, estimator: str | Es
     theta = choice if batch.logits is untempered.logits else batch.logits
     given = Inputs(theta, choice, _temperatures(batch.temperature, theta), potential, None)
     rule = Rule(combine, share, crosses)
-    found = _traced(batch, given, rule) if is_compiling() else _found(batch, given, rule)
+    if is_compiling():
+        found = None if replay is not None else _traced(batch, given, rule)
+    else:
+        found = _found(batch, given, rule, replay)
     return None if found is None else StepRouting(found, untempered, batch.logits, batch.temperature)
 
 
-def _found(batch: Batch, given: Inputs, rule: Rule) -> Found | None:
+def _found(batch: Batch, given: Inputs, rule: Rule, replay: Tensor | RoutingRecord | None) -> Found | None:
     untempered = batch.untempered
     engine = engine_of(untempered.circuit, given.logits.device)
-    if not isinstance(engine, Stepper) or (not given.logits.is_cuda and untempered.rows.nan is not None):
+    if not isinstance(engine, Stepper):
         return None
-    moments = rule.share > 0 or rule.combine == "marginal" or (rule.simple and _needs_grad(given))
     with torch.no_grad(), torch.autocast(given.logits.device.type, enabled=False):
+        if replay is not None:
+            # What is recorded is checked by looking at it, and so the rest may be looked at, too.
+            if batch.unchecked:
+                untempered.check()
+            given = given._replace(mask=replayed(batch, replay, untempered.invalid_rows()))
         inputs = _detached(given)
         if not engine.steps(inputs):
             return None
-        if rule.share > 0:
+        if rule.share > 0 and replay is None:
             inputs = inputs._replace(key=untempered.keys(batch.key))
+    moments = rule.share > 0 or replay is not None or rule.combine == "marginal" or (rule.simple and _needs_grad(given))
+    with torch.no_grad(), torch.autocast(given.logits.device.type, enabled=False):
         step = engine.step(inputs, rule, moments)
         if batch.unchecked:
             watch(step.invalid, f"{untempered.circuit.constraint!r} over {untempered.circuit.n} experts")
@@ -133,7 +150,7 @@ def _detached(given: Inputs) -> Inputs:
     temperature = given.temperature
     if isinstance(temperature, Tensor):
         temperature = temperature.detach().contiguous()
-    return Inputs(logits, choice, temperature, given.potential.detach().contiguous(), None)
+    return Inputs(logits, choice, temperature, given.potential.detach().contiguous(), None, given.mask)
 
 
 def _needs_grad(given: Inputs) -> bool:
@@ -184,7 +201,7 @@ def _alias(found: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _attached(taken: Taken) -> Results:
-    logits, choice, temperature, potential, _ = taken.given
+    logits, choice, temperature, potential, *_ = taken.given
     inputs = (
         logits,
         None if choice is logits else choice,

@@ -27,7 +27,7 @@ Parts = tuple[
 
 def step(circuit: Compiled, inputs: Inputs, rule: Rule) -> tuple[Results, Step]:
     """The step of a count constraint, differentiable once in all its inputs."""
-    logits, choice, temperature, potential, key = inputs
+    logits, choice, temperature, potential, key, _ = inputs
     number, tensor = (1.0, temperature) if isinstance(temperature, Tensor) else (temperature, None)
     moved = None if choice is logits else choice
     parts = _step(logits, moved, tensor, potential, key, circuit.handle, number, *rule)

@@ -125,7 +125,7 @@ class NumbaSubset(SweepEngine):
     def step(self, inputs: StepInputs, rule: Rule, moments: bool) -> Step:
         """See :class:`circuitroute.engines.step.Stepper`."""
         moments = moments or rule.combine == "marginal"
-        found, underflow, uncertain = _step(inputs, rule, moments, None)
+        found, underflow, uncertain = _step(inputs, rule, moments)
         doubtful = (underflow | uncertain).nonzero().squeeze(1)
         if len(doubtful):
             under = underflow[doubtful]
@@ -143,7 +143,7 @@ class NumbaSubset(SweepEngine):
         few = unsettled.at(inputs, rows)
         given = Inputs(unsettled.divided(few), few.potential)
         mask = self._exact(given).sample(*given.double(), _given(few.key))
-        again, _, _ = _step(few, rule, moments, mask)
+        again, _, _ = _step(few._replace(mask=mask), rule, moments)
         found.weights[rows], found.indices[rows], found.mask[rows] = again.weights, again.indices, mask
         if found.log_prob is not None and again.log_prob is not None:
             found.log_prob[rows] = again.log_prob
@@ -157,7 +157,7 @@ class NumbaSubset(SweepEngine):
         mask = found.mask[rows]
         if exact.mask is not None:
             mask = torch.where(unsettled.drawn(few, rule.share)[:, None], exact.mask, mask)
-        again, _, _ = _step(few, rule, moments, mask)
+        again, _, _ = _step(few._replace(mask=mask), rule, moments)
         weights = again.weights
         if rule.combine == "marginal":
             used = mask.gather(-1, again.indices)
@@ -233,8 +233,8 @@ class NumbaSubset(SweepEngine):
                 ours[rows] = theirs.to(ours.dtype)
 
 
-def _step(inputs: StepInputs, rule: Rule, moments: bool, mask: Tensor | None) -> tuple[Step, Tensor, Tensor]:
-    """(the step, rows that underflow, rows whose sample is uncertain), in float32; of a mask that is given, or not."""
+def _step(inputs: StepInputs, rule: Rule, moments: bool) -> tuple[Step, Tensor, Tensor]:
+    """(the step, rows that underflow, rows whose sample is uncertain), in float32."""
     arrays, theta = _Arrays.of(Inputs(inputs.logits, inputs.potential)), inputs.logits
     (T, n), J = theta.shape, inputs.potential.shape[-1]
     rows, S = T if moments else 0, max(1, J - 1)
@@ -248,7 +248,7 @@ def _step(inputs: StepInputs, rule: Rule, moments: bool, mask: Tensor | None) ->
         _array(theta[:0] if inputs.choice is theta else inputs.choice),
         _temperatures(inputs),
         _array(key),
-        _array(chosen[:0] if mask is None else mask),
+        _array(chosen[:0] if inputs.mask is None else inputs.mask),
         (COMBINES.index(rule.combine), float(rule.share), moments),
         tuple(map(_array, (log_partition, log_prob, log_root, shift, invalid, underflow, uncertain))),
         (_array(weights), _array(indices)),

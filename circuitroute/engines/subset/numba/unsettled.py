@@ -28,6 +28,7 @@ def at(inputs: Inputs, rows: Tensor) -> Inputs:
         t[rows] if isinstance(t, Tensor) and t.dim() else t,
         phi[rows] if phi.dim() == 2 else phi,
         None if inputs.key is None else inputs.key[rows],
+        None if inputs.mask is None else inputs.mask[rows],
     )
 
 
