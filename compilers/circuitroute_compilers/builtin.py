@@ -24,6 +24,7 @@ from circuitroute.circuit import Graph
 from circuitroute.compilation import Prediction
 from circuitroute.constraints import And, Cost, Count, CountIn, Logic, Over
 from circuitroute_compilers.choice import Choice, choose, is_foreign
+from circuitroute_compilers.forecast import explosion
 from circuitroute_compilers.graph import UnhashableStateError, build_graph, most_states
 from circuitroute_compilers.lowering import flattened, joined, lower, only_counts
 from circuitroute_compilers.plans import simple_parts
@@ -57,13 +58,23 @@ def _graph(constraint: Constraint, n: int, max_nodes: int) -> Graph:
     choice = _chosen(constraint, n, max_nodes)
     if choice.certain > most_states(max_nodes, n):
         raise _too_large(constraint, n, max_nodes, choice, f"at least {choice.certain} reachable states")
+    foreign = [part for part in simple_parts(choice.plan) if isinstance(part, Machine) and is_foreign(part)]
+    exploding = explosion(choice.term, choice.tree, max_nodes) if foreign else None
+    if exploding is not None:
+        raise _too_large(
+            constraint,
+            n,
+            max_nodes,
+            choice,
+            f"about {_about(exploding.merges)} merges, since its machine keeps a state for every subset of "
+            f"{exploding.variables} variables",
+        )
     try:
         graph = build_graph(constraint, choice.term, choice.tree, max_nodes)
     except CircuitTooLargeError as error:
         raise _too_large(constraint, n, max_nodes, choice, str(error)) from None
-    for part in simple_parts(choice.plan):
-        if isinstance(part, Machine) and is_foreign(part):
-            check_associative(part)
+    for part in foreign:
+        check_associative(part)
     return graph
 
 
