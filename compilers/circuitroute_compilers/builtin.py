@@ -6,6 +6,7 @@ The path of a constraint through this package, a module per step::
     trees      scopes -> Vtrees      a few trees over the variables that keep scopes together
     plans      Plan, order -> Term   a state machine that knows its scope (terms; diagram and bdd: formulas)
     profile    Term, Vtree -> sizes  the states on each block, counted without building
+    forecast   Term, Vtree -> merges of a user's machine, from samples: a state per subset is refused
     choice     the Vtree, and with it the Term, of smallest predicted cost
     graph      Term, Vtree -> Graph  states merged from the variables up, and written as arrays
 
