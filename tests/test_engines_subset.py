@@ -292,3 +292,20 @@ def test_the_shift_is_finer_than_the_logits():
     centred = x - sweep.shift[:, None]
     assert ((torch.sigmoid(centred).sum(1) - 64).abs() < 0.5).all()
     hold(circuit, x, 2e-6, 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0, 100.0])
+@pytest.mark.parametrize("direction", [0.0, 1.0])
+def test_the_gradient_of_large_counts_keeps_its_digits(scale, direction):
+    """The sum of u over 256 chosen variables is large, its covariance with one of them small: u that adds a constant to
+    all variables, too, must not cost digits."""
+    x = torch.randn(4, 512, generator=torch.Generator().manual_seed(0)) * scale
+    x[:, [3, 100, 400]] = math.inf
+    u = torch.randn(4, 512, generator=torch.Generator().manual_seed(1)) + direction
+    allowed = np.arange(513) >= 256
+    truth = count_gradient(x.double().numpy(), np.where(allowed, 0.0, -np.inf), u.double().numpy()).marginals
+    for engine in ENGINES:
+        logits = x.clone().requires_grad_()
+        marginals = cr.compile(cr.AtLeast(256), 512).with_engine(engine)(logits).marginals
+        (gradient,) = torch.autograd.grad((marginals * u).sum(), logits)
+        assert np.abs(gradient.double().numpy() - truth).max() < 1e-5

@@ -44,6 +44,7 @@ from circuitroute.engines.subset.numba.simd.lanes import (
     lane_numbers,
     load,
     magnitude,
+    minimum,
     store,
     where,
     whole,
@@ -180,6 +181,7 @@ def _step_kernel(digest):
                 fits = where(count < J, count, whole(J - 1))
                 log_prob = _potential_at(phi, fits) + s * (as_kind_of(line, count) - forced) - log_root
                 log_prob += log_coins + log_mismatch(x, z, tree, s, n)
+                log_prob = minimum(log_prob, as_double(fill(theta, 0.0)))  # rounding may go beyond
                 _write_known(log_prob, invalid, first, last, line, log_prob_T)
                 _write_known(log_root, invalid, first, last, line, log_root_T)
                 _write_known(log_partition, invalid, first, last, line, log_partition_T)
@@ -390,7 +392,7 @@ def _gradient_kernel(digest):
                 _direction(z, v, w, n, rule, u)
                 if len(by_probs_TJ):
                     read(by_probs_TJ, first, last, dq)
-                leaf_tangents(tangents, present, u, n)
+                leaf_tangents(tree, tangents, present, u, n)
                 dual_up(tree, tangents, shape, n)
                 weigh(tree, shape, phi, s, unforced, limits, adjoint, probs, line)
                 for j in range(J):
