@@ -31,35 +31,23 @@ def _place(tokens, LE: tl.constexpr, LG: tl.constexpr, BT: tl.constexpr, N: tl.c
     inside = (row < tokens) & (g < 1 << LG)
     lane = tree.lane_nodes(g, inside, LE, LG, N)
     index, there = tree.slots(lane, 0, LE, N)
-    return token, row, g, inside, lane, (row[:, :, None] * N + index, there)
+    # Nothing is known of the divisibility of what the program's number in a second dimension, 0, is added to. Loads of
+    # neighbouring slots as one would be a lane's for its neighbours, and everything exchanged.
+    start = row * N + tl.program_id(1)
+    return token, row, g, inside, lane, (start[:, :, None], tl.permute(index, (1, 2, 0)), tl.permute(there, (1, 2, 0)))
 
 
 @triton.jit
-def _load_slots(POINTER, row, lane, other, LE: tl.constexpr, N: tl.constexpr):
-    """The left and the right leaves of each lane, as float32.
-
-    Slot by slot: that keeps all slots of a lane in its own registers, which the compiler then does with all that is
-    computed from them. One load of all would have it deal them out over the warp, and shuffle at every step.
-    """
-    left, right = (), ()
-    for e in tl.static_range(0, 1 << LE, 2):
-        left = left + (_load_slot(POINTER, row, lane, other, e, LE, N),)
-        right = right + (_load_slot(POINTER, row, lane, other, e + 1, LE, N),)
-    return _stacked(left, LE - 1), _stacked(right, LE - 1)
+def _load_slots(POINTER, leaves, other):
+    """The left and the right leaves of each lane, as float32."""
+    x = tl.load(POINTER + leaves[0] + leaves[1], mask=leaves[2], other=other)
+    return tree.split(tl.permute(x, (2, 0, 1)).to(tl.float32))
 
 
 @triton.jit
-def _load_slot(POINTER, row, lane, other, e: tl.constexpr, LE: tl.constexpr, N: tl.constexpr):
-    index, there = tree.descend(lane[0], lane[1], e, LE, LE, N)
-    return tl.load(POINTER + row * N + index, mask=there, other=other).to(tl.float32)
-
-
-@triton.jit
-def _stacked(parts, LEVELS: tl.constexpr):
-    """2^LEVELS tensors [rows, lanes] as one [rows, lanes, 2^LEVELS]; one alone stays as it is."""
-    for _ in tl.static_range(LEVELS):
-        parts = tree.joined(parts[: len(parts) // 2], parts[len(parts) // 2 :])
-    return parts[0]
+def _store_slots(POINTER, leaves, x):
+    """What belongs to the leaves, [slots, rows, lanes]."""
+    tl.store(POINTER + leaves[0] + leaves[1], tl.permute(x, (1, 2, 0)), mask=leaves[2])
 
 
 @triton.jit
@@ -158,7 +146,7 @@ def forward(
     G: tl.constexpr = 1 << LG
     token, row, g, inside, lane, leaves = _place(rows.tokens, LE, LG, BT, N)
     there = token < rows.tokens
-    x = _load_slots(rows.logits, row, lane, -INFINITY, LE, N)
+    x = _load_slots(rows.logits, leaves, -INFINITY)
     phi = _load_counts(rows.potential, row * rows.potential_stride, g, inside, -INFINITY, J, G)
 
     known = evidence(x)
@@ -174,12 +162,12 @@ def forward(
     if swept.mask is not None:
         key = tl.load(rows.key + token, mask=there, other=0)[:, None]
         chosen, doubt = draw(within, across, adjoint, key, lane, g, N, LE, LG)
-        tl.store(swept.mask + leaves[0], chosen, mask=leaves[1])
+        _store_slots(swept.mask, leaves, chosen)
         flagged = flagged | tl.max(tl.where(doubt, 1, 0), axis=1)
     if swept.marginals is not None:
         a, b = tree.down(within, across, adjoint, g, LE, LG, False)
-        marginals = tree.join_last(_marginal(x[0], a, left), _marginal(x[1], b, right))
-        tl.store(swept.marginals + leaves[0], marginals, mask=leaves[1])
+        marginals = tree.join(_marginal(x[0], a, left), _marginal(x[1], b, right))
+        _store_slots(swept.marginals, leaves, marginals)
         _store_counts(swept.count_probs, posterior, row, g, inside, J, G)
         log_partition = log_root + log_normaliser(x, shift, FAST)
         tl.store(swept.log_partition + token, tl.reshape(log_partition, [BT]).to(tl.float32), mask=there)
@@ -209,8 +197,8 @@ def backward(
     K: tl.constexpr = J - 1 if J > 1 else 1
     G: tl.constexpr = 1 << LG
     token, row, g, inside, lane, leaves = _place(rows.tokens, LE, LG, BT, N)
-    x = _load_slots(rows.logits, row, lane, -INFINITY, LE, N)
-    u = _load_slots(slopes.u, row, lane, 0.0, LE, N)
+    x = _load_slots(rows.logits, leaves, -INFINITY)
+    u = _load_slots(slopes.u, leaves, 0.0)
 
     shift = from_exact(tl.load(swept.shift + token, mask=token < rows.tokens, other=0.0)[:, None])
     left, right = _dual_coin(x[0], u[0], shift, FAST), _dual_coin(x[1], u[1], shift, FAST)
@@ -224,5 +212,5 @@ def backward(
     adjoint = _collect(adjoint, g, K + 1, G) + _collect(d_adjoint, g, K + 1, G)
 
     a, b = tree.down(within, across, adjoint, g, LE, LG, True)
-    d_marginals = tree.join_last(_dual_marginal(a, left), _dual_marginal(b, right))
-    tl.store(slopes.marginals + leaves[0], d_marginals, mask=leaves[1])
+    d_marginals = tree.join(_dual_marginal(a, left), _dual_marginal(b, right))
+    _store_slots(slopes.marginals, leaves, d_marginals)
