@@ -196,7 +196,7 @@ def backward(
     """
     K: tl.constexpr = J - 1 if J > 1 else 1
     G: tl.constexpr = 1 << LG
-    token, row, g, inside, lane, leaves = _place(rows.tokens, LE, LG, BT, N)
+    token, row, g, inside, _, leaves = _place(rows.tokens, LE, LG, BT, N)
     x = _load_slots(rows.logits, leaves, -INFINITY)
     u = _load_slots(slopes.u, leaves, 0.0)
 

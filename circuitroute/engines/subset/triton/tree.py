@@ -7,8 +7,9 @@ slots below it hold no variable.
 
 A tensor holds one coefficient of all nodes of a level: [nodes of the lane, rows, lanes], or [rows, lanes] where a lane
 has one. Nodes come first because the compiler deals out the last dimensions to threads, of which there are as many as
-rows times lanes: what is left for each thread are the nodes of its lane, and they are never exchanged. Loops over coefficients unroll when the kernel is compiled, so that coefficients are registers. A DUAL
-polynomial is its coefficients followed by as many tangents.
+rows times lanes: what is left for each thread are the nodes of its lane, and they are never exchanged. Loops over
+coefficients unroll when the kernel is compiled, so that coefficients are registers. A DUAL polynomial is its
+coefficients followed by as many tangents.
 """
 
 from __future__ import annotations
