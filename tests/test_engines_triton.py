@@ -298,6 +298,22 @@ def test_second_gradients_go_through_the_naive_engine(wide):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
+# ---------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("trees", [2, 4])
+def test_large_trees_have_fewer_programs(trees, log):
+    """The largest circuit keeps to the limit, where all programs would not; a small one has them all."""
+    values, width = trees * fused.row_shape(4096, 65)["SIZE"], 8 if log else 4
+    programs = fused.row_programs(values, log)
+    assert programs > 100
+    assert programs * values * width <= fused.MAX_SCRATCH
+    assert fused.row_programs(trees * fused.row_shape(64, 9)["SIZE"], log) == (
+        fused.LIST_PROGRAMS if log else fused.ROW_PROGRAMS
+    )
+
+
 # ---------------------------------------------------------------------------------------------- choice and refusal
 
 
