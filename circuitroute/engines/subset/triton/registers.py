@@ -31,23 +31,31 @@ def _place(tokens, LE: tl.constexpr, LG: tl.constexpr, BT: tl.constexpr, N: tl.c
     inside = (row < tokens) & (g < 1 << LG)
     lane = tree.lane_nodes(g, inside, LE, LG, N)
     index, there = tree.slots(lane, 0, LE, N)
-    # Nothing is known of the divisibility of what the program's number in a second dimension, 0, is added to. Loads of
-    # neighbouring slots as one would be a lane's for its neighbours, and everything exchanged.
-    start = row * N + tl.program_id(1)
-    return token, row, g, inside, lane, (start[:, :, None], tl.permute(index, (1, 2, 0)), tl.permute(there, (1, 2, 0)))
+    start = (row * N)[:, :, None]
+    return token, row, g, inside, lane, (start, tl.permute(index, (1, 2, 0)), tl.permute(there, (1, 2, 0)))
+
+
+@triton.jit
+def _slot_pointers(POINTER, leaves):
+    """Where the leaves lie, [rows, lanes, slots].
+
+    The program's number in the second dimension is 0, but the compiler does not know, so that nothing is known of what
+    the addresses divide by. Else a lane would load its neighbours' leaves with its own, and everything be exchanged.
+    """
+    return POINTER + tl.program_id(1) + leaves[0] + leaves[1]
 
 
 @triton.jit
 def _load_slots(POINTER, leaves, other):
     """The left and the right leaves of each lane, as float32."""
-    x = tl.load(POINTER + leaves[0] + leaves[1], mask=leaves[2], other=other)
+    x = tl.load(_slot_pointers(POINTER, leaves), mask=leaves[2], other=other)
     return tree.split(tl.permute(x, (2, 0, 1)).to(tl.float32))
 
 
 @triton.jit
 def _store_slots(POINTER, leaves, x):
     """What belongs to the leaves, [slots, rows, lanes]."""
-    tl.store(POINTER + leaves[0] + leaves[1], tl.permute(x, (1, 2, 0)), mask=leaves[2])
+    tl.store(_slot_pointers(POINTER, leaves), tl.permute(x, (1, 2, 0)), mask=leaves[2])
 
 
 @triton.jit
@@ -153,6 +161,7 @@ def forward(
     shift = solve_shift(x, known, allowed_range(phi, g, G), FAST)
     exact_shift = exact(shift)
     left, right = coin(x[0], shift, FAST), coin(x[1], shift, FAST)
+    normaliser = log_normaliser(x, shift, FAST)  # here rather than at the end, where registers are short
     within, across = tree.up(left, right, g, LE, LG, K, False)
     weights, posterior, log_root, underflow = weigh(_deal(across[LG], g, G), phi, g, exact_shift, known, G, FAST)
     adjoint = _collect(weights, g, K + 1, G)
@@ -169,7 +178,7 @@ def forward(
         marginals = tree.join(_marginal(x[0], a, left), _marginal(x[1], b, right))
         _store_slots(swept.marginals, leaves, marginals)
         _store_counts(swept.count_probs, posterior, row, g, inside, J, G)
-        log_partition = log_root + log_normaliser(x, shift, FAST)
+        log_partition = log_root + normaliser
         tl.store(swept.log_partition + token, tl.reshape(log_partition, [BT]).to(tl.float32), mask=there)
         tl.store(swept.log_root + token, tl.reshape(log_root, [BT]), mask=there)
     tl.store(swept.shift + token, tl.reshape(exact_shift, [BT]), mask=there)
