@@ -22,6 +22,7 @@ from benchmarks import triton_check
 from circuitroute.engines import Inference, choose
 from circuitroute.engines.subset import NaiveSubset, TorchSubset, TritonSubset
 from circuitroute.engines.subset.triton import engine as fused
+from circuitroute.engines.sweep import Inputs
 from tests.test_engines_subset import evidence_rows, phi_of
 from tests.truth import count_gradient, count_truth
 
@@ -167,11 +168,20 @@ def test_the_very_subset_the_naive_engine_draws(n, constraint, count, wide):
 
 
 def test_doubtful_draws_are_found_and_redrawn_in_float64(wide):
-    circuit = cr.compile(cr.Exactly(3), 8)
-    sweep = same_samples(circuit, torch.randn(2000, 8, generator=torch.Generator().manual_seed(5)))
+    """They are rare: some that are in doubt for the engine ``torch``, among others."""
+    x, phi = torch.randn(300000, 8, generator=torch.Generator().manual_seed(5)), torch.tensor([-math.inf] * 3 + [0.0])
+    key = cr.random_key(3, torch.arange(len(x)))
+    doubtful = TorchSubset().sweep(Inputs(x, phi), key, moments=False).uncertain.nonzero()[:, 0]
+    assert 3 < len(doubtful) < 100
+    doubtful = doubtful[:3]  # each takes the interpreter a while
+    some = torch.cat([doubtful, torch.arange(300)])
+    x, phi, key = (value.to(DEVICE) for value in (x[some], phi, key[some]))
+    sweep = TritonSubset().infer(x, phi, key)
     assert not sweep.fallback.any()
-    doubtful = sweep.todo[: int(sweep.length)].long()
-    assert 0 < len(set(doubtful.tolist())) == len(doubtful) < 10
+    found = sweep.todo[: int(sweep.length)].tolist()
+    assert set(range(len(doubtful))) - set(found) == set()
+    assert len(set(found)) == len(found) < len(doubtful) + 10
+    assert torch.equal(sweep.mask, NaiveSubset().sample(x, phi, key))
 
 
 def test_samples_in_memory(in_memory):
@@ -286,6 +296,22 @@ def test_second_gradients_go_through_the_naive_engine(wide):
         (grad,) = torch.autograd.grad(circuit.with_engine(engine)(x).marginals.mul(u).sum(), x, create_graph=True)
         results.append(torch.autograd.grad(grad.square().sum(), x)[0])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("trees", [2, 4])
+def test_large_trees_have_fewer_programs(trees, log):
+    """The largest circuit keeps to the limit, where all programs would not; a small one has them all."""
+    values, width = trees * fused.row_shape(4096, 65)["SIZE"], 8 if log else 4
+    programs = fused.row_programs(values, log)
+    assert programs > 100
+    assert programs * values * width <= fused.MAX_SCRATCH
+    assert fused.row_programs(trees * fused.row_shape(64, 9)["SIZE"], log) == (
+        fused.LIST_PROGRAMS if log else fused.ROW_PROGRAMS
+    )
 
 
 # ---------------------------------------------------------------------------------------------- choice and refusal

@@ -54,6 +54,8 @@ WARPS = 4
 # Programs that share the work of the kernels of one row per program; each needs scratch memory for its tree.
 ROW_PROGRAMS = 1056
 LIST_PROGRAMS = 264
+# Bytes that the trees of all programs may take: where trees are large, there are fewer programs.
+MAX_SCRATCH = 1 << 27
 
 
 def refusal(n: int, max_count: int) -> str | None:
@@ -289,8 +291,9 @@ class _Problem:
         """One program per row, or the programs that share the list."""
         T, N, J = self.shape
         shape = row_shape(N, J)
-        programs = min(T, LIST_PROGRAMS if log else ROW_PROGRAMS)
-        trees = self._new(torch.float64 if log else torch.float32)(programs * (4 if dual else 2) * shape["SIZE"])
+        values = (4 if dual else 2) * shape["SIZE"]
+        programs = min(T, row_programs(values, log))
+        trees = self._new(torch.float64 if log else torch.float32)(programs * values)
         scratch = Scratch(trees, None if dual else self._new(torch.int32)(programs * (N + 2)))
         self._run(kernel, programs, (*arguments, scratch), {**shape, "LOG": log})
 
@@ -331,6 +334,12 @@ def row_shape(n: int, J: int) -> dict[str, int]:
     depth, K = (n - 1).bit_length(), max(J - 1, 1)
     size = sum((min(1 << level, K) + 1) * even(-(-n >> level)) for level in range(depth + 1))
     return {"N": n, "J": J, "DEPTH": depth, "SIZE": size, "JP": 1 << K.bit_length()}
+
+
+def row_programs(values: int, log: bool) -> int:
+    """How many programs of one row each there may be, whose trees take ``values`` each."""
+    fitting = max(1, MAX_SCRATCH // (values * (8 if log else 4)))
+    return min(fitting, LIST_PROGRAMS if log else ROW_PROGRAMS)
 
 
 def interpreter_runs() -> bool:
