@@ -108,7 +108,7 @@ def _fold(key: int | Tensor, index: int | Tensor) -> int | Tensor:
     """mix64((key ^ mix64(index)) + golden ratio), on the host for integers."""
     if isinstance(key, int) and isinstance(index, int):
         return _host_mix64(((key ^ _host_mix64(index)) + _GOLDEN64) & _WORD)
-    if any(isinstance(part, Tensor) and part.device.type == "cuda" for part in (key, index)) and _kernels_run():
+    if any(isinstance(part, Tensor) and part.is_cuda for part in (key, index)) and _kernels_run():
         from circuitroute.keys.folding import folded
 
         return folded(*(_signed(part, 64) if isinstance(part, int) else part for part in (key, index)))
