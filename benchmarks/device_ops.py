@@ -4,7 +4,8 @@
 costs more than what is launched. Views and allocations are free and not counted. A matrix product counts once.
 
 The tensors are a CPU's and say that they are on a GPU: torch's autograd does not run where there is none, on fake
-tensors either. Triton's kernels are not run. A tensor that is made of Python numbers counts as a copy, for which the host may wait.
+tensors either. Triton's kernels are not run. A tensor that is made of Python numbers counts as a copy, for which the
+host may wait.
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ import pytest
 import torch
 
 import circuitroute as cr
-from benchmarks import triton_check
 from circuitroute.engines import Inference, choose
 from circuitroute.engines.subset import NaiveSubset, TorchSubset, TritonSubset
 from circuitroute.engines.subset.triton import engine as fused
@@ -402,17 +401,6 @@ def test_naive_moments_are_the_naive_engines():
     x, phi = torch.randn(2, 4, device=DEVICE), torch.zeros(3, device=DEVICE)
     for found, expected in zip(TritonSubset().naive_moments(x, phi), NaiveSubset().moments(x, phi), strict=True):
         assert torch.equal(found, expected)
-
-
-def test_what_a_gpu_is_asked_first(tmp_path, capsys, wide):
-    """The check that comes before any timing, and the script around it, as far as they go without a GPU."""
-    out = tmp_path / "rows.jsonl"
-    assert triton_check.main(["--device", DEVICE.type, "--tokens", "12", "--sizes", "6:2", "--out", str(out)]) == 0
-    assert "(6, 2) right" in capsys.readouterr().out
-    (row,) = map(json.loads, out.read_text().splitlines())
-    assert row["marginals_error"] <= 1e-6
-    assert row["samples_that_differ"] == 0
-    assert subprocess.run(["bash", "-n", str(ROOT / "benchmarks" / "gpu.sh")], check=False).returncode == 0
 
 
 def test_constants_of_kernels_equal_themselves():
