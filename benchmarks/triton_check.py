@@ -96,7 +96,7 @@ def check(report: Report, title: str, x: Tensor, phi: Tensor, on_cpu: bool = Fal
     results = {**{name: getattr(found, name) for name in ("marginals", "count_probs", "log_partition")}, **slopes}
     nothing = truth["log_partition"].isnan().to(x.device)
     errors = {}
-    for name, bound in BOUNDS.items():
+    for name in BOUNDS:
         expected, scale = truth[name].to(x.device), 1.0
         if name == "log_partition":
             scale = expected.abs().clamp(min=1)
