@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from circuitroute.engines.subset.triton import tree
+from circuitroute.engines.subset.triton import SIZES, tree
 from circuitroute.engines.subset.triton.coins import INFINITY, coin, exact, from_exact, log_normaliser
 from circuitroute.engines.subset.triton.root import allowed_range, dual_weigh, weigh
 from circuitroute.engines.subset.triton.sampling import draw
@@ -135,10 +135,12 @@ def _dual_marginal(adjoint, leaf):
 # ---------------------------------------------------------------------------------------------- kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward(
     rows,
     swept,
+    tokens,
+    potential_stride,
     N: tl.constexpr,
     J: tl.constexpr,
     LE: tl.constexpr,
@@ -148,14 +150,15 @@ def forward(
 ):
     """One sweep: the moments, where ``swept`` has room for them, and a sample of each row's key, where there are keys.
 
-    ``rows`` is an :class:`~..engine.Rows`, ``swept`` a :class:`~..engine.Swept`.
+    ``rows`` is an :class:`~..engine.Rows`, ``swept`` a :class:`~..engine.Swept`; rows' potentials are
+    ``potential_stride`` apart, 0 where all rows share one.
     """
     K: tl.constexpr = J - 1 if J > 1 else 1  # with count 0 alone, a count of 1 that is not allowed
     G: tl.constexpr = 1 << LG
-    token, row, g, inside, lane, leaves = _place(rows.tokens, LE, LG, BT, N)
-    there = token < rows.tokens
+    token, row, g, inside, lane, leaves = _place(tokens, LE, LG, BT, N)
+    there = token < tokens
     x = _load_slots(rows.logits, leaves, -INFINITY)
-    phi = _load_counts(rows.potential, row * rows.potential_stride, g, inside, -INFINITY, J, G)
+    phi = _load_counts(rows.potential, row * potential_stride, g, inside, -INFINITY, J, G)
 
     known = evidence(x)
     shift = solve_shift(x, known, allowed_range(phi, g, G), FAST)
@@ -186,11 +189,13 @@ def forward(
     _append(swept, tl.where(there, flagged, 0), token)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward(
     rows,
     swept,
     slopes,
+    tokens,
+    potential_stride,
     N: tl.constexpr,
     J: tl.constexpr,
     LE: tl.constexpr,
@@ -205,11 +210,11 @@ def backward(
     """
     K: tl.constexpr = J - 1 if J > 1 else 1
     G: tl.constexpr = 1 << LG
-    token, row, g, inside, _, leaves = _place(rows.tokens, LE, LG, BT, N)
+    token, row, g, inside, _, leaves = _place(tokens, LE, LG, BT, N)
     x = _load_slots(rows.logits, leaves, -INFINITY)
     u = _load_slots(slopes.u, leaves, 0.0)
 
-    shift = from_exact(tl.load(swept.shift + token, mask=token < rows.tokens, other=0.0)[:, None])
+    shift = from_exact(tl.load(swept.shift + token, mask=token < tokens, other=0.0)[:, None])
     left, right = _dual_coin(x[0], u[0], shift, FAST), _dual_coin(x[1], u[1], shift, FAST)
     within, across = tree.up(left, right, g, LE, LG, K, True)
     root = across[LG]

@@ -222,10 +222,11 @@ def draw_in_memory(
     tl.store(COUNTS, drawn)
     tl.debug_barrier()
     number, at, level = 1, root, DEPTH - 1
-    while level >= 0:
-        slots, degree = extent(level, N, K)
-        at -= (degree + 1) * slots
-        near = tl.maximum(near, _split_level(TREE + at, COUNTS, words, number, level, N, K, LOG))
-        number += slots // 2
-        level -= 1
+    if DEPTH > 0:  # see levels.up
+        while level >= 0:
+            slots, degree = extent(level, N, K)
+            at -= (degree + 1) * slots
+            near = tl.maximum(near, _split_level(TREE + at, COUNTS, words, number, level, N, K, LOG))
+            number += slots // 2
+            level -= 1
     return near
