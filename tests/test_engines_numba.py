@@ -282,7 +282,7 @@ def test_warmup_compiles_all_there_is():
     kernels = engine._kernels()
     assert len(kernels.forward.signatures) == len(kernels.second_derivative.signatures) == 2
     steps = engine._step_kernels()
-    for kernel in (steps.step, steps.step_marginals, steps.step_gradient):
+    for kernel in (steps.step, steps.step_marginals, engine._gradient_kernel()):
         assert [signature[2].dtype.name for signature in kernel.signatures] == ["float32"]
 
 
