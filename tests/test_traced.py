@@ -141,6 +141,29 @@ def test_bad_rows_are_nan_alone():
     torch.testing.assert_close(gates, cr.route(logits, circuit, key=3, validate_args=False).gates, equal_nan=True)
 
 
+@pytest.mark.parametrize("engine", ["numba", "torch"])
+def test_bad_rows_of_a_step_are_lost_alone(engine):
+    if engine == "numba":
+        pytest.importorskip("numba")
+    circuit = cr.compile(cr.Exactly(3), 12).with_engine(engine)
+    logits = logits_of(12)
+    logits[1, 0], logits[2] = math.nan, -math.inf
+    logits.requires_grad_()
+
+    def read(x):
+        routing = cr.route(x, circuit, key=3, validate_args=False)
+        return routing.padded()[0], routing.mask, routing.gates, routing.log_prob, routing.marginals
+
+    expected, found = read(logits), traced(read)(logits)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+    assert not found[1][1:3].any()
+    assert found[3].isnan().nonzero().flatten().tolist() == [1, 2]
+    gradients = [torch.autograd.grad(weights.square().sum(), logits)[0] for weights, *_ in (expected, found)]
+    torch.testing.assert_close(*gradients)
+    assert not gradients[1][1:3].any()
+
+
 class Layer(nn.Module):
     def __init__(self):
         super().__init__()

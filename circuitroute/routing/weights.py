@@ -33,6 +33,8 @@ def weigh(
         # Not a property of the decision: torch 2.6 cannot trace those of a named tuple.
         finite = logits is None and decision.untempered.rows.finite
         logits = decision.logits if logits is None else logits.to(g.dtype)
+        if decision.invalid is not None:  # a gradient of 0 times NaN would be NaN
+            logits = torch.where(decision.invalid[:, None], 0.0, logits)
         if isinstance(as_estimator(estimator), Dense):
             gates = _dense(decision, logits, combine)
         elif combine == "marginal":
