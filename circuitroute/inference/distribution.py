@@ -66,6 +66,10 @@ class Known(Protocol):
         """The same as functions of the distribution's parameters; None where they are not."""
         ...
 
+    def log_prob(self, mask: Tensor) -> Tensor | None:
+        """[T] the log-probability of the very mask that was found along with them; None for any other."""
+        ...
+
 
 class SubsetDistribution(Distribution):
     """p(S) ~ exp(count_potential[|S|] + sum of the logits of S), over the subsets a circuit allows.
@@ -371,6 +375,9 @@ class SubsetDistribution(Distribution):
             ValueError: a wrong last dimension or values that are not 0 or 1; when validating, masks outside the
                 support, named by row.
         """
+        known = None if self.known is None else self.known.log_prob(value)
+        if known is not None:
+            return self._as_batch(known)
         selected = value == 1 if is_compiling() else as_mask("value", value, self.circuit.n)
         allowed = ops.satisfies(self.circuit, selected) if is_compiling() else boolean.satisfies(self.circuit, selected)
         if self._validate_args and not bool(allowed.all()):

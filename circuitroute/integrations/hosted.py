@@ -22,11 +22,10 @@ from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Constraint
 from circuitroute.inference.temperature import as_temperature
 from circuitroute.keys import fold_in, random_key
-from circuitroute.routing import choice
-from circuitroute.routing.choice import Decide, as_share
+from circuitroute.routing.choice import Batch, Decide, as_share
 from circuitroute.routing.decision import Routing
 from circuitroute.routing.estimators import Dense, Estimator, as_estimator
-from circuitroute.routing.weights import weigh
+from circuitroute.routing.route import routed
 
 Weights = Literal["softmax", "normalized", "sigmoid"]
 
@@ -134,14 +133,16 @@ class Decider:
         for_choice = logits if shift is None else logits + shift.detach().to(logits.dtype)
         key = (self.keys(token) if key is None else key) if training else None
         share = as_share(self.decide, self.estimator) if training else 0.0
-        decision = choice.decide(for_choice, self.circuit, share=share, key=key, temperature=self.temperature)
-        gates = weigh(decision, combine=weights, estimator=self.estimator, logits=logits)
+        batch = Batch.of(for_choice, self.circuit, key=key, temperature=self.temperature)
+        given = batch.logits if shift is None else logits.to(batch.logits.dtype)
+        decided = routed(batch._replace(logits=given), share, combine=weights, estimator=self.estimator)
+        gates = decided.gates
         if renormalize:
             # DenseMixer's gates of unchosen experts have a gradient that the sum over the chosen does not share.
-            gates = divided_by_sum(gates, decision.mask if isinstance(self.estimator, Dense) else None)
+            gates = divided_by_sum(gates, decided.mask if isinstance(self.estimator, Dense) else None)
         gates = gates * scale
-        gates = torch.where(decision.mask & (gates == 0), torch.finfo(gates.dtype).tiny, gates)
-        routing = decision.routing(gates)
+        gates = torch.where(decided.mask & (gates == 0), torch.finfo(gates.dtype).tiny, gates)
+        routing = decided.weighed(gates, batch.logits)
         if self.recorded is not None:
             self.recorded.append(routing)
         return routing

@@ -22,7 +22,8 @@ from circuitroute.routing.choice import Decide
 from circuitroute.routing.decision import Routing
 from circuitroute.routing.estimators import Estimator
 from circuitroute.routing.records import RoutingRecord
-from circuitroute.routing.weights import Combine, as_combine, weigh
+from circuitroute.routing.route import routed
+from circuitroute.routing.weights import Combine, as_combine
 
 
 class BudgetLayer(LogitMap):
@@ -187,17 +188,15 @@ class BudgetRouter(Budget):
         router = self.router(state.layer)
         rows = hidden.reshape(-1, self.hidden_size)
         share = choice.as_share(self.decide if decide is None else decide, self.estimator)
-        decision = choice.decide(
+        batch = choice.Batch.of(
             router.logits(rows),
             router.circuit,
-            share=share if self.training else 0.0,
-            rule="count",
             temperature=self.temperature if temperature is None else temperature,
             key=key if not isinstance(key, Tensor) or key.dim() == 0 else key.reshape(-1),
-            replay=replay,
             count_potential=self.potential(state, rows),
         )
-        routing = decision.routing(weigh(decision, combine=self.combine, estimator=self.estimator))
+        weights: dict[str, Any] = {"combine": self.combine, "estimator": self.estimator}
+        routing = routed(batch, share if self.training else 0.0, rule="count", replay=replay, **weights)
         return routing, self.spend(state, routing)
 
     def extra_repr(self) -> str:

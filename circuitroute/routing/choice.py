@@ -87,11 +87,11 @@ class Batch(NamedTuple):
         logits: Tensor,
         circuit: Compiled,
         *,
-        key: Tensor | int | None,
-        temperature: float | Tensor,
-        shift: Tensor | None,
-        count_potential: Tensor | None,
-        validate_args: bool | None,
+        key: Tensor | int | None = None,
+        temperature: float | Tensor = 1.0,
+        shift: Tensor | None = None,
+        count_potential: Tensor | None = None,
+        validate_args: bool | None = None,
     ) -> Batch:
         """The arguments of :func:`decide`, which is refused what it refuses."""
         batch = logits.shape[:-1] if isinstance(logits, Tensor) else torch.Size()

@@ -84,6 +84,11 @@ class Routing:
         """[T, E] float32, combination weights; 0 off the chosen set in value, with the estimator's gradient."""
         return self._gates
 
+    def weighed(self, gates: Tensor, logits: Tensor | None = None) -> Routing:
+        """The same decision with other weights [T, E], and with ``logits`` [T, E] as those it was made of."""
+        logits = self.logits if logits is None else logits
+        return Routing(self.distribution, self.mask, gates, self.untempered, logits, self.temperature)
+
     @property
     def distribution(self) -> SubsetDistribution:
         """What the decision was drawn from, with batch [T]: that of the logits divided by the temperature."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from circuitroute.inference.circuit import Circuit
 from circuitroute.routing import choice, step
-from circuitroute.routing.choice import Decide
+from circuitroute.routing.choice import Batch, Decide, Rule
 from circuitroute.routing.decision import Routing
 from circuitroute.routing.estimators import Estimator
 from circuitroute.routing.records import RoutingRecord
@@ -81,9 +81,28 @@ def route(
         count_potential=count_potential,
         validate_args=validate_args,
     )
-    share = share if training else 0.0
-    routing = step.routing(batch, share, replay, combine=combine, estimator=estimator)
-    if routing is not None:
-        return routing
-    decision = choice.decided(batch, share=share, replay=replay)
+    return routed(batch, share if training else 0.0, combine=combine, estimator=estimator, replay=replay)
+
+
+def routed(
+    batch: Batch,
+    share: float,
+    *,
+    combine: Combine,
+    estimator: str | Estimator,
+    rule: Rule = "mode",
+    replay: Tensor | RoutingRecord | None = None,
+) -> Routing:
+    """The decision of a batch with its weights: in one step where the engine has one, else composed of its parts.
+
+    Args:
+        batch: what to decide on, and in ``logits`` what to weigh by.
+        share, rule: see :func:`circuitroute.routing.choice.decide`.
+        combine, estimator, replay: see :func:`route`.
+    """
+    if rule == "mode" or share == 1 or replay is not None:
+        routing = step.routing(batch, share, replay, combine=combine, estimator=estimator)
+        if routing is not None:
+            return routing
+    decision = choice.decided(batch, share=share, rule=rule, replay=replay)
     return decision.routing(weigh(decision, combine=combine, estimator=estimator))

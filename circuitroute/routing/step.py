@@ -237,6 +237,12 @@ class Found:
         self._marginals()  # fills what is returned
         return inference(self.step, self.recorded, self.recorded.marginals)
 
+    def log_prob(self, mask: Tensor) -> Tensor | None:
+        """See :class:`circuitroute.inference.distribution.Known`."""
+        if mask is not self.step.mask:
+            return None
+        return self.step.log_prob if self.recorded is None else self.recorded.log_prob
+
     def gates(self) -> Tensor:
         """[T, E]."""
         with torch.no_grad():
@@ -262,6 +268,10 @@ class TracedFound(Found):
     def functions(self) -> Inference:
         """See :class:`circuitroute.inference.distribution.Known`."""
         return self.values()
+
+    def log_prob(self, mask: Tensor) -> Tensor | None:
+        """See :class:`circuitroute.inference.distribution.Known`."""
+        return self._made.log_prob if mask is self.step.mask else None
 
     def gates(self) -> Tensor:
         """[T, E]."""
@@ -306,14 +316,6 @@ class StepRouting(Routing):
     def gates(self) -> Tensor:
         """See :class:`Routing`."""
         return self._found.gates()
-
-    @property
-    def log_prob(self) -> Tensor:
-        """See :class:`Routing`."""
-        known, recorded = self._found.step.log_prob, self._found.recorded
-        if known is None:
-            return self.distribution.log_prob(self.mask)
-        return known if recorded is None else recorded.log_prob
 
     def padded(self, width: int | None = None, pad: Pad = "distinct") -> tuple[Tensor, Tensor]:
         """See :class:`Routing`."""

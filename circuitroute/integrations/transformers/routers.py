@@ -33,11 +33,13 @@ from circuitroute.integrations.transformers.families import Family
 from circuitroute.integrations.transformers.settings import Options
 from circuitroute.integrations.transformers.walk import Walk, in_backward
 from circuitroute.keys import drawn_keys, random_key
-from circuitroute.routing.choice import Rule, as_share, decide
+from circuitroute.routing.choice import Batch, Rule, as_share
+from circuitroute.routing.choice import decided as decided_on
 from circuitroute.routing.decision import Decision, Routing, chosen_first
 from circuitroute.routing.estimators import Dense, as_estimator
 from circuitroute.routing.probes import padded_with_probes, probe_slots, probe_weights
-from circuitroute.routing.weights import estimated_mask, weigh
+from circuitroute.routing.route import routed
+from circuitroute.routing.weights import estimated_mask
 
 PREFIX = "Circuit"
 
@@ -139,32 +141,33 @@ class Plan:
         count_potential: Tensor | None,
     ) -> Routing:
         choice, options = self.family.choice(router, logits), self.session.options
-        decision = decide(
+        batch = Batch.of(
             choice,
             self.circuit,
-            share=as_share(options.decide, options.estimator) if router.training else 0.0,
-            rule=rule,
             temperature=options.temperature,
             key=key,
-            replay=replay,
             count_potential=count_potential,
             validate_args=False,
         )
-        return decision.routing(self._weigh(router, decision, None if choice is logits else logits))
+        given = batch.logits if choice is logits else logits.to(batch.logits.dtype)
+        share = as_share(options.decide, options.estimator) if router.training else 0.0
+        combine = self.family.combine(router) if options.combine is None else options.combine
+        if isinstance(combine, str):
+            settings: dict[str, Any] = {"combine": combine, "estimator": options.estimator, "rule": rule}
+            decided = routed(batch._replace(logits=given), share, replay=replay, **settings)
+            return decided.weighed(decided.gates, batch.logits)
+        decision = decided_on(batch, share=share, rule=rule, replay=replay)
+        return decision.routing(self._weigh(decision, combine, given))
 
-    def _weigh(self, router: nn.Module, decision: Decision, logits: Tensor | None) -> Tensor:
-        """[T, E] gates from the router's logits, without any shift for the choice; None: those decided on."""
-        estimator, combine = self.session.options.estimator, self.session.options.combine
-        rule = self.family.combine(router) if combine is None else combine
-        if isinstance(rule, str):
-            return weigh(decision, combine=rule, estimator=estimator, logits=logits)
-        decided = decision.logits
-        with torch.autocast(decided.device.type, enabled=False):
+    def _weigh(self, decision: Decision, rule: Any, logits: Tensor) -> Tensor:
+        """[T, E] gates by a family's own rule, from the router's logits without any shift for the choice."""
+        estimator = self.session.options.estimator
+        with torch.autocast(logits.device.type, enabled=False):
             g = estimated_mask(decision, estimator)
-            wide = decided if logits is None else logits.to(decided.dtype)
             dense = self.family.weighs_unchosen and isinstance(as_estimator(estimator), Dense)
             rule = partial(rule, dense=True) if dense else rule
-            return rule(g, decision.mask, wide, max(1, self.circuit.max_count))
+            gates: Tensor = rule(g, decision.mask, logits, max(1, self.circuit.max_count))
+            return gates
 
     def project(self, routing: Routing) -> tuple[Tensor, Tensor]:
         """Weights and indices [T, K], the chosen experts first and by decreasing logit; no probes."""
