@@ -30,40 +30,6 @@ Rule: TypeAlias = Literal["mode", "count"]
 SHARES = {None: 1.0, "sample": 1.0, "mode": 0.0}
 
 
-def decide(
-    logits: Tensor,
-    circuit: Compiled,
-    *,
-    share: float,
-    rule: Rule = "mode",
-    key: Tensor | int | None = None,
-    replay: Tensor | RoutingRecord | None = None,
-    temperature: float | Tensor = 1.0,
-    shift: Tensor | None = None,
-    count_potential: Tensor | None = None,
-    validate_args: bool | None = None,
-) -> Decision:
-    """Which subset: the first half of :func:`circuitroute.route`, with its arguments;
-    :func:`~circuitroute.routing.weights.weigh` is the other.
-
-    Args:
-        share: how many of the tokens are sampled, from 0 to 1, which ones being a function of their keys.
-        shift: [E], [T, 1] or [T, E]: added to the logits for the choice alone.
-        rule: what the others take: the ``"mode"``, or, for count constraints, ``"count"``: the most probable number of
-            experts (the lower among equals), then the most probable subset of that size.
-    """
-    batch = Batch.of(
-        logits,
-        circuit,
-        key=key,
-        temperature=temperature,
-        shift=shift,
-        count_potential=count_potential,
-        validate_args=validate_args,
-    )
-    return decided(batch, share=share, rule=rule, replay=replay)
-
-
 class Batch(NamedTuple):
     """Checked arguments of a decision.
 
@@ -93,7 +59,11 @@ class Batch(NamedTuple):
         count_potential: Tensor | None = None,
         validate_args: bool | None = None,
     ) -> Batch:
-        """The arguments of :func:`decide`, which is refused what it refuses."""
+        """Of unchecked ones, see :func:`circuitroute.route`.
+
+        Args:
+            shift: [E], [T, 1] or [T, E]: added to the logits for the choice alone.
+        """
         batch = logits.shape[:-1] if isinstance(logits, Tensor) else torch.Size()
         if isinstance(logits, Tensor) and logits.dim() > 0:
             logits, count_potential, key = _flatten(logits, count_potential, key)
@@ -105,10 +75,17 @@ class Batch(NamedTuple):
         return Batch(untempered, given, temperature, key, unchecked)
 
 
-def decided(
+def decide(
     batch: Batch, *, share: float, rule: Rule = "mode", replay: Tensor | RoutingRecord | None = None
 ) -> Decision:
-    """:func:`decide`, of arguments that are checked already."""
+    """Which subset: the first half of a routing step; :func:`~circuitroute.routing.weights.weigh` is the other.
+
+    Args:
+        share: how many of the tokens are sampled, from 0 to 1, which ones being a function of their keys.
+        rule: what the others take: the ``"mode"``, or, for count constraints, ``"count"``: the most probable number of
+            experts (the lower among equals), then the most probable subset of that size.
+        replay: see :func:`circuitroute.route`.
+    """
     untempered, temperature = batch.untempered, batch.temperature
     if batch.unchecked:
         untempered.check()

@@ -17,7 +17,7 @@ from circuitroute.circuit import Compiled
 from circuitroute.engines import combine, engine_of
 from circuitroute.engines.step import Inputs, Rule, Slopes, Step, Upstream
 from circuitroute.inference.distribution import SubsetDistribution
-from circuitroute.routing.choice import Batch, decided
+from circuitroute.routing.choice import Batch, decide
 from circuitroute.routing.decision import Decision, chosen_first
 from circuitroute.routing.weights import weigh
 
@@ -103,7 +103,7 @@ class ComposedSteps:
         """See :class:`~circuitroute.engines.step.Stepper`; moments are found in any case."""
         untempered = self._distribution(inputs)
         batch = Batch(untempered, inputs.logits, inputs.temperature, inputs.key)
-        decision = decided(batch, share=rule.share, replay=inputs.mask)
+        decision = decide(batch, share=rule.share, replay=inputs.mask)
         gates = weigh(decision, combine=rule.combine, estimator="none")
         mask, distribution = decision.mask, decision.distribution
         indices = chosen_first(mask, inputs.logits, max(1, self.circuit.max_count))

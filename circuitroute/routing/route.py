@@ -104,5 +104,5 @@ def routed(
         routing = step.routing(batch, share, replay, combine=combine, estimator=estimator)
         if routing is not None:
             return routing
-    decision = choice.decided(batch, share=share, rule=rule, replay=replay)
+    decision = choice.decide(batch, share=share, rule=rule, replay=replay)
     return decision.routing(weigh(decision, combine=combine, estimator=estimator))

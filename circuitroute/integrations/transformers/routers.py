@@ -33,8 +33,7 @@ from circuitroute.integrations.transformers.families import Family
 from circuitroute.integrations.transformers.settings import Options
 from circuitroute.integrations.transformers.walk import Walk, in_backward
 from circuitroute.keys import drawn_keys, random_key
-from circuitroute.routing.choice import Batch, Rule, as_share
-from circuitroute.routing.choice import decided as decided_on
+from circuitroute.routing.choice import Batch, Rule, as_share, decide
 from circuitroute.routing.decision import Decision, Routing, chosen_first
 from circuitroute.routing.estimators import Dense, as_estimator
 from circuitroute.routing.probes import padded_with_probes, probe_slots, probe_weights
@@ -156,7 +155,7 @@ class Plan:
             settings: dict[str, Any] = {"combine": combine, "estimator": options.estimator, "rule": rule}
             decided = routed(batch._replace(logits=given), share, replay=replay, **settings)
             return decided.weighed(decided.gates, batch.logits)
-        decision = decided_on(batch, share=share, rule=rule, replay=replay)
+        decision = decide(batch, share=share, rule=rule, replay=replay)
         return decision.routing(self._weigh(decision, combine, given))
 
     def _weigh(self, decision: Decision, rule: Any, logits: Tensor) -> Tensor:
