@@ -39,6 +39,8 @@ COMBINES = get_args(Combine)  # here, since torch 2.6 cannot trace get_args
 
 # An unchosen expert's weight relative to the chosen ones enters a gradient only; e^30 keeps that finite.
 MAX_RELATIVE_LOGIT = 30.0
+# Mixed into the key that says whether a token is sampled, so that what is drawn then does not depend on it.
+SHARE = 0x5A4E
 
 
 class Inputs(NamedTuple):

@@ -12,6 +12,7 @@ from torch import Tensor, float32, promote_types
 
 from circuitroute._validate import as_mask, as_number
 from circuitroute.circuit import Compiled, boolean
+from circuitroute.engines.step import SHARE
 from circuitroute.inference.distribution import SubsetDistribution
 from circuitroute.inference.evidence import rows_text
 from circuitroute.inference.rows import cannot_look
@@ -26,8 +27,6 @@ Rule: TypeAlias = Literal["mode", "count"]
 
 # What each word means as a share of sampled tokens; nothing said is "sample".
 SHARES = {None: 1.0, "sample": 1.0, "mode": 0.0}
-# Mixed into the key that says whether a token is sampled, so that what is drawn then does not depend on it.
-SHARE = 0x5A4E
 
 
 def decide(

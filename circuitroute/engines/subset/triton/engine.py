@@ -36,6 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from circuitroute.engines import step
 from circuitroute.engines.autograd import attach
 from circuitroute.engines.base import Inference, given
 from circuitroute.engines.subset.naive import NaiveSubset
@@ -104,6 +105,8 @@ class Rows(NamedTuple):
     key: Tensor | None
     potential_stride: int
     tokens: int
+    temperature: Tensor | None = None  # only a step has one, see :class:`~.step.Tempered`
+    temperature_stride: int = 0
 
 
 class Swept(NamedTuple):
@@ -127,6 +130,8 @@ class Slopes(NamedTuple):
     v: Tensor | None
     marginals: Tensor
     count_probs: Tensor
+    direct: Any = None  # only a step has more, see :class:`~.step.Again`
+    choice: Tensor | None = None
 
 
 class Scratch(NamedTuple):
@@ -197,6 +202,32 @@ class TritonSubset:
         if mask is None:
             raise RuntimeError("a sweep that is given keys returns a mask")  # cannot happen
         return mask
+
+    def steps(self, inputs: step.Inputs) -> bool:
+        """See :class:`circuitroute.engines.step.Stepper`."""
+        from circuitroute.engines.subset.triton.step import takes
+
+        return takes(inputs)
+
+    def step(self, inputs: step.Inputs, rule: step.Rule, moments: bool) -> step.Step:
+        """See :class:`circuitroute.engines.step.Stepper`."""
+        from circuitroute.engines.subset.triton.step import step
+
+        return step(inputs, rule, moments)
+
+    def step_marginals(self, inputs: step.Inputs, found: step.Step, out_TN: Tensor) -> None:
+        """See :class:`circuitroute.engines.step.Stepper`."""
+        from circuitroute.engines.subset.triton.step import step_marginals
+
+        step_marginals(inputs, found, out_TN)
+
+    def step_gradient(
+        self, inputs: step.Inputs, rule: step.Rule, found: step.Step, upstream: step.Upstream
+    ) -> step.Slopes:
+        """See :class:`circuitroute.engines.step.Stepper`."""
+        from circuitroute.engines.subset.triton.step import step_gradient
+
+        return step_gradient(inputs, rule, found, upstream)
 
 
 @dataclass(frozen=True)
