@@ -226,8 +226,10 @@ def step_forward(
     if MOMENTS:
         log_partition = tl.where(invalid, float("nan"), log_root + log_normaliser(x, shift, FAST))
         forced = known[0]
-        log_prob = _at_count(phi, count, g, G).to(tl.float64) - log_root + log_literals(
-            x, tree._split_last(chosen), shift, FAST
+        log_prob = (
+            _at_count(phi, count, g, G).to(tl.float64)
+            - log_root
+            + log_literals(x, tree._split_last(chosen), shift, FAST)
         )
         log_prob += exact_shift * (count.to(tl.float32) - forced).to(tl.float64)
         log_prob = tl.where(invalid, float("nan"), log_prob)
