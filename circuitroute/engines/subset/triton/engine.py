@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuitroute.engines import step
+from circuitroute.engines import step as stepping
 from circuitroute.engines.autograd import attach
 from circuitroute.engines.base import Inference, given
 from circuitroute.engines.subset.naive import NaiveSubset
@@ -203,27 +203,27 @@ class TritonSubset:
             raise RuntimeError("a sweep that is given keys returns a mask")  # cannot happen
         return mask
 
-    def steps(self, inputs: step.Inputs) -> bool:
+    def steps(self, inputs: stepping.Inputs) -> bool:
         """See :class:`circuitroute.engines.step.Stepper`."""
         from circuitroute.engines.subset.triton.step import takes
 
         return takes(inputs)
 
-    def step(self, inputs: step.Inputs, rule: step.Rule, moments: bool) -> step.Step:
+    def step(self, inputs: stepping.Inputs, rule: stepping.Rule, moments: bool) -> stepping.Step:
         """See :class:`circuitroute.engines.step.Stepper`."""
         from circuitroute.engines.subset.triton.step import step
 
         return step(inputs, rule, moments)
 
-    def step_marginals(self, inputs: step.Inputs, found: step.Step, out_TN: Tensor) -> None:
+    def step_marginals(self, inputs: stepping.Inputs, found: stepping.Step, out_TN: Tensor) -> None:
         """See :class:`circuitroute.engines.step.Stepper`."""
         from circuitroute.engines.subset.triton.step import step_marginals
 
         step_marginals(inputs, found, out_TN)
 
     def step_gradient(
-        self, inputs: step.Inputs, rule: step.Rule, found: step.Step, upstream: step.Upstream
-    ) -> step.Slopes:
+        self, inputs: stepping.Inputs, rule: stepping.Rule, found: stepping.Step, upstream: stepping.Upstream
+    ) -> stepping.Slopes:
         """See :class:`circuitroute.engines.step.Stepper`."""
         from circuitroute.engines.subset.triton.step import step_gradient
 

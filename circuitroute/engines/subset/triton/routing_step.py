@@ -324,7 +324,7 @@ def marginals(
     """The marginals, around the shift and the posterior of a step; of rows that underflowed they are not right."""
     K: tl.constexpr = J - 1 if J > 1 else 1
     G: tl.constexpr = 1 << LG
-    token, row, g, inside, lane, leaves = registers._place(rows.tokens, LE, LG, BT, N)
+    _, row, g, inside, lane, leaves = registers._place(rows.tokens, LE, LG, BT, N)
     x = _tempered(registers._load_slots(rows.logits, row, lane, -INFINITY, LE, N), rows, row, inside)
     there = row < rows.tokens
     shift = from_exact(tl.load(swept.shift + row, mask=there, other=0.0))
@@ -352,12 +352,18 @@ def _adjoint(coefficients, posterior):
 
 
 @triton.jit
-def _reaching_gates(decided, upstream, row, lane, inside, number, chosen, S: tl.constexpr, LE: tl.constexpr, N: tl.constexpr):  # fmt: skip
+def _chosen(swept, row, lane, LE: tl.constexpr, N: tl.constexpr):
+    """The decision, as logits are held; read again rather than kept in registers."""
+    return _whole(registers._load_slots(swept.mask, row, lane, 0, LE, N)) > 0.0
+
+
+@triton.jit
+def _reaching_gates(
+    decided, upstream, row, lane, there, number, chosen, S: tl.constexpr, LE: tl.constexpr, N: tl.constexpr
+):
     """v: the gradient of the gates, and those of the slots at their variables; nothing comes from unused slots."""
     v = tl.zeros_like(number).to(tl.float32)
     if upstream.weights is not None:
-        there = row >= 0
-        there = there & row_any(inside)
         for s in tl.static_range(S):
             index = tl.load(decided.indices + row * S + s, mask=there, other=0).to(tl.int32)
             slope = tl.load(upstream.weights + row * S + s, mask=there, other=0.0).to(tl.float32)
@@ -391,13 +397,13 @@ def step_backward(
     """
     K: tl.constexpr = J - 1 if J > 1 else 1
     G: tl.constexpr = 1 << LG
-    token, row, g, inside, lane, leaves = registers._place(rows.tokens, LE, LG, BT, N)
+    _, row, g, inside, lane, leaves = registers._place(rows.tokens, LE, LG, BT, N)
     there = row < rows.tokens
     given = registers._load_slots(rows.logits, row, lane, -INFINITY, LE, N)
     number = _numbers(lane, LE, N)
     valid = tl.load(decided.invalid + row, mask=there, other=1) == 0
-    chosen = _whole(registers._load_slots(swept.mask, row, lane, 0, LE, N)) > 0.0
-    v = _reaching_gates(decided, upstream, row, lane, inside, number, chosen, K, LE, N)
+    chosen = _chosen(swept, row, lane, LE, N)
+    v = _reaching_gates(decided, upstream, row, lane, there, number, chosen, K, LE, N)
     theta = _whole(given)
     if rows.theta is not None:
         theta = _whole(registers._load_slots(rows.theta, row, lane, -INFINITY, LE, N))
@@ -413,6 +419,7 @@ def step_backward(
         if not SIMPLE:
             u = tl.zeros_like(v)
         by_theta = tl.where(along(valid, theta) & (tl.abs(theta) < INFINITY), by_theta, 0.0)
+    tl.store(slopes.logits + leaves[0], by_theta, mask=leaves[1])  # not kept in registers through the sweep
 
     if SWEEPS:
         if upstream.marginals is not None:
@@ -433,16 +440,17 @@ def step_backward(
             v_q = registers._load_counts(upstream.count_probs, row * J, g, inside, 0.0, J, G)
         adjoint, d_adjoint, d_posterior = dual_weigh(coefficients, tangents, posterior, v_q)
         rest, score = direct_slopes(upstream, row, there)
-        count = row_count(chosen)
+        count = row_count(_chosen(swept, row, lane, LE, N))
         by_potential = _potential_slopes(d_posterior, posterior, rest, score, count, valid, g, G)
         registers._store_counts(slopes.count_probs, by_potential, row, g, inside, J, G)
         adjoint = registers._collect(adjoint, g, K + 1, G) + registers._collect(d_adjoint, g, K + 1, G)
         a, b = tree.down(within, across, adjoint, g, LE, LG, True)
         moved = tree.join_last(registers._dual_marginal(a, left), registers._dual_marginal(b, right))
         m = tree.join_last(a[1] * left[1], b[1] * right[1])
-        by_choice = moved + along(rest, m) * m + tl.where(chosen, along(score, m), 0.0)
-        known = along(valid, m) & (tl.abs(_whole(x)) < INFINITY)
-        by_choice = tl.where(known, by_choice, 0.0)
+        by_choice = moved + along(rest, m) * m
+        if upstream.log_prob is not None:
+            by_choice += tl.where(_chosen(swept, row, lane, LE, N), along(score, m), 0.0)
+        by_choice = tl.where(along(valid, m) & (tl.abs(_whole(x)) < INFINITY), by_choice, 0.0)
         if rows.temperature is not None:
             t = tl.load(rows.temperature + row * rows.temperature_stride, mask=there, other=1.0).to(tl.float32)
             by_choice = by_choice / along(t, m)
@@ -451,12 +459,12 @@ def step_backward(
         if slopes.choice is not None:
             tl.store(slopes.choice + leaves[0], by_choice, mask=leaves[1])
         else:
-            by_theta += tl.where(lost, 0.0, by_choice)
+            by_choice += tl.load(slopes.logits + leaves[0], mask=leaves[1], other=0.0).to(tl.float32)
+            tl.store(slopes.logits + leaves[0], by_choice, mask=leaves[1] & (lost == 0))
     else:
         registers._store_counts(slopes.count_probs, _zeros(g, J, G, BT), row, g, inside, J, G)
         if slopes.choice is not None:
             tl.store(slopes.choice + leaves[0], tl.zeros_like(v), mask=leaves[1])
-    tl.store(slopes.logits + leaves[0], by_theta, mask=leaves[1])
 
 
 @triton.jit

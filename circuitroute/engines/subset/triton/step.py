@@ -187,10 +187,13 @@ def _problem(inputs: Inputs) -> engine._Problem:
 
 
 def _rows(problem: engine._Problem, inputs: Inputs, below: int) -> Tempered:
-    temperature, stride = inputs.temperature, 1
-    if not isinstance(temperature, Tensor):
-        temperature, stride = None if temperature == 1.0 else problem._new(torch.float32)(1).fill_(temperature), 0
+    given, temperature = inputs.temperature, None
+    if isinstance(given, Tensor):
+        temperature = given.contiguous()
+    elif given != 1.0:
+        temperature = torch.full((1,), given, dtype=torch.float32, device=problem.logits.device)
     theta = None if inputs.choice is inputs.logits else inputs.logits.contiguous()
+    stride = 1 if isinstance(given, Tensor) else 0
     return Tempered(*problem.rows(inputs.key)[:5], temperature, stride, theta, below)
 
 
@@ -202,7 +205,8 @@ def _room(problem: engine._Problem, moments: bool, marginals: bool) -> tuple[Swe
         swept = problem.room(with_moments=True, with_sample=True)
         swept = swept if marginals else swept._replace(marginals=None)
     else:
-        swept = Swept(*(None,) * len(Swept._fields))._replace(mask=problem._new(torch.bool)(T, N))
+        nothing: dict[str, Any] = dict.fromkeys(Swept._fields)
+        swept = Swept(**{**nothing, "mask": problem._new(torch.bool)(T, N)})
     decided = Decided(
         new(T, S), problem._new(torch.int64)(T, S), problem._new(torch.bool)(T), new(T) if moments else None
     )

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from circuitroute.engines import step
 from circuitroute.engines.subset.triton.coins import INFINITY, LN2, LOG2E, along, coin, exp2, row_sum
-from circuitroute.engines.subset.triton.decision import row_count, row_max
+from circuitroute.engines.subset.triton.decision import row_max
 
 MAX_RELATIVE_LOGIT = tl.constexpr(step.MAX_RELATIVE_LOGIT)
 LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32
@@ -26,36 +26,36 @@ def _power(x, FAST: tl.constexpr):
 
 @triton.jit
 def scale(theta, chosen, N: tl.constexpr, COMBINE: tl.constexpr, FAST: tl.constexpr):
-    """What the weights of a row are relative to: (top, total, how many are forced).
+    """What the weights of a row are relative to: (top, total).
 
-    Softmax is over all variables: forced ones (+inf) share all of it, and a row of -inf is left uniform.
+    Softmax is over all variables: forced ones (+inf) share all of it, and a row of -inf is left uniform. Infinities
+    as the largest floats do that by themselves: next to them no other difference is seen.
     """
     if COMBINE == "softmax":
-        forced = row_count(theta == INFINITY)
-        top = row_max(tl.where(theta == INFINITY, -INFINITY, theta))
-        top = tl.where(forced > 0, INFINITY, top)
-        known = (top, top * 0.0, forced)
-        total = row_sum(relative(theta, known, COMBINE, FAST))
-        return top, tl.where(top == -INFINITY, N, total), forced
+        top = row_max(_bounded(theta))
+        total = row_sum(relative(theta, top, COMBINE, FAST))
+        return top, tl.where(top == -LARGEST, N, total)  # without the slots of no variable
     elif COMBINE == "normalized":
         top = row_max(tl.where(chosen, tl.minimum(theta, LARGEST), -INFINITY))
         top = tl.where(top == -INFINITY, 0.0, top)
-        total = row_sum(tl.where(chosen, relative(theta, (top, top, top), COMBINE, FAST), 0.0))
-        return top, tl.where(total > 0.0, total, 1.0), top
+        total = row_sum(tl.where(chosen, relative(theta, top, COMBINE, FAST), 0.0))
+        return top, tl.where(total > 0.0, total, 1.0)
     else:
-        one = tl.zeros_like(row_max(theta)) + 1.0
-        return one, one, one
+        top = tl.zeros_like(row_max(theta))
+        return top, top + 1.0
 
 
 @triton.jit
-def relative(theta, known, COMBINE: tl.constexpr, FAST: tl.constexpr):
+def _bounded(theta):
+    return tl.maximum(tl.minimum(theta, LARGEST), -LARGEST)
+
+
+@triton.jit
+def relative(theta, top, COMBINE: tl.constexpr, FAST: tl.constexpr):
     """Weights times the row's total."""
-    top = along(known[0], theta)
+    top = along(top, theta)
     if COMBINE == "softmax":
-        level = tl.where(tl.abs(top) == INFINITY, 0.0, top)
-        weight = _power(tl.where(theta == INFINITY, -INFINITY, theta) - level, FAST)
-        weight = tl.where(top == INFINITY, tl.where(theta == INFINITY, 1.0, 0.0), weight)
-        return tl.where(top == -INFINITY, 1.0, weight)
+        return _power(_bounded(theta) - top, FAST)
     elif COMBINE == "normalized":
         return _power(tl.minimum(tl.minimum(theta, LARGEST) - top, MAX_RELATIVE_LOGIT), FAST)
     else:
@@ -65,7 +65,7 @@ def relative(theta, known, COMBINE: tl.constexpr, FAST: tl.constexpr):
 @triton.jit
 def weights_of(theta, known, COMBINE: tl.constexpr, FAST: tl.constexpr):
     """The weights, of chosen and other variables alike."""
-    return relative(theta, known, COMBINE, FAST) / along(known[1], theta)
+    return relative(theta, known[0], COMBINE, FAST) / along(known[1], theta)
 
 
 @triton.jit
