@@ -130,7 +130,10 @@ class Slopes(NamedTuple):
     v: Tensor | None
     marginals: Tensor
     count_probs: Tensor
-    direct: Any = None  # only a step has more, see :class:`~.step.Again`
+    # Only a step has more, see :class:`~.step.Again`.
+    log_partition: Tensor | None = None
+    log_prob: Tensor | None = None
+    mask: Tensor | None = None
     choice: Tensor | None = None
 
 

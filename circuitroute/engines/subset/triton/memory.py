@@ -103,10 +103,10 @@ def _tree_down(
 
 
 @triton.jit
-def _direct(direct, row, i, N: tl.constexpr):
+def _direct(slopes, row, i, N: tl.constexpr):
     """(w0 - c, c, z) of a row of a routing step, see :func:`~.weights.direct_slopes`."""
-    rest, score = direct_slopes(direct, tl.zeros([1, 1], tl.int64) + row, tl.full([1, 1], 1, tl.int1))
-    return rest, score, tl.load(direct.mask + row * N + i, mask=i < N, other=0) != 0
+    rest, score = direct_slopes(slopes, tl.zeros([1, 1], tl.int64) + row, tl.full([1, 1], 1, tl.int1))
+    return rest, score, tl.load(slopes.mask + row * N + i, mask=i < N, other=0) != 0
 
 
 # ---------------------------------------------------------------------------------------------- kernels
@@ -226,8 +226,8 @@ def backward(
                 slope += tl.load(slopes.v + row * J + j, mask=j < J, other=0.0).to(tl.float32)
             slope -= tl.sum(posterior * slope, axis=1, keep_dims=True)
             by_potential = posterior * slope
-            if slopes.direct is not None:
-                rest, score, chosen = _direct(slopes.direct, row, i, N)
+            if slopes.mask is not None:
+                rest, score, chosen = _direct(slopes, row, i, N)
                 count = tl.sum(chosen.to(tl.int32), axis=1, keep_dims=True)
                 by_potential += rest * posterior + tl.where(j == count, score, 0.0)
             tl.store(slopes.count_probs + row * J + j, by_potential, mask=j < J)
@@ -245,7 +245,7 @@ def backward(
             m = _tree_down(TREE, root, present, i, N, K, DEPTH, SIZE, LOG, DUAL)
             moved = levels.load_present(TREE + SIZE + DUAL, i, N) + u
             moved = tl.where(tl.abs(x) < INFINITY, m * moved, 0.0)
-            if slopes.direct is not None:
+            if slopes.mask is not None:
                 moved = moved.to(tl.float32) + rest * m.to(tl.float32) + tl.where(chosen, score, 0.0)
                 moved = tl.where(tl.abs(x) < INFINITY, moved, 0.0)
                 if rows.temperature is not None:

@@ -54,14 +54,6 @@ class Decided(NamedTuple):
     log_prob: Tensor | None
 
 
-class Direct(NamedTuple):
-    """What reaches a decision's logits past the second derivative, for :func:`.memory.backward`."""
-
-    log_partition: Tensor | None
-    log_prob: Tensor | None
-    mask: Tensor
-
-
 class Into(NamedTuple):
     """Where gradients go: by theta, by the choice (None: both into ``logits``), by the potential; and u on the way."""
 
@@ -72,13 +64,19 @@ class Into(NamedTuple):
 
 
 class Again(NamedTuple):
-    """The same for :func:`.memory.backward`; ``choice`` says whether the gradient stands alone."""
+    """The same for :func:`.memory.backward`; the first fields are those of :class:`~.engine.Slopes`.
+
+    The next are what reaches the decision's logits past the second derivative, and ``choice`` says whether their
+    gradient stands alone.
+    """
 
     u: Tensor
     v: Tensor | None
     marginals: Tensor
     count_probs: Tensor
-    direct: Direct
+    log_partition: Tensor | None
+    log_prob: Tensor | None
+    mask: Tensor
     choice: Tensor | None
 
 
@@ -160,9 +158,9 @@ def step_gradient(inputs: Inputs, rule: Rule, found: Step, upstream: Upstream) -
     how = {"COMBINE": rule.combine, "SIMPLE": rule.simple, "SWEEPS": sweeps}
     _in_lanes(problem, routing_step.step_backward, (rows, swept, decided, given, into), how, dual=True)
     if sweeps and T > 0:
-        direct = Direct(given.log_partition, given.log_prob, found.mask)
         to = into.logits if into.choice is None else into.choice
-        again = Again(into.u, given.count_probs, to, into.count_probs, direct, into.choice)
+        past = (given.log_partition, given.log_prob, found.mask)
+        again = Again(into.u, given.count_probs, to, into.count_probs, *past, into.choice)
         problem._launch_rows(memory.backward, (rows, swept, again), dual=True, log=True)
     return Slopes(into.logits, into.choice, into.count_probs)
 

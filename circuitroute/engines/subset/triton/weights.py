@@ -114,12 +114,12 @@ def _times(a, b):
 
 
 @triton.jit
-def direct_slopes(direct, row, inside):
+def direct_slopes(upstream, row, inside):
     """(w0 - c, c): how the gradients of log Z and log p(z) weigh the moments and the decision; [rows, 1]."""
     score = tl.zeros_like(row).to(tl.float32)
     rest = score
-    if direct.log_prob is not None:
-        score += tl.load(direct.log_prob + row, mask=inside, other=0.0)
-    if direct.log_partition is not None:
-        rest += tl.load(direct.log_partition + row, mask=inside, other=0.0)
+    if upstream.log_prob is not None:
+        score += tl.load(upstream.log_prob + row, mask=inside, other=0.0)
+    if upstream.log_partition is not None:
+        rest += tl.load(upstream.log_partition + row, mask=inside, other=0.0)
     return rest - score, score
