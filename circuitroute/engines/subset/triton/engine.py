@@ -208,29 +208,30 @@ class TritonSubset:
 
     def steps(self, inputs: stepping.Inputs) -> bool:
         """See :class:`circuitroute.engines.step.Stepper`."""
-        from circuitroute.engines.subset.triton.step import takes
+        from circuitroute.engines.subset.triton import step as taking
 
-        return takes(inputs)
+        fits = lanes_fit(inputs.logits.shape[1], inputs.potential.shape[-1] - 1) and taking.readable(inputs)
+        return fits and (inputs.logits.is_cuda or interpreter_runs())
 
     def step(self, inputs: stepping.Inputs, rule: stepping.Rule, moments: bool) -> stepping.Step:
         """See :class:`circuitroute.engines.step.Stepper`."""
-        from circuitroute.engines.subset.triton.step import step
+        from circuitroute.engines.subset.triton import step as taking
 
-        return step(inputs, rule, moments)
+        return taking.step(_Problem.of(inputs.choice, inputs.potential), inputs, rule, moments)
 
     def step_marginals(self, inputs: stepping.Inputs, found: stepping.Step, out_TN: Tensor) -> None:
         """See :class:`circuitroute.engines.step.Stepper`."""
-        from circuitroute.engines.subset.triton.step import step_marginals
+        from circuitroute.engines.subset.triton import step as taking
 
-        step_marginals(inputs, found, out_TN)
+        taking.step_marginals(_Problem.of(inputs.choice, inputs.potential), inputs, found, out_TN)
 
     def step_gradient(
         self, inputs: stepping.Inputs, rule: stepping.Rule, found: stepping.Step, upstream: stepping.Upstream
     ) -> stepping.Slopes:
         """See :class:`circuitroute.engines.step.Stepper`."""
-        from circuitroute.engines.subset.triton.step import step_gradient
+        from circuitroute.engines.subset.triton import step as taking
 
-        return step_gradient(inputs, rule, found, upstream)
+        return taking.step_gradient(_Problem.of(inputs.choice, inputs.potential), inputs, rule, found, upstream)
 
 
 @dataclass(frozen=True)
@@ -318,6 +319,27 @@ class _Problem:
         else:
             self._launch_rows(in_memory, arguments, dual, log=False)
         self._launch_rows(in_memory, arguments, dual, log=True)
+
+    def launch_lanes(
+        self, kernel: Any, arguments: tuple[Any, ...], dual: bool = False, constants: dict[str, Any] | None = None
+    ) -> None:
+        """All rows, in lanes."""
+        T, N, J = self.shape
+        if T > 0:
+            shape = lane_shape(N, J, dual)
+            self._run(kernel, -(-T // shape["BT"]), arguments, {**shape, **(constants or {})})
+
+    def launch_list(self, kernel: Any, arguments: tuple[Any, ...], dual: bool = False) -> None:
+        """The listed rows, in log space."""
+        if len(self.logits) > 0:
+            self._launch_rows(kernel, arguments, dual, log=True)
+
+    def launch_settling(self, kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        """The listed rows, by a kernel that needs no tree."""
+        T, N, J = self.shape
+        shape = {name: size for name, size in row_shape(N, J).items() if name != "SIZE"}
+        if T > 0:
+            self._run(kernel, min(T, LIST_PROGRAMS), arguments, {**shape, **constants})
 
     def _launch_rows(self, kernel: Any, arguments: tuple[NamedTuple, ...], dual: bool, log: bool) -> None:
         """One program per row, or the programs that share the list."""

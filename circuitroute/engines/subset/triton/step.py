@@ -14,16 +14,65 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from circuitroute.engines.step import Inputs, Rule, Slopes, Step, Upstream
-from circuitroute.engines.subset.triton import engine
-from circuitroute.engines.subset.triton.engine import Swept, lane_shape, lanes_fit, row_shape
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Problem(Protocol):
+    """Rows laid out for the kernels, and their launches: the engine's."""
+
+    @property
+    def logits(self) -> Tensor:
+        """[T, N], those that are decided on."""
+        ...
+
+    @property
+    def potential(self) -> Tensor:
+        """[J] or [T, J]."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(T, N, J)."""
+        ...
+
+    def room(self, with_moments: bool, with_sample: bool) -> Any:
+        """Memory for a sweep."""
+        ...
+
+    def launch_lanes(
+        self, kernel: Any, arguments: tuple[Any, ...], dual: bool = False, constants: dict[str, Any] | None = None
+    ) -> None:
+        """All rows, in lanes."""
+        ...
+
+    def launch_list(self, kernel: Any, arguments: tuple[Any, ...], dual: bool = False) -> None:
+        """The listed rows, in float64, with scratch memory."""
+        ...
+
+    def launch_settling(self, kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        """The listed rows, one per program."""
+        ...
+
+
+class Swept(NamedTuple):
+    """The fields of the engine's own."""
+
+    log_partition: Tensor | None = None
+    marginals: Tensor | None = None
+    count_probs: Tensor | None = None
+    shift: Tensor | None = None
+    log_root: Tensor | None = None
+    mask: Tensor | None = None
+    fallback: Tensor | None = None
+    todo: Tensor | None = None
+    length: Tensor | None = None
 
 
 class Tempered(NamedTuple):
@@ -89,16 +138,15 @@ class TritonStep(Step):
     length: Tensor | None = None
 
 
-def takes(inputs: Inputs) -> bool:
-    """Whether rows fit into lanes, in dtypes that are read as they are."""
-    J, temperature = inputs.potential.shape[-1], inputs.temperature
+def readable(inputs: Inputs) -> bool:
+    """Whether the kernels read these dtypes as they are."""
+    temperature = inputs.temperature
     tensors = [inputs.logits, inputs.choice, *([temperature] if isinstance(temperature, Tensor) else [])]
-    fits = lanes_fit(inputs.logits.shape[1], J - 1) and all(x.dtype in DTYPES for x in tensors)
-    return fits and inputs.potential.dtype == torch.float32 and (inputs.logits.is_cuda or engine.interpreter_runs())
+    return all(x.dtype in DTYPES for x in tensors) and inputs.potential.dtype == torch.float32
 
 
 @torch.no_grad()
-def step(inputs: Inputs, rule: Rule, moments: bool) -> Step:
+def step(problem: Problem, inputs: Inputs, rule: Rule, moments: bool) -> Step:
     """See :class:`circuitroute.engines.step.Stepper`."""
     from circuitroute.engines.subset.triton import memory, routing_step
 
@@ -106,22 +154,19 @@ def step(inputs: Inputs, rule: Rule, moments: bool) -> Step:
     if sampled != "none" and inputs.key is None:
         raise ValueError(f"share={rule.share}: sampled tokens need keys, and key is None")
     moments = moments or sampled != "none" or rule.combine == "marginal"
-    problem = _problem(inputs)
-    T, N, J = problem.shape
     rows = _rows(problem, inputs, below)
     swept, decided = _room(problem, moments, rule.combine == "marginal")
     how = {"COMBINE": rule.combine, "SAMPLED": sampled}
-    _in_lanes(problem, routing_step.step_forward, (rows, swept, decided), {**how, "MOMENTS": moments})
-    if moments and T > 0:
+    problem.launch_lanes(routing_step.step_forward, (rows, swept, decided), constants={**how, "MOMENTS": moments})
+    if moments:
         drawn = swept if sampled != "none" else swept._replace(mask=None)
-        problem._launch_rows(memory.forward, (rows, drawn), dual=False, log=True)
-        shape = {name: size for name, size in row_shape(N, J).items() if name != "SIZE"}
-        problem._run(routing_step.settle, min(T, engine.LIST_PROGRAMS), (rows, swept, decided), {**shape, **how})
+        problem.launch_list(memory.forward, (rows, drawn))
+        problem.launch_settling(routing_step.settle, (rows, swept, decided), how)
     return TritonStep(**{**swept._asdict(), **decided._asdict()})
 
 
 @torch.no_grad()
-def step_marginals(inputs: Inputs, found: Step, out_TN: Tensor) -> None:
+def step_marginals(problem: Problem, inputs: Inputs, found: Step, out_TN: Tensor) -> None:
     """See :class:`circuitroute.engines.step.Stepper`."""
     from circuitroute.engines.subset.triton import memory, routing_step
 
@@ -129,21 +174,18 @@ def step_marginals(inputs: Inputs, found: Step, out_TN: Tensor) -> None:
     if known.marginals is not None:
         out_TN.copy_(known.marginals)
         return
-    problem = _problem(inputs)
     rows, swept = _rows(problem, inputs, 0), _swept(known)._replace(marginals=out_TN, mask=None)
-    _in_lanes(problem, routing_step.marginals, (rows, swept, known.invalid), {})
-    if len(inputs.logits) > 0:
-        problem._launch_rows(memory.forward, (rows, swept), dual=False, log=True)
+    problem.launch_lanes(routing_step.marginals, (rows, swept, known.invalid))
+    problem.launch_list(memory.forward, (rows, swept))
 
 
 @torch.no_grad()
-def step_gradient(inputs: Inputs, rule: Rule, found: Step, upstream: Upstream) -> Slopes:
+def step_gradient(problem: Problem, inputs: Inputs, rule: Rule, found: Step, upstream: Upstream) -> Slopes:
     """See :class:`circuitroute.engines.step.Stepper`."""
     from circuitroute.engines.subset.triton import memory, routing_step
 
-    known, problem = _known(found), _problem(inputs)
+    known = _known(found)
     T, N, J = problem.shape
-    new = problem._new(torch.float32)
     rows, swept = _rows(problem, inputs, 0), _swept(known)
     decided = Decided(known.weights, known.indices, known.invalid, known.log_prob)
     given = Upstream(*(None if x is None else x.contiguous() for x in upstream))
@@ -151,17 +193,17 @@ def step_gradient(inputs: Inputs, rule: Rule, found: Step, upstream: Upstream) -
     into = Into(
         torch.empty_like(problem.logits, dtype=inputs.logits.dtype),
         torch.empty_like(problem.logits) if apart else None,
-        new(T, J),
-        new(T, N),
+        known.weights.new_empty(T, J),
+        known.weights.new_empty(T, N),
     )
     sweeps = _sweeps(rule, given)
     how = {"COMBINE": rule.combine, "SIMPLE": rule.simple, "SWEEPS": sweeps}
-    _in_lanes(problem, routing_step.step_backward, (rows, swept, decided, given, into), how, dual=True)
-    if sweeps and T > 0:
+    problem.launch_lanes(routing_step.step_backward, (rows, swept, decided, given, into), dual=True, constants=how)
+    if sweeps:
         to = into.logits if into.choice is None else into.choice
         past = (given.log_partition, given.log_prob, found.mask)
         again = Again(into.u, given.count_probs, to, into.count_probs, *past, into.choice)
-        problem._launch_rows(memory.backward, (rows, swept, again), dual=True, log=True)
+        problem.launch_list(memory.backward, (rows, swept, again), dual=True)
     return Slopes(into.logits, into.choice, into.count_probs)
 
 
@@ -180,11 +222,7 @@ def _sweeps(rule: Rule, upstream: Upstream) -> bool:
     return (gates and (rule.simple or rule.combine == "marginal")) or any(x is not None for x in moments)
 
 
-def _problem(inputs: Inputs) -> engine._Problem:
-    return engine._Problem.of(inputs.choice, inputs.potential)
-
-
-def _rows(problem: engine._Problem, inputs: Inputs, below: int) -> Tempered:
+def _rows(problem: Problem, inputs: Inputs, below: int) -> Tempered:
     given, temperature = inputs.temperature, None
     if isinstance(given, Tensor):
         temperature = given.contiguous()
@@ -192,21 +230,25 @@ def _rows(problem: engine._Problem, inputs: Inputs, below: int) -> Tempered:
         temperature = torch.full((1,), given, dtype=torch.float32, device=problem.logits.device)
     theta = None if inputs.choice is inputs.logits else inputs.logits.contiguous()
     stride = 1 if isinstance(given, Tensor) else 0
-    return Tempered(*problem.rows(inputs.key)[:5], temperature, stride, theta, below)
+    T, _, J = problem.shape
+    apart = 0 if problem.potential.dim() == 1 else J
+    return Tempered(problem.logits, problem.potential, inputs.key, apart, T, temperature, stride, theta, below)
 
 
-def _room(problem: engine._Problem, moments: bool, marginals: bool) -> tuple[Swept, Decided]:
+def _room(problem: Problem, moments: bool, marginals: bool) -> tuple[Swept, Decided]:
     """Memory for the outcome."""
     T, N, J = problem.shape
-    new, S = problem._new(torch.float32), max(1, J - 1)
+    device, shape = problem.logits.device, (T, max(1, J - 1))
     if moments:
-        swept = problem.room(with_moments=True, with_sample=True)
+        swept = Swept(**problem.room(with_moments=True, with_sample=True)._asdict())
         swept = swept if marginals else swept._replace(marginals=None)
     else:
-        nothing: dict[str, Any] = dict.fromkeys(Swept._fields)
-        swept = Swept(**{**nothing, "mask": problem._new(torch.bool)(T, N)})
+        swept = Swept(mask=torch.empty(T, N, dtype=torch.bool, device=device))
     decided = Decided(
-        new(T, S), problem._new(torch.int64)(T, S), problem._new(torch.bool)(T), new(T) if moments else None
+        weights=torch.empty(shape, dtype=torch.float32, device=device),
+        indices=torch.empty(shape, dtype=torch.int64, device=device),
+        invalid=torch.empty(T, dtype=torch.bool, device=device),
+        log_prob=torch.empty(T, dtype=torch.float32, device=device) if moments else None,
     )
     return swept, decided
 
@@ -219,12 +261,3 @@ def _known(found: Step) -> TritonStep:
 
 def _swept(found: TritonStep) -> Swept:
     return Swept(*(getattr(found, name) for name in Swept._fields))
-
-
-def _in_lanes(
-    problem: engine._Problem, kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], dual: bool = False
-) -> None:
-    T, N, J = problem.shape
-    if T > 0:
-        shape = lane_shape(N, J, dual)
-        problem._run(kernel, -(-T // shape["BT"]), arguments, {**shape, **constants})
