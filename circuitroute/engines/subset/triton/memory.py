@@ -32,6 +32,7 @@ from circuitroute.engines.subset.triton.root import (
 )
 from circuitroute.engines.subset.triton.sampling import draw_in_memory
 from circuitroute.engines.subset.triton.shift import evidence, solve_shift
+from circuitroute.engines.subset.triton.weights import direct_slopes
 
 # ---------------------------------------------------------------------------------------------- what both share
 
@@ -40,6 +41,9 @@ from circuitroute.engines.subset.triton.shift import evidence, solve_shift
 def _load_row(rows, potential_stride, row, i, j, N: tl.constexpr, J: tl.constexpr):
     """(logits, potential); -inf where there is no variable and no count."""
     x = tl.load(rows.logits + row * N + i, mask=i < N, other=-INFINITY).to(tl.float32)
+    if rows.temperature is not None:
+        t = tl.load(rows.temperature + row).to(tl.float32)
+        x = tl.div_rn(x, t + tl.zeros_like(x))
     return x, tl.load(rows.potential + row * potential_stride + j, mask=j < J, other=-INFINITY)
 
 
@@ -96,6 +100,13 @@ def _tree_down(
     levels.down(TREE, root, N, K, DEPTH, SIZE, LOG, DUAL)
     below = levels.load_present(TREE + SIZE, i, N)
     return tl.exp(below + present) if LOG else below * present
+
+
+@triton.jit
+def _direct(slopes, row, i, N: tl.constexpr):
+    """(w0 - c, c, z) of a row of a routing step, see :func:`~.weights.direct_slopes`."""
+    rest, score = direct_slopes(slopes, tl.zeros([1, 1], tl.int64) + row, tl.full([1, 1], 1, tl.int1))
+    return rest, score, tl.load(slopes.mask + row * N + i, mask=i < N, other=0) != 0
 
 
 # ---------------------------------------------------------------------------------------------- kernels
@@ -155,15 +166,17 @@ def forward(
             flagged |= draw_in_memory(TREE, COUNTS, root, posterior, j, key, N, K, DEPTH, LOG)
             chosen = (tl.load(COUNTS + i, mask=i < N, other=0) > 0) & (log_root == log_root)
             tl.store(swept.mask + row * N + i, chosen, mask=i < N)
+        if swept.log_root is not None:
+            if lost > 0 or not LOG:
+                tl.store(swept.count_probs + row * J + j, posterior.to(tl.float32), mask=j < J)
+                _store_one(swept.log_partition, row, (log_root + normaliser).to(tl.float32))
+                _store_one(swept.log_root, row, log_root)
         if swept.marginals is not None:
             if lost > 0 or not LOG:
                 m = _tree_down(TREE, root, present, i, N, K, DEPTH, SIZE, LOG, 0)
                 m = tl.minimum(m, 1.0).to(tl.float32)  # rounding may go an ulp beyond
                 m = tl.where(log_root == log_root, tl.where(x == INFINITY, 1.0, m), float("nan"))
                 tl.store(swept.marginals + row * N + i, m, mask=i < N)
-                tl.store(swept.count_probs + row * J + j, posterior.to(tl.float32), mask=j < J)
-                _store_one(swept.log_partition, row, (log_root + normaliser).to(tl.float32))
-                _store_one(swept.log_root, row, log_root)
         if not LOG:
             if flagged > 0:
                 tl.store(swept.todo + tl.atomic_add(swept.length, 1), at)
@@ -216,7 +229,12 @@ def backward(
             if slopes.v is not None:
                 slope += tl.load(slopes.v + row * J + j, mask=j < J, other=0.0).to(tl.float32)
             slope -= tl.sum(posterior * slope, axis=1, keep_dims=True)
-            tl.store(slopes.count_probs + row * J + j, posterior * slope, mask=j < J)
+            by_potential = posterior * slope
+            if slopes.mask is not None:
+                rest, score, chosen = _direct(slopes, row, i, N)
+                count = tl.sum(chosen.to(tl.int32), axis=1, keep_dims=True)
+                by_potential += rest * posterior + tl.where(j == count, score, 0.0)
+            tl.store(slopes.count_probs + row * J + j, by_potential, mask=j < J)
             if LOG:
                 forced = tl.sum((x == INFINITY).to(tl.float32), axis=1, keep_dims=True)
                 adjoint = log_adjoint(phi, j, exact_shift, forced, tl.load(swept.log_root + row))
@@ -231,6 +249,13 @@ def backward(
             m = _tree_down(TREE, root, present, i, N, K, DEPTH, SIZE, LOG, DUAL)
             moved = levels.load_present(TREE + SIZE + DUAL, i, N) + u
             moved = tl.where(tl.abs(x) < INFINITY, m * moved, 0.0)
+            if slopes.mask is not None:
+                moved = moved.to(tl.float32) + rest * m.to(tl.float32) + tl.where(chosen, score, 0.0)
+                moved = tl.where(tl.abs(x) < INFINITY, moved, 0.0)
+                if rows.temperature is not None:
+                    moved = moved / tl.load(rows.temperature + row).to(tl.float32)
+                if slopes.choice is None:
+                    moved += tl.load(slopes.marginals + row * N + i, mask=i < N, other=0.0).to(tl.float32)
             tl.store(slopes.marginals + row * N + i, moved.to(tl.float32), mask=i < N)
             tl.debug_barrier()
         at += tl.num_programs(0)
