@@ -11,21 +11,24 @@ The path of a constraint through this package, a module per step::
 
 A constraint that comes down to one count over all variables takes the same path as that count: its circuit is the
 balanced tree of truncated convolutions of counts (Poisson-binomial polynomials) and, marked with its allowed counts,
-runs on the fused ``subset`` engines.
+runs on the fused ``subset`` engines. These need no graph, so that it is built when something asks for it; its size is
+known at once (``counted``).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import combinations, islice
 
 from circuitroute import Circuit, CircuitTooLargeError, Constraint, InfeasibleError, register_compiler
-from circuitroute.circuit import Graph
+from circuitroute.circuit import DeferredGraph, Graph
 from circuitroute.compilation import Prediction
 from circuitroute.constraints import And, Cost, Count, CountIn, Logic, Over
 from circuitroute_compilers.choice import Choice, choose, is_foreign
+from circuitroute_compilers.counted import CountSize
 from circuitroute_compilers.graph import UnhashableStateError, build_graph, most_states
-from circuitroute_compilers.lowering import flattened, joined, lower, only_counts
+from circuitroute_compilers.lowering import Capped, flattened, joined, lower, only_counts
 from circuitroute_compilers.plans import simple_parts
 from circuitroute_compilers.terms import Machine, check_associative
 
@@ -47,10 +50,22 @@ def compile_builtin(constraint: Constraint, n: int, max_nodes: int) -> Circuit:
     """Compile a constraint over ``n`` variables; see :func:`circuitroute.compile` for the errors."""
     counts = only_counts(constraint, n)
     simple = _simplest(constraint, n, counts)
+    if counts is not None:
+        size = CountSize(counts, n, Capped(CountIn(counts), counts, n).cap)
+        if size.mergeable(max_nodes):
+            return Circuit(_deferred(simple, size, max_nodes), constraint, counts)
     try:
         return Circuit(_graph(simple, n, max_nodes), constraint, counts)
     except InfeasibleError as error:
         raise InfeasibleError(_contradiction(constraint, n) or str(error)) from None
+
+
+def _deferred(constraint: Constraint, size: CountSize, max_nodes: int) -> Graph:
+    """The graph of a count over all variables, refused now if it is too large and built when it is asked for."""
+    needs = size.excess(max_nodes)
+    if needs is not None:
+        raise _too_large(constraint, size.n, max_nodes, _chosen(constraint, size.n, max_nodes), needs)
+    return DeferredGraph(size.n, size.nodes, size.edges, partial(_graph, constraint, size.n, max_nodes))
 
 
 def _graph(constraint: Constraint, n: int, max_nodes: int) -> Graph:
