@@ -323,8 +323,17 @@ def _step_kernels() -> Any:
     return step
 
 
+def _width() -> int:
+    from circuitroute.engines.subset.numba.simd.lanes import WIDTH
+
+    return WIDTH
+
+
 def _in_threads(kernel: Any, rows: _Arrays, arguments: tuple[Any, ...]) -> None:
-    """Run the kernel on all rows, split evenly among as many threads as torch uses (kernels release the GIL)."""
+    """Run the kernel on all rows, split among as many threads as torch uses (kernels release the GIL).
+
+    A thread gets whole blocks of tokens: a part of a block takes the time and the memory of a whole one.
+    """
 
     def run(part: tuple[int, int]) -> None:
         kernel(part, *rows, *arguments)
@@ -334,8 +343,10 @@ def _in_threads(kernel: Any, rows: _Arrays, arguments: tuple[Any, ...]) -> None:
         _compile(kernel, run)
         _READY.add(ready)
     T, N = rows.logits.shape
-    threads = max(1, min(torch.get_num_threads(), T * N // LOGITS_PER_THREAD))
-    bounds = [T * i // threads for i in range(threads + 1)]
+    width = _width()
+    blocks = -(-T // width)
+    threads = max(1, min(torch.get_num_threads(), T * N // LOGITS_PER_THREAD, blocks))
+    bounds = [min(T, width * (blocks * i // threads)) for i in range(threads + 1)]
     if threads == 1:
         run((0, T))
         return
