@@ -82,7 +82,7 @@ class _Compiler(engine._Problem):
     compiled: list[tuple[str, dict[str, Any], bytes]] = field(default_factory=list)
 
     def _run(self, kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
-        binary = kernel.warmup(*arguments, grid=(programs,), **constants, **engine.on_gpu())
+        binary = kernel.warmup(*arguments, grid=(programs,), **self.sizes, **constants, **engine.on_gpu())
         name = f"{kernel.fn.__module__.split('.')[-1]}.{kernel.fn.__name__}"
         self.compiled.append((name, constants, binary.asm["cubin"]))
 
@@ -110,7 +110,7 @@ def compiled(n: int, k: int, kind: str, target: int) -> list[tuple[str, dict[str
     from triton.runtime import driver
 
     driver.set_active(_Driver(target))
-    T = 16  # triton tells multiples of 16 apart, and no more
+    T = 16  # any: kernels are not specialised for it
     logits, potential = torch.zeros(T, n), torch.zeros(k + 1)
     problem = _Compiler(logits, potential, interpreted=False)
     if kind == "backward":

@@ -1,83 +1,60 @@
 #!/usr/bin/env bash
-# On a machine with a CUDA GPU, in under nine minutes: is the engine triton right, how fast is it, and where does its
-# time go. Rows, tables and logs are left in the folder $OUT.
+# The first minutes on a GPU: is the engine triton right, how fast is it, where does its time go. In under nine minutes.
 #
-#   OUT=results PYTHON=python3 bash benchmarks/gpu.sh
+#   OUT=results bash benchmarks/gpu.sh
 #
-# Correctness comes first, and nothing is timed of a size that is wrong. Kernels are compiled on first use, which takes
-# longer than running them: sizes are checked side by side, and what follows finds the kernels in triton's cache.
+# Right comes first: small and ragged shapes, then those that are timed. A size that was found wrong is not timed. Every
+# part is a process under its own limit, and appends to $OUT as it finds: one that dies takes nothing else with it.
+# rows.jsonl, summary.txt, log.txt, profile.txt, memcheck.txt. Kernels that were compiled beforehand are taken from the
+# folder $PREWARMED (python -m benchmarks.stub_cuda.prewarm). DEVICE=cpu goes through all of it under the interpreter.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 : "${OUT:?set OUT to the folder for the results}"
-PYTHON="${PYTHON:-python3}"
-SIZES="${SIZES:-64:8 128:8 256:8 512:10 60:4 512:32}"
-TOKENS="${TOKENS:-65536}"
+mkdir -p "$OUT"; OUT="$(cd "$OUT" && pwd)"
+export OUT DEVICE="${DEVICE:-cuda}" PYTHON="${PYTHON:-python3}" PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 export PYTHONPATH="$PWD:$PWD/compilers${PYTHONPATH:+:$PYTHONPATH}"
-unset TRITON_INTERPRET
-mkdir -p "$OUT"
-OUT="$(cd "$OUT" && pwd)"
+if [ "$DEVICE" = cuda ]; then unset TRITON_INTERPRET; else export TRITON_INTERPRET=1; fi
+SMOKE="${SMOKE:-6:2:1 6:2:31 6:2:33 1:1:33 3:3:31 33:5:65 21:17:1 21:17:33 65:20:5 evidence memory lost doubt}"
+SIZES="${SIZES:-64:8 128:8 256:8 512:10 64:4-8}"
+WIDE="${WIDE:-$SIZES 60:4 255:3 512:32 513:5 1024:64 128:1 16:16}"
+JOBS="${JOBS:-13}"
 
-"$PYTHON" - > "$OUT/machine.txt" 2>&1 <<'PY'
-import torch, triton
-print("torch", torch.__version__, "triton", triton.__version__)
-print(torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0))
-PY
-status=$?
-cat "$OUT/machine.txt"
-if [ "$status" -ne 0 ]; then
-    echo "no GPU, or no triton: nothing was run" >&2
-    exit 2
+temporary="$(mktemp -d)"
+trap 'rm -rf "$temporary"' EXIT
+export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$temporary}"
+if [ -d "${PREWARMED:-}" ]; then # the files of a kernel name each other by their full paths
+    cp -r "$PREWARMED/." "$TRITON_CACHE_DIR"
+    sed -i -E "s#\"[^\"]*/([^/\"]+/[^/\"]+)\"#\"$TRITON_CACHE_DIR/\1\"#g" "$TRITON_CACHE_DIR"/*/__grp__*.json
 fi
 
-failed=0
-note() { # note STATUS WHAT
-    if [ "$1" -ne 0 ]; then
-        failed=1
-        echo "FAILED ($1): $2"
-    fi
+part() { # part LIMIT PART WHAT
+    timeout -k 5 "$1" "$PYTHON" -m benchmarks.triton_check "$2" "$3" --device "$DEVICE" --out "$OUT" >> "$OUT/log.txt" 2>&1
+    local status=$?
+    [ "$status" -eq 0 ] || echo "$2 $3 ended with $status" >> "$OUT/summary.txt"
+    return "$status"
+}
+export -f part
+side_by_side() { # side_by_side LIMIT PART WHAT...
+    local limit="$1" name="$2"; shift 2
+    printf '%s\n' "$@" | xargs -P "$JOBS" -I{} bash -c "part $limit $name {}" || failed=1
 }
 
-echo "== right, compared with the naive engine (compiling) =="
-jobs=()
+failed=0
+part 60 machine - || { tail -n 5 "$OUT/log.txt"; echo "no GPU, or no triton: nothing was run" >&2; exit 2; }
+echo "== small and ragged, at $SECONDS s"; side_by_side 90 smoke $SMOKE
+echo "== wider, at $SECONDS s"; side_by_side 120 wide $WIDE
+echo "== times, at $SECONDS s"
 for size in $SIZES; do
-    timeout 240 "$PYTHON" -m benchmarks.triton_check --sizes "$size" --tokens 2048 \
-        --out "$OUT/check-${size/:/-}.jsonl" > "$OUT/check-${size/:/-}.log" 2>&1 &
-    jobs+=("$!:$size")
+    [ "$SECONDS" -gt 380 ] && { echo "no time for $size" >> "$OUT/summary.txt"; continue; }
+    part 45 time "$size" || failed=1
 done
-right=()
-for job in "${jobs[@]}"; do
-    size="${job#*:}"
-    if wait "${job%%:*}"; then
-        right+=("$size")
-    else
-        note 1 "check of $size"
-    fi
-    tail -n 3 "$OUT/check-${size/:/-}.log"
-done
-if [ "${#right[@]}" -eq 0 ]; then
-    echo "no size is right: nothing was timed"
-    exit 1
+echo "== where the time goes, at $SECONDS s"
+part 40 profile "${SIZES%% *}" || failed=1
+if [ "$DEVICE" = cuda ] && [ "$SECONDS" -lt 470 ] && command -v compute-sanitizer > /dev/null; then
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 5 60 compute-sanitizer --tool memcheck --print-limit 5 --error-exitcode 1 \
+        "$PYTHON" -m benchmarks.triton_check smoke memory --out "$OUT" > "$OUT/memcheck.txt" 2>&1 || failed=1
+    tail -n 2 "$OUT/memcheck.txt" >> "$OUT/summary.txt"
 fi
-listed="$(IFS=,; echo "${right[*]}")"
-
-echo "== the kernels, timed and profiled =="
-timeout 90 "$PYTHON" -m benchmarks.triton_check --sizes "$listed" --tokens "$TOKENS" \
-    --out "$OUT/cuda-kernels.jsonl" --profile "$OUT/profiles" 2>&1 | tee "$OUT/kernels.log"
-note "${PIPESTATUS[0]}" "timing of the kernels"
-
-echo "== a routing step, against softmax + topk and the engine torch =="
-for size in "${right[@]}"; do
-    timeout 60 "$PYTHON" -m benchmarks --op subset --device cuda --tokens "$TOKENS" --sizes "$size" --repeats 10 \
-        --providers topk,circuitroute:triton,circuitroute:torch --out "$OUT/cuda-subset.jsonl" 2>&1 |
-        tee -a "$OUT/subset.log"
-    note "${PIPESTATUS[0]}" "timing of $size"
-    # Two sizes are enough if the machine is slow: stop in time.
-    if [ "$SECONDS" -gt 400 ]; then
-        echo "stopping after $SECONDS s"
-        break
-    fi
-done
-
-echo "== done after $SECONDS s; results in $OUT =="
-ls -l "$OUT"
+echo "== done after $SECONDS s"
+cat "$OUT/summary.txt"
 exit "$failed"

@@ -24,19 +24,20 @@ import circuitroute as cr
 from benchmarks import rows
 from benchmarks.measure import ProcessClock, quiet
 from circuitroute.engines import engine_of
-from circuitroute.engines.subset.numba import coins, root, sampling, shift, sweep, tree
+from circuitroute.engines.step import Inputs, Rule, Upstream
+from circuitroute.engines.subset.numba import coins, root, sampling, shift, tree
 from circuitroute.engines.subset.numba.engine import _shape
 from circuitroute.engines.subset.numba.simd import lanes
 from circuitroute.engines.subset.numba.simd.lanes import WIDTH
-from circuitroute.engines.subset.numba.simd.rows import read
+from circuitroute.engines.subset.numba.simd.rows import read, write
 
 ROWS = Path(__file__).parent / "rows" / "cpu-profile.jsonl"
-STAGES = ("read and transpose", "shift", "tree up", "weigh the root", "sample", "tree down, write")
-LIMITS = (1e-25, 20.0, 3e-5)  # what is decided by them costs the same whatever they are
+STAGES = ("read and transpose", "shift", "tree up", "weigh the root", "sample")
+LIMITS = (1e-25, 20.0, 3e-6)  # what is decided by them costs the same whatever they are
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def _prefix(stages, shape, logits_TN, phi_PJ, key_T, marginals_TN, mask_TN):  # type: ignore[no-untyped-def]
+def _prefix(stages, shape, logits_TN, phi_PJ, key_T, mask_TN):  # type: ignore[no-untyped-def]
     """The engine's loop over blocks of tokens, up to a stage; returns a number that depends on all it did."""
     T, n = logits_TN.shape
     J = phi_PJ.shape[1]
@@ -54,9 +55,9 @@ def _prefix(stages, shape, logits_TN, phi_PJ, key_T, marginals_TN, mask_TN):  # 
         total += x[0]
         if stages > 1:
             evidence = shift.find_evidence(x, n)
-            high, low = shift.solve_shift(x, n, evidence, aim, nodes, present)
+            high, low, _ = shift.solve_shift(x, n, evidence, aim, nodes, present)
             s = lanes.as_double(high) + lanes.as_double(low)
-            normaliser = coins.log_normaliser(x, n, s, nodes, line)
+            normaliser, _ = coins.log_normaliser(x, n, s, nodes, line)
             total += nodes[0]
             if stages > 2:
                 tree.up(nodes, shape, n)
@@ -68,12 +69,7 @@ def _prefix(stages, shape, logits_TN, phi_PJ, key_T, marginals_TN, mask_TN):  # 
                     total += line[0]
                     if stages > 4:
                         sampling.draw(nodes, shape, probs, key_T, first, last, LIMITS[2], counts, words, spare)
-                        sweep.write(counts, first, last, mask_TN)
-                    if stages > 5:
-                        tree.put_root(nodes, shape, adjoint)
-                        tree.down(nodes, shape, spare)
-                        sweep._marginals(nodes, x, present, n)
-                        sweep.write(x, first, last, marginals_TN)
+                        write(counts, first, last, mask_TN)
     return total
 
 
@@ -97,33 +93,37 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def numba_stages(T: int, n: int, k: int, repeats: int) -> list[rows.Row]:
-    """Milliseconds and share of each stage of one routing step on the engine ``numba``."""
+    """Milliseconds and share of each stage of one routing step that is read for its gates and marginals."""
     logits = torch.randn(T, n, generator=torch.Generator().manual_seed(0))
     circuit = cr.compile(cr.Exactly(k), n).with_engine("numba")
     key, upstream = cr.random_key(0, torch.arange(T)), torch.randn(T, n)
     phi = torch.full((1, k + 1), -torch.inf, dtype=torch.float64)
     phi[0, k] = 0.0
-    marginals, mask = np.empty((T, n), np.float32), np.empty((T, n), np.bool_)
-    arrays = (_shape(n, k), logits.numpy(), phi.numpy(), key.numpy(), marginals, mask)
+    arrays = (_shape(n, k), logits.numpy(), phi.numpy(), key.numpy(), np.empty((T, n), np.bool_))
     engine: Any = engine_of(circuit, logits.device)
-    potential = phi[0].float()
-    known = engine.infer(logits, potential, key)
+    inputs, rule = Inputs(logits, logits, 1.0, phi[0].float(), key), Rule("softmax", 1.0, True)
+    taken, arrived = engine.step(inputs, rule, True), Upstream(gates=upstream, marginals=upstream)
+    marginals = torch.empty_like(logits)
 
     def step() -> None:
         leaf = logits.clone().requires_grad_()
         routing = cr.route(leaf, circuit, key=key)
-        torch.autograd.grad(routing.gates, leaf, upstream)
+        torch.autograd.grad((routing.gates, routing.marginals), leaf, (upstream, upstream))
 
     runs: dict[str, Callable[[], object]] = {
         name: lambda stage=stage: _prefix(stage + 1, *arrays) for stage, name in enumerate(STAGES)
     }
-    runs["gradient of the marginals"] = lambda: engine.second_derivative(logits, potential, known, upstream, None)
+    runs["forward"] = lambda: engine.step(inputs, rule, True)
+    runs["marginals, when they are read"] = lambda: engine.step_marginals(inputs, taken, marginals)
+    runs["the way back"] = lambda: engine.step_gradient(inputs, rule, taken, arrived)
     runs["whole step"] = step
     medians = _interleaved(runs, repeats)
     prefixes = [medians[name] for name in STAGES]
     parts = dict(zip(STAGES, np.diff([0.0, *prefixes]).tolist(), strict=True))
-    parts["gradient of the marginals"] = medians["gradient of the marginals"]
-    parts["softmax, gates, autograd, checks"] = medians["whole step"] - sum(parts.values())
+    parts["weights, slots, log p, doubtful rows"] = medians["forward"] - prefixes[-1]
+    for name in ("marginals, when they are read", "the way back"):
+        parts[name] = medians[name]
+    parts["gates, autograd, checks, in torch"] = medians["whole step"] - sum(parts.values())
     whole = medians["whole step"]
     return [
         {"engine": "numba", "stage": name, "median_ms": value, "share": value / whole} for name, value in parts.items()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import rows
+from benchmarks import profile, rows
 from benchmarks.__main__ import main
 from benchmarks.registry import BOTH, FORWARD, Outputs, get_op, providers
 from benchmarks.step.deployed import top_k
@@ -40,3 +40,13 @@ def test_a_wrong_gradient_shows():
     (gradient,) = torch.autograd.grad(outputs.result, leaf, case.upstream(outputs.result))
     assert op.errors(case, outputs, gradient)[BOTH] < 1e-5
     assert op.errors(case, outputs, gradient + 0.01)[BOTH] > 0.009
+
+
+@pytest.mark.slow  # compiles a prefix of the engine's loop
+def test_the_profile_adds_up(tmp_path):
+    pytest.importorskip("numba")
+    out = tmp_path / "rows.jsonl"
+    assert profile.main(["--sizes", "8:2", "--tokens", "16", "--repeats", "1", "--out", str(out)]) == 0
+    found = [row for row in rows.read(out) if row["engine"] == "numba"]
+    assert [row["stage"] for row in found[: len(profile.STAGES)]] == list(profile.STAGES)
+    assert sum(row["share"] for row in found) == pytest.approx(1)

@@ -5,7 +5,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -168,6 +168,43 @@ def test_a_machine_that_explodes_is_stopped_early():
 
     with pytest.raises(cr.CircuitTooLargeError, match="Remember"):
         cr.compile(Remember(), 64, max_nodes=1000)
+
+
+@dataclass(frozen=True)
+class Chosen(cr.Constraint):
+    """At most ``most`` variables, by a machine whose state is the set itself; variable 0 is not kept."""
+
+    most: int
+    calls: list = field(default_factory=list, compare=False, repr=False)
+
+    def leaf(self, var):
+        return frozenset(), frozenset([var] if var else [])
+
+    def merge(self, left, right):
+        self.calls.append(None)
+        both = left | right
+        return both if len(both) <= self.most else None
+
+    def accepts(self, state):
+        return True
+
+
+@pytest.mark.parametrize("n", [24, 40, 48, 300])
+@pytest.mark.parametrize("also", [None, cr.AtMost(20)])
+def test_a_state_per_subset_is_refused_before_it_is_built(n, also):
+    machine = Chosen(n)
+    with pytest.raises(cr.CircuitTooLargeError) as caught:
+        cr.compile(machine if also is None else machine & also, n)
+    for words in ("keeps a state for every subset of ", "width ", "max_nodes=1000000", "Chosen(", "fewer states"):
+        assert words in str(caught.value)
+    # 12 variables to a block take 4,096 merges, of which there are few; the rest are samples.
+    assert len(machine.calls) < 80_000
+
+
+@pytest.mark.parametrize(("n", "most"), [(12, 12), (15, 15), (32, 2), (28, 3)])
+def test_a_state_per_subset_compiles_where_there_are_few(n, most):
+    circuit = cr.compile(Chosen(most), n, max_nodes=5_000)
+    assert circuit.model_count() == 2 * sum(math.comb(n - 1, j) for j in range(most + 1))
 
 
 def test_scope_beyond_n_is_named():

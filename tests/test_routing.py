@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import circuitroute as cr
-from circuitroute.routing.weights import MAX_RELATIVE_LOGIT
+from circuitroute.engines.step import MAX_RELATIVE_LOGIT
 from tests.routing_cases import (
     CASES,
     COMBINES,

@@ -143,6 +143,26 @@ def test_rows_that_nothing_satisfies_are_lost_alone(stepping):
     assert not gradient[[1, 3]].any()
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_nan_in_a_potential_is_nan_in_its_rows(stepping, shared):
+    circuit, logits = circuit_of("range"), randn(T, E).requires_grad_()
+    phi = randn(T, circuit.max_count + 1, seed=1)
+    phi[2, 1] = math.nan
+    phi = phi[2] if shared else phi
+    plain, stepped = both(
+        stepping,
+        lambda x: cr.route(x, circuit, count_potential=phi, key=torch.arange(T), validate_args=False),
+        (logits,),
+    )
+    lost = [shared or i == 2 for i in range(T)]
+    for name in ("gates", "log_prob", "marginals"):
+        ours, theirs = getattr(stepped, name), getattr(plain, name)
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+        assert ours.reshape(T, -1).isnan().all(-1).tolist() == lost
+    (gradient,) = torch.autograd.grad(stepped.gates.nan_to_num().sum(), logits)
+    assert gradient.isfinite().all()
+
+
 def test_slots_are_cut_filled_and_refused(stepping):
     circuit, logits = circuit_of("range"), randn(T, E)
     plain, stepped = both(stepping, lambda x: cr.route(x, circuit, key=torch.arange(T)), (logits,))

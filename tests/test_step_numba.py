@@ -276,3 +276,12 @@ def test_what_it_takes():
     assert not ENGINE.steps(made(normal(3, 100), potential_of([65])))
     assert not ENGINE.steps(made(normal(1, 5000), potential_of([2])))
     assert not ENGINE.steps(made(x.to("meta"), potential_of([2])))
+
+
+def test_log_probabilities_are_none_of_them_positive():
+    """Where one subset is all but certain, rounding could go beyond."""
+    circuit = cr.compile(cr.Exactly(8), 60).with_engine("numba")
+    logits = 300 * torch.randn(4096, 60, generator=torch.Generator().manual_seed(0))
+    log_prob = cr.route(logits, circuit, key=torch.arange(4096)).log_prob
+    assert bool((log_prob <= 0).all())
+    assert bool((log_prob > -1e-9).any())

@@ -5,12 +5,15 @@ import math
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import circuitroute as cr
 from circuitroute.circuit.compiled import of_handle
 from circuitroute.engines import ops
+from circuitroute.engines.step import Rule
+from circuitroute.routing import traced as traced_step
 
 CIRCUITS = {
     "count": (cr.Exactly(3), 12),
@@ -66,6 +69,37 @@ def test_routing_compiles_in_one_graph(name, combine):
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("engine", ["numba", "torch"])
+def test_a_step_is_one_operator(engine):
+    """Whoever takes it, with all that is read of it; what the untraced program gives, gradients included."""
+    if engine == "numba":
+        pytest.importorskip("numba")
+    circuit = cr.compile(cr.Between(2, 4), 12).with_engine(engine)
+    key, bias = cr.random_key(0, torch.arange(T)), torch.linspace(-1, 1, 12)
+    graphs = []
+
+    def step(logits, temperature):
+        routing = cr.route(logits, circuit, key=key, temperature=temperature, bias=bias, decide=0.5)
+        return routing.padded()[0], routing.gates, routing.marginals, routing.log_prob, routing.distribution.entropy()
+
+    def keep(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return make_boxed_func(graph)
+
+    inputs = logits_of(12).requires_grad_(), torch.full((T,), 0.7).requires_grad_()
+    backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=keep)
+    expected, found = step(*inputs), torch.compile(step, backend=backend, fullgraph=True)(*inputs)
+    operators = [target for graph in graphs for target in graph if "circuitroute" in target]
+    assert sum("circuitroute.step.default" in target for target in operators) == 1
+    assert not any("infer" in target or "sample" in target for target in operators)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    upstream = [logits_of(*x.shape[1:], seed=2) if x.dim() > 1 else torch.linspace(-1, 1, T) for x in expected]
+    gradients = [torch.autograd.grad(results, inputs, upstream) for results in (found, expected)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", CIRCUITS)
 def test_distributions_compile_in_one_graph(name):
     circuit = circuit_of(name)
@@ -107,6 +141,29 @@ def test_bad_rows_are_nan_alone():
     torch.testing.assert_close(gates, cr.route(logits, circuit, key=3, validate_args=False).gates, equal_nan=True)
 
 
+@pytest.mark.parametrize("engine", ["numba", "torch"])
+def test_bad_rows_of_a_step_are_lost_alone(engine):
+    if engine == "numba":
+        pytest.importorskip("numba")
+    circuit = cr.compile(cr.Exactly(3), 12).with_engine(engine)
+    logits = logits_of(12)
+    logits[1, 0], logits[2] = math.nan, -math.inf
+    logits.requires_grad_()
+
+    def read(x):
+        routing = cr.route(x, circuit, key=3, validate_args=False)
+        return routing.padded()[0], routing.mask, routing.gates, routing.log_prob, routing.marginals
+
+    expected, found = read(logits), traced(read)(logits)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+    assert not found[1][1:3].any()
+    assert found[3].isnan().nonzero().flatten().tolist() == [1, 2]
+    gradients = [torch.autograd.grad(weights.square().sum(), logits)[0] for weights, *_ in (expected, found)]
+    torch.testing.assert_close(*gradients)
+    assert not gradients[1][1:3].any()
+
+
 class Layer(nn.Module):
     def __init__(self):
         super().__init__()
@@ -137,6 +194,10 @@ def test_operators_keep_their_promises(name):
         x = logits.clone().requires_grad_(differentiable)
         torch.library.opcheck(ops._infer, (x, potential, key, circuit.handle))
         torch.library.opcheck(ops._infer, (x, potential, None, circuit.handle))
+    if circuit.counts is not None:
+        for simple in (False, True):
+            x, rule = logits.clone().requires_grad_(simple), Rule("softmax", 1.0, simple)
+            torch.library.opcheck(traced_step._step, (x, None, None, potential, key, circuit.handle, 0.5, *rule))
     torch.library.opcheck(ops._sample, (logits, potential, key, circuit.handle))
     torch.library.opcheck(ops._mode, (logits, potential, circuit.handle))
     torch.library.opcheck(ops._satisfies, (mask, circuit.handle))

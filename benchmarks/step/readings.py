@@ -15,6 +15,7 @@ import circuitroute as cr
 from benchmarks.registry import Forward, Outputs, provider
 from benchmarks.subset.engines import circuit_on
 from benchmarks.subset.workload import CHECKED_TOKENS, SubsetCase
+from circuitroute.routing.estimators import Simple
 
 Read = Callable[[cr.Routing], tuple[Tensor, ...]]
 
@@ -24,6 +25,13 @@ READINGS: dict[str, Read] = {
     "balance": lambda routing: (routing.gates, routing.marginals, routing.log_prob),
 }
 NOTES = {"balance": "gates, marginals and log-probability, all differentiated"}
+
+
+class Apart(Simple):
+    """SIMPLE as an estimator of the caller's own, which no engine has fused: the step is composed of its parts."""
+
+
+PARTS = "composed of its parts on the engine numba, as every step was before engines fused them"
 # Of a decision in training; evaluation has the mode alone.
 RULES: dict[str, dict[str, Any]] = {"sample": {}, "mode": {"decide": "mode"}, "cold": {"temperature": 0.25}}
 ENGINES = ("numba", "triton", "torch")
@@ -58,15 +66,25 @@ def _training(engine: str, read: Read, settings: dict[str, Any]) -> Callable[[Su
     return build
 
 
-def _evaluating(engine: str, read: Read) -> Callable[[SubsetCase], Forward]:
+def _evaluating(engine: str, read: Read, **options: Any) -> Callable[[SubsetCase], Forward]:
     def build(case: SubsetCase) -> Forward:
-        settings = {"training": False, "combine": "normalized"}
+        settings = {"training": False, "combine": "normalized", **options}
         few = min(case.tokens, CHECKED_TOKENS)
         forward = torch.no_grad()(_decision(case, engine, read, case.tokens, **settings))
         return _checked(case, forward, _decision(case, "naive", read, few, **settings))
 
     return build
 
+
+for _reading, _read in READINGS.items():
+    for _rule in ("sample", "mode"):
+        provider("step", f"parts:{_rule}:{_reading}", engine="numba", note=PARTS)(
+            _training("numba", _read, {**RULES[_rule], "estimator": Apart()})
+        )
+    if _reading != "balance":
+        provider("evaluation", f"parts:{_reading}", engine="numba", note=PARTS)(
+            _evaluating("numba", _read, estimator=Apart())
+        )
 
 for _engine in ENGINES:
     _default = _engine != "torch"  # which composes a step of its parts: it runs when asked for

@@ -18,6 +18,7 @@ from circuitroute.engines.subset.numba.engine import missing as missing_for_numb
 from circuitroute.engines.subset.triton.engine import installed as triton_installed
 from circuitroute.engines.subset.triton.engine import missing as missing_for_triton
 from circuitroute.engines.subset.triton.engine import refusal as triton_refusal
+from circuitroute.engines.subset.triton.engine import unfit as triton_unfit
 from circuitroute.errors import EngineError
 
 # Names by op, in order of preference; "pyjuice" runs only on request.
@@ -58,7 +59,7 @@ def choose(circuit: Compiled, device: torch.device) -> str:
     """The preferred engine for a circuit on a device."""
     if op_of(circuit) == "subset" and device.type == "cpu" and missing_for_numba() is None:
         return "numba" if numba_fits(circuit.n, circuit.max_count) else "torch"
-    if op_of(circuit) == "subset" and device.type == "cuda" and triton_installed():
+    if op_of(circuit) == "subset" and device.type == "cuda" and triton_installed() and triton_unfit(device) is None:
         return "torch" if triton_refusal(circuit.n, circuit.max_count) else "triton"
     return "torch"
 

@@ -296,7 +296,7 @@ class SubsetDistribution(Distribution):
         device = self.logits.device
         if key is None:
             return drawn_keys(full.numel(), device)
-        given = as_key("key", key).to(device)
+        given = as_key("key", key, device)
         try:
             if given.dim() <= len(self._batch_shape):
                 index = torch.arange(shape.numel(), device=device).reshape(shape + (1,) * len(self._batch_shape))

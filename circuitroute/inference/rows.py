@@ -101,11 +101,15 @@ class Rows:
         return unsatisfiable_rows(self.circuit, self.logits, self.count_potential, self.finite)
 
     def given(self) -> tuple[Tensor, Tensor]:
-        """What a fused step is given, rows with NaN as they are: ([T, N], [J] or [T, J]); for count constraints."""
-        potential = self._potential()
+        """What a fused step is given, NaN in the logits of rows that have any: ([T, N], [J] or [T, J])."""
+        logits, potential = self.logits.reshape(-1, self.circuit.n), self._potential()
         if potential is None:
             raise RuntimeError("a circuit that is not a count constraint has no potential")  # cannot happen
-        return self.logits.reshape(-1, self.circuit.n), potential
+        if self.count_potential is None or (not cannot_look(logits) and self.nan is None):
+            return logits, potential
+        # A step looks for NaN in logits alone.
+        bad = potential.isnan()
+        return torch.where(bad.any(-1, keepdim=True), math.nan, logits), torch.where(bad, 0.0, potential)
 
     def inputs(self) -> tuple[Tensor, Tensor | None]:
         """What engines are given, as functions of logits and potential: ([T, N], [J] or [T, J]).

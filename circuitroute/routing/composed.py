@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from circuitroute.circuit import Compiled
-from circuitroute.engines import engine_of
+from circuitroute.engines import combine, engine_of
 from circuitroute.engines.step import Inputs, Rule, Slopes, Step, Upstream
 from circuitroute.inference.distribution import SubsetDistribution
 from circuitroute.routing.choice import Batch, decided
 from circuitroute.routing.decision import Decision, chosen_first
-from circuitroute.routing.weights import relative_weights, weigh, weigh_by_logits
+from circuitroute.routing.weights import weigh
 
 
 class Results(NamedTuple):
@@ -128,9 +128,10 @@ class ComposedSteps:
     def step_gradient(self, inputs: Inputs, rule: Rule, step: Step, upstream: Upstream) -> Slopes:
         """See :class:`~circuitroute.engines.step.Stepper`; the formulas are those of its module."""
         tempered = self._distribution(inputs).tempered(inputs.temperature)
-        v = _gates_gradient(step, upstream)
-        u, by_weights = weights_gradient(inputs.logits, step.mask, tempered.marginals, v, rule)
-        moments = (upstream.log_partition, upstream.log_prob, _sum(u, upstream.marginals), upstream.count_probs)
+        v, settings = combine.gates_gradient(step, upstream), (rule.combine, rule.simple)
+        u, by_weights = combine.slopes(inputs.logits, step.mask, tempered.marginals, v, *settings)
+        u = u if upstream.marginals is None else u + upstream.marginals
+        moments = (upstream.log_partition, upstream.log_prob, u, upstream.count_probs)
         by_logits, by_potential = moments_gradient(tempered, step.mask, *moments)
         temperature = inputs.temperature
         by_choice = by_logits / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
@@ -145,35 +146,6 @@ class ComposedSteps:
 
 
 # ---------------------------------------------------------------------------------------------- the way back, plainly
-
-
-def _sum(a: Tensor, b: Tensor | None) -> Tensor:
-    return a if b is None else a + b
-
-
-def _gates_gradient(step: Step, upstream: Upstream) -> Tensor:
-    """[T, E] v, what reaches the gates, from the slots too."""
-    v = torch.zeros(step.mask.shape, dtype=step.weights.dtype, device=step.weights.device)
-    if upstream.weights is not None:
-        used = step.mask.gather(-1, step.indices)
-        v.scatter_(-1, step.indices, torch.where(used, upstream.weights, 0.0))
-    return _sum(v, upstream.gates)
-
-
-def weights_gradient(logits: Tensor, mask: Tensor, marginals: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
-    """[T, E] each: what reaches the marginals, and the gradient of the weights' own logits."""
-    z = mask.to(logits.dtype)
-    if rule.combine == "marginal":
-        return v * (marginals + z) if rule.simple else v * z, torch.zeros_like(v)
-    w = weigh_by_logits(torch.ones_like(logits), mask, logits, rule.combine)
-    if rule.combine == "sigmoid":
-        return v * w if rule.simple else torch.zeros_like(v), v * z * w * (1 - w)
-    if rule.combine == "softmax":
-        mean = (v * z * w).sum(-1, keepdim=True)
-        return v * w if rule.simple else torch.zeros_like(v), w * (v * z - mean)
-    w = relative_weights(mask, logits)
-    excess = w * (v - (v * z * w).sum(-1, keepdim=True))
-    return excess if rule.simple else torch.zeros_like(v), z * excess
 
 
 def moments_gradient(

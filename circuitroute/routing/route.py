@@ -62,7 +62,8 @@ def route(
         count_potential: [K + 1] or [T, K + 1], see :class:`SubsetDistribution`.
         validate_args: whether to check values; None follows torch.distributions. Without it, rows with NaN or
             with evidence that leaves nothing choose no expert and have NaN gates, in those rows alone. On a GPU the
-            host does not wait for what is wrong with values: a later routing step raises it.
+            host does not wait for what is wrong with values: a later routing step raises it. A replayed mask is
+            checked at once, on a GPU only when validating.
 
     Raises:
         ValueError: shapes that do not fit, an unknown option, NaN or unsatisfiable rows, a temperature that is not

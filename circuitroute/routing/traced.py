@@ -84,7 +84,8 @@ def _parts(found: Step, marginals: Tensor) -> Parts:
     gates.masked_fill_(found.invalid[:, None], torch.nan)
     moments = (found.log_partition, found.log_prob, found.count_probs)
     rest = (found.indices, found.mask, found.invalid, found.shift, found.log_root, found.fallback)
-    return (found.weights, gates, marginals, *moments, *rest)  # type: ignore[return-value]
+    made = (found.weights, gates, marginals, *moments, *rest)
+    return tuple(x.contiguous() for x in made if x is not None)  # type: ignore[return-value]
 
 
 def _nan_rows(inputs: Inputs) -> Tensor | None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from circuitroute.engines import certainly_finite
+from circuitroute.engines.combine import evidence_softmax, relative
 from circuitroute.engines.step import COMBINES as COMBINES
-from circuitroute.engines.step import MAX_RELATIVE_LOGIT
 from circuitroute.engines.step import Combine as Combine
 from circuitroute.inference.rows import cannot_look
 from circuitroute.routing.decision import Decision
@@ -33,6 +33,8 @@ def weigh(
         # Not a property of the decision: torch 2.6 cannot trace those of a named tuple.
         finite = logits is None and decision.untempered.rows.finite
         logits = decision.logits if logits is None else logits.to(g.dtype)
+        if decision.invalid is not None:  # a gradient of 0 times NaN would be NaN
+            logits = torch.where(decision.invalid[:, None], 0.0, logits)
         if isinstance(as_estimator(estimator), Dense):
             gates = _dense(decision, logits, combine)
         elif combine == "marginal":
@@ -72,10 +74,7 @@ def expert_softmax(logits: Tensor) -> Tensor:
     """[T, E] softmax over all experts; forced ones (+inf) share all of it, and a row of -inf is left uniform."""
     if not cannot_look(logits) and certainly_finite(logits):
         return torch.softmax(logits, -1)
-    forced = logits == torch.inf
-    some, none = forced.any(-1, keepdim=True), (logits == -torch.inf).all(-1, keepdim=True)
-    logits = torch.where(some, torch.where(forced, 0.0, -torch.inf), logits)
-    return torch.softmax(torch.where(none, 0.0, logits), -1)
+    return evidence_softmax(logits)
 
 
 def _dense(decision: Decision, logits: Tensor, combine: Combine) -> Tensor:
@@ -98,21 +97,6 @@ def _dense(decision: Decision, logits: Tensor, combine: Combine) -> Tensor:
 
 def _normalized(g: Tensor, mask: Tensor, logits: Tensor) -> Tensor:
     """Softmax over the chosen experts, written with g so that its gradient reaches the unchosen ones."""
-    weights = g * _relative(mask, logits)
+    weights = g * relative(mask, logits)
     total = weights.sum(-1, keepdim=True)
-    return weights / torch.where(total > 0, total, 1.0)
-
-
-def _relative(mask: Tensor, logits: Tensor) -> Tensor:
-    """[T, E] each expert's weight over that of the largest chosen one."""
-    finite = torch.where(logits == torch.inf, torch.finfo(logits.dtype).max, logits)
-    top = torch.where(mask, finite, -torch.inf).amax(-1, keepdim=True).detach()
-    top = torch.where(torch.isinf(top), 0.0, top)  # nothing chosen
-    return (finite - top).clamp(max=MAX_RELATIVE_LOGIT).exp()
-
-
-def relative_weights(mask: Tensor, logits: Tensor) -> Tensor:
-    """[T, E] each expert's weight over the sum of the chosen ones': the normalized rule for every expert."""
-    weights = _relative(mask, logits)
-    total = torch.where(mask, weights, 0.0).sum(-1, keepdim=True)
     return weights / torch.where(total > 0, total, 1.0)

@@ -6,6 +6,7 @@ The path of a constraint through this package, a module per step::
     trees      scopes -> Vtrees      a few trees over the variables that keep scopes together
     plans      Plan, order -> Term   a state machine that knows its scope (terms; diagram and bdd: formulas)
     profile    Term, Vtree -> sizes  the states on each block, counted without building
+    forecast   Term, Vtree -> merges of a user's machine, from samples: a state per subset is refused
     choice     the Vtree, and with it the Term, of smallest predicted cost
     graph      Term, Vtree -> Graph  states merged from the variables up, and written as arrays
 
@@ -27,6 +28,7 @@ from circuitroute.compilation import Prediction
 from circuitroute.constraints import And, Cost, Count, CountIn, Logic, Over
 from circuitroute_compilers.choice import Choice, choose, is_foreign
 from circuitroute_compilers.counted import CountSize
+from circuitroute_compilers.forecast import explosion
 from circuitroute_compilers.graph import UnhashableStateError, build_graph, most_states
 from circuitroute_compilers.lowering import Capped, flattened, joined, lower, only_counts
 from circuitroute_compilers.plans import simple_parts
@@ -72,13 +74,23 @@ def _graph(constraint: Constraint, n: int, max_nodes: int) -> Graph:
     choice = _chosen(constraint, n, max_nodes)
     if choice.certain > most_states(max_nodes, n):
         raise _too_large(constraint, n, max_nodes, choice, f"at least {choice.certain} reachable states")
+    foreign = [part for part in simple_parts(choice.plan) if isinstance(part, Machine) and is_foreign(part)]
+    exploding = explosion(choice.term, choice.tree, max_nodes) if foreign else None
+    if exploding is not None:
+        raise _too_large(
+            constraint,
+            n,
+            max_nodes,
+            choice,
+            f"about {_about(exploding.merges)} merges, since its machine keeps a state for every subset of "
+            f"{exploding.variables} variables",
+        )
     try:
         graph = build_graph(constraint, choice.term, choice.tree, max_nodes)
     except CircuitTooLargeError as error:
         raise _too_large(constraint, n, max_nodes, choice, str(error)) from None
-    for part in simple_parts(choice.plan):
-        if isinstance(part, Machine) and is_foreign(part):
-            check_associative(part)
+    for part in foreign:
+        check_associative(part)
     return graph
 
 

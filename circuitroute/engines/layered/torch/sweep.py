@@ -17,7 +17,6 @@ from circuitroute.engines.layered.torch.plan import Plan
 from circuitroute.engines.layered.torch.sampling import Draw, first_best, walk
 from circuitroute.engines.logspace import LOG_ZERO, is_zero, log_weights
 from circuitroute.engines.root import weigh
-from circuitroute.engines.sampling import MARGIN
 from circuitroute.engines.shift import Evidence, Shift, solve_shift
 from circuitroute.engines.sweep import Block, Sweep
 
@@ -25,7 +24,9 @@ from circuitroute.engines.sweep import Block, Sweep
 BLOCK_VALUES = {"cpu": 1 << 21}
 BLOCK_VALUES_ELSEWHERE = 1 << 27
 MIN_BLOCK = 32
-# Rounding grows with depth; so does the margin within which a choice counts as undecided.
+# Rounding grows with depth; so does the margin within which a choice counts as undecided. Circuits may have any shape,
+# so it is wider than that of balanced trees.
+MARGIN = {torch.float32: 3e-5, torch.float64: 1e-11}
 DEPTH_OF_MARGIN = 32
 
 

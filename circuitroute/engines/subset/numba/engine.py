@@ -213,7 +213,7 @@ class NumbaSubset(SweepEngine):
             (_array(by_logits), _array(by_choice)),
             _array(by_potential),
         )
-        _in_threads(_step_kernels().step_gradient, arrays, arguments)
+        _in_threads(_gradient_kernel(), arrays, arguments)
         found = Slopes(by_logits, None if one else by_choice, by_potential)
         under = theta.new_zeros(0).long() if step.fallback is None else step.fallback.nonzero().squeeze(1)
         if sweeps and len(under):
@@ -327,6 +327,12 @@ def _width() -> int:
     from circuitroute.engines.subset.numba.simd.lanes import WIDTH
 
     return WIDTH
+
+
+def _gradient_kernel() -> Any:
+    from circuitroute.engines.subset.numba.step_gradient import step_gradient
+
+    return step_gradient
 
 
 def _in_threads(kernel: Any, rows: _Arrays, arguments: tuple[Any, ...]) -> None:

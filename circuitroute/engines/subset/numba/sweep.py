@@ -71,19 +71,21 @@ def put_marginals(tree, x, present, n):
 
 
 @inlined
-def leaf_tangents(tangents, present, u, n):
-    """Up to a constant that cancels, a leaf (q, p) is (1, e^(theta - s)): along u it moves by (0, p u)."""
+def leaf_tangents(tree, tangents, present, u, n):
+    """Up to a factor that cancels, a leaf (q, p) is a coin: along u it moves by (-w, w), with w = p q u, for u's."""
     for i in range(n):
-        store(tangents, 2 * i * WIDTH, fill(u, 0.0))
-        store(tangents, (2 * i + 1) * WIDTH, load(present, i * WIDTH) * load(u, i * WIDTH))
+        w = load(present, i * WIDTH) * load(tree, 2 * i * WIDTH) * load(u, i * WIDTH)
+        store(tangents, 2 * i * WIDTH, -w)
+        store(tangents, (2 * i + 1) * WIDTH, w)
+        store(u, i * WIDTH, w)
 
 
 @inlined
 def marginal_tangents(tree, tangents, present, u, n):
-    """d(A_i p_i) = p_i (dA_i + A_i u_i), in the place of u."""
+    """d(A_i p_i) = p_i dA_i + A_i w_i, in the place of w."""
     for i in range(n):
         A, dA = load(tree, (2 * i + 1) * WIDTH), load(tangents, (2 * i + 1) * WIDTH)
-        store(u, i * WIDTH, load(present, i * WIDTH) * (dA + A * load(u, i * WIDTH)))
+        store(u, i * WIDTH, load(present, i * WIDTH) * dA + A * load(u, i * WIDTH))
 
 
 def sources() -> list[Path]:
@@ -181,7 +183,7 @@ def _second_derivative_kernel(digest):
             s = read_line(shift_T, first, last, line)
             high = as_kind_of(x, s)
             coins(x, n, high, as_kind_of(x, s - as_double(high)), tree, present)
-            leaf_tangents(tangents, present, u, n)
+            leaf_tangents(tree, tangents, present, u, n)
             dual_up(tree, tangents, shape, n)
             weigh(tree, shape, phi, s, unforced, limits, adjoint, probs, line)
             weigh_tangent(tangents, shape, v, adjoint, probs)

@@ -8,13 +8,12 @@ them is written out here with torch, in float64.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from circuitroute.engines.step import MAX_RELATIVE_LOGIT, SHARE, Inputs, Rule, Slopes, Step, Upstream
+from circuitroute.engines import combine
+from circuitroute.engines.step import SHARE, Inputs, Rule, Slopes, Step, Upstream
 from circuitroute.engines.sweep import SweepEngine
 from circuitroute.keys import fold_in, uniform
 
@@ -66,23 +65,9 @@ def slopes(engine: SweepEngine, inputs: Inputs, rule: Rule, step: Step, upstream
     if found.count_probs is None:
         raise RuntimeError("engines of the count family give the posterior")  # cannot happen
     m, q, theta = found.marginals, found.count_probs, inputs.logits.double()
-    v = torch.zeros_like(x) if upstream.gates is None else upstream.gates.double()
-    if upstream.weights is not None:
-        used = step.mask.gather(-1, step.indices)
-        v = v.scatter_add(-1, step.indices, torch.where(used, upstream.weights.double(), 0.0))
-    w, by_theta = _weights(theta, step.mask, rule.combine, m), torch.zeros_like(x)
-    inner = (v * z * w).sum(-1, keepdim=True)
-    if rule.combine == "softmax":
-        by_theta = w * (v * z - inner)
-    elif rule.combine == "normalized":
-        by_theta = z * w * (v - inner)
-    elif rule.combine == "sigmoid":
-        by_theta = v * z * w * (1 - w)
-    u = torch.zeros_like(x) if upstream.marginals is None else upstream.marginals.double()
-    if rule.simple:
-        u = u + w * (v - inner if rule.combine == "normalized" else v)
-    if rule.combine == "marginal":
-        u = u + v * z
+    v = combine.gates_gradient(step, upstream).double()
+    u, by_theta = combine.slopes(theta, step.mask, m, v, rule.combine, rule.simple)
+    u = u if upstream.marginals is None else u + upstream.marginals.double()
     by_q = None if upstream.count_probs is None else upstream.count_probs.double()
     dm, dq = engine.naive.second_derivative(x, phi, found, u, by_q)
     dq = torch.zeros_like(q) if dq is None else dq
@@ -91,26 +76,7 @@ def slopes(engine: SweepEngine, inputs: Inputs, rule: Rule, step: Step, upstream
     t = inputs.temperature
     t = t.double()[..., None] if isinstance(t, Tensor) else t
     by_choice = torch.where(torch.isinf(x), 0.0, (dm + less * m + c * z) / t)
-    by_theta = torch.where(torch.isinf(theta), 0.0, by_theta)
     by_phi = dq + less * q + c * F.one_hot(step.mask.sum(-1), q.shape[-1])
     if inputs.choice is inputs.logits:
         return Slopes(by_theta + by_choice, None, by_phi)
     return Slopes(by_theta, by_choice, by_phi)
-
-
-def _weights(theta: Tensor, mask: Tensor, combine: str, marginals: Tensor) -> Tensor:
-    """[R, N] what every variable weighs, or would if it were chosen."""
-    if combine == "marginal":
-        return marginals
-    if combine == "sigmoid":
-        return torch.sigmoid(theta)
-    if combine == "softmax":
-        forced = theta == math.inf
-        some, none = forced.any(-1, keepdim=True), (theta == -math.inf).all(-1, keepdim=True)
-        theta = torch.where(some, torch.where(forced, 0.0, -math.inf), theta)
-        return torch.softmax(torch.where(none, 0.0, theta), -1)
-    finite = torch.where(theta == math.inf, torch.finfo(torch.float32).max, theta)
-    top = torch.where(mask, finite, -math.inf).amax(-1, keepdim=True)
-    e = (finite - torch.where(torch.isinf(top), 0.0, top)).clamp(max=MAX_RELATIVE_LOGIT).exp()
-    total = torch.where(mask, e, 0.0).sum(-1, keepdim=True)
-    return e / torch.where(total > 0, total, 1.0)

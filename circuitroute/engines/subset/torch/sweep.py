@@ -105,15 +105,18 @@ class _Block(Block):
     def derivative(self, u_NB: Tensor, v_JB: Tensor) -> tuple[Tensor, Tensor]:
         """([N, B], [J, B]) the derivative of (m, q) along (u, v): dual numbers through the same tree.
 
-        Up to a constant that cancels, a leaf (absent, present) is (1, exp(theta - s)), so its tangent is
-        (0, present u). The root's adjoint is A_j = g_j / Z, with g_j = exp(phi_j + s j) the weight of count j and
-        c_j its coefficient: dg_j = g_j v_j, hence with q_j = A_j c_j
+        Up to a factor that cancels, a leaf (absent, present) = (q, p) is a coin with p + q = 1, and its tangent is
+        (-w, w) with w = p q u. (0, p u) would do as well, but such tangents add up over the tree, to about the
+        expected count times u, and the small covariance would be left of them by cancellation. The root's adjoint is
+        A_j = g_j / Z, with g_j = exp(phi_j + s j) the weight of count j and c_j its coefficient: dg_j = g_j v_j, hence
+        with q_j = A_j c_j
 
             d log Z = sum_j A_j dc_j + q_j v_j,    dA_j = A_j (v_j - d log Z),    dq_j = A_j dc_j + c_j dA_j.
         """
         n, (adjoint, probs) = len(self.logits), (self.root.adjoint, self.root.probs)
         tangent = torch.zeros_like(self.levels[0])
-        torch.mul(self.present, u_NB, out=tangent[1, :n])
+        torch.mul(self.present, u_NB, out=tangent[1, :n]).mul_(self.absent)
+        torch.neg(tangent[1, :n], out=tangent[0, :n])
         tangents = tree.dual_up(self.levels, tangent)
         moved = adjoint * tangents[-1][: len(v_JB), 0]
         slope = v_JB - (moved + probs * v_JB).sum(0)

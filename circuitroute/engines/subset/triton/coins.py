@@ -1,6 +1,6 @@
 """Literals as independent coins around a shift, for kernels; see :mod:`circuitroute.engines.coins`.
 
-Shapes: x is one tensor [rows, lanes] or [rows, lanes, slots], or a tuple of them that together hold a row's logits;
+Shapes: x is one tensor [rows, lanes] or [slots, rows, lanes], or a tuple of them that together hold a row's logits;
 what belongs to a row is [rows, 1]. Slots without a variable hold -inf. A shift is the pair (high, low) of floats.
 
 FAST uses the approximate instructions of NVIDIA GPUs, right to one or two units in the last place; without it the
@@ -47,14 +47,14 @@ def reciprocal(x, FAST: tl.constexpr):
 @triton.jit
 def row_sum(x):
     """[rows, 1], in the lanes' order."""
-    return tl.sum(tl.sum(x, axis=2) if len(x.shape) == 3 else x, axis=1, keep_dims=True)
+    return tl.sum(tl.sum(x, axis=0) if len(x.shape) == 3 else x, axis=1, keep_dims=True)
 
 
 @triton.jit
 def along(row, x):
     """What belongs to a row, [rows, 1], in a shape that goes with ``x``."""
     if len(x.shape) == 3:
-        return row[:, :, None]
+        return row[None, :, :]
     else:
         return row
 
@@ -85,7 +85,7 @@ def coin(x, shift, FAST: tl.constexpr):
 @triton.jit
 def _log2_of_product(x):
     """The log of each lane's product; no entry is below 1/4, and slots are few."""
-    return tl.log2(tl.reduce(x, 2, _times) if len(x.shape) == 3 else x)
+    return tl.log2(tl.reduce(x, 0, _times) if len(x.shape) == 3 else x)
 
 
 @triton.jit

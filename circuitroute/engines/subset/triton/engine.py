@@ -16,6 +16,7 @@ What runs elsewhere, and why:
 
 * circuits with more variables or larger counts than the limits: :func:`refusal` says so, and the engine ``torch`` is
   chosen (forcing this engine raises);
+* GPUs other than NVIDIA's, and those before compute capability 8.0: likewise (:func:`unfit`);
 * float64 logits: the kernels compute in float32, so the engine ``torch`` takes the call;
 * derivatives of the gradient of the marginals (``create_graph=True``): the naive engine, as for ``torch``.
 
@@ -41,6 +42,7 @@ from circuitroute.engines.base import Inference, given
 from circuitroute.engines.subset.naive import NaiveSubset
 from circuitroute.engines.subset.torch.engine import TorchSubset
 from circuitroute.engines.subset.torch.tree import even
+from circuitroute.engines.subset.triton import SIZES
 from circuitroute.errors import EngineError
 
 # Beyond these a lane's tree outgrows its registers, and a row its warp.
@@ -54,6 +56,8 @@ WARPS = 4
 # Programs that share the work of the kernels of one row per program; each needs scratch memory for its tree.
 ROW_PROGRAMS = 1056
 LIST_PROGRAMS = 264
+# Bytes that the trees of all programs may take: where trees are large, there are fewer programs.
+MAX_SCRATCH = 1 << 27
 
 
 def refusal(n: int, max_count: int) -> str | None:
@@ -81,11 +85,27 @@ def missing() -> str | None:
     """What this machine lacks for the engine; None if nothing."""
     if not installed():
         return "triton is not installed, or older than 3.4; CUDA builds of torch bring it from torch 2.8 on"
-    if not torch.cuda.is_available() and not _interpreter_wanted():
+    if _interpreter_wanted():
+        return None
+    if not torch.cuda.is_available():
         return (
             "it needs a CUDA GPU, and there is none; to try it on CPU tensors under Triton's interpreter, set "
             "TRITON_INTERPRET=1 in the environment before triton is imported"
         )
+    return unfit(torch.device("cuda"))
+
+
+# What triton compiles for.
+CAPABILITY = (8, 0)
+
+
+@functools.cache
+def unfit(device: torch.device) -> str | None:
+    """Why a GPU cannot run the kernels, None if it can; one that is not there can."""
+    if torch.version.hip is not None:
+        return "its kernels are written for NVIDIA GPUs, in part in PTX, and this build of torch is for ROCm"
+    if torch.cuda.is_available() and (found := torch.cuda.get_device_capability(device)) < CAPABILITY:
+        return "it needs compute capability {}.{}, and the GPU has {}.{}".format(*CAPABILITY, *found)
     return None
 
 
@@ -94,16 +114,25 @@ def _interpreter_wanted() -> bool:
 
 
 # Arguments of the kernels, which Triton takes as named tuples. What a kernel need not read or write is None.
+#
+# A kernel is compiled once for its constants and dtypes, and never again for other tensors of the kind: that would take
+# seconds to minutes in the middle of training. Triton compiles anew when an integer becomes 1 or a multiple of 16,
+# unless told otherwise, and inside tuples it cannot be told: sizes are arguments of their own. It compiles anew when an
+# address stops being a multiple of 16, too: there are no others, see :func:`aligned`.
+
+
+def aligned(values: Tensor) -> Tensor:
+    """Contiguous, at an address that 16 divides; what torch allocates is, and only slices of it are copied."""
+    values = values.contiguous()
+    return values.clone() if values.data_ptr() % 16 else values
 
 
 class Rows(NamedTuple):
-    """The rows of a sweep. Their potentials are ``potential_stride`` apart, 0 where all rows share one."""
+    """The rows of a sweep."""
 
     logits: Tensor
     potential: Tensor
     key: Tensor | None
-    potential_stride: int
-    tokens: int
 
 
 class Swept(NamedTuple):
@@ -213,12 +242,12 @@ class _Problem:
         if reason is not None:
             raise EngineError(f"engine='triton' cannot run this: {reason}")
         interpreted = interpreter_runs()
-        if not interpreted and logits_TN.device.type != "cuda":
+        if not interpreted and not launchable(logits_TN.device):
             raise EngineError(
                 f"engine='triton' got tensors on {logits_TN.device}: it takes CUDA tensors, and CPU tensors only when "
                 "TRITON_INTERPRET=1 was set in the environment before triton was imported"
             )
-        return _Problem(logits_TN.contiguous(), potential.contiguous(), interpreted)
+        return _Problem(aligned(logits_TN), aligned(potential), interpreted)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -231,8 +260,13 @@ class _Problem:
         return lanes_fit(N, J - 1)
 
     def rows(self, key_T: Tensor | None = None) -> Rows:
+        return Rows(self.logits, self.potential, None if key_T is None else aligned(key_T))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many rows there are, and how far their potentials are apart: 0 where all rows share one."""
         T, _, J = self.shape
-        return Rows(self.logits, self.potential, key_T, 0 if self.potential.dim() == 1 else J, T)
+        return dict(zip(SIZES, (T, 0 if self.potential.dim() == 1 else J), strict=True))
 
     def room(self, with_moments: bool, with_sample: bool) -> Swept:
         """Memory for the outcome."""
@@ -264,8 +298,10 @@ class _Problem:
 
         T, N, J = self.shape
         new = self._new(torch.float32)
-        slopes = Slopes(u_TN.contiguous(), None if v_TJ is None else v_TJ.contiguous(), new(T, N), new(T, J))
-        self._launch(registers.backward, memory.backward, self.rows(), Swept(**vars(sweep)), slopes)
+        slopes = Slopes(aligned(u_TN), None if v_TJ is None else aligned(v_TJ), new(T, N), new(T, J))
+        parts: dict[str, Any] = {name: None if part is None else aligned(part) for name, part in vars(sweep).items()}
+        swept = Swept(**parts)
+        self._launch(registers.backward, memory.backward, self.rows(), swept, slopes)
         return slopes.marginals, slopes.count_probs
 
     def _new(self, dtype: torch.dtype) -> Any:
@@ -289,8 +325,9 @@ class _Problem:
         """One program per row, or the programs that share the list."""
         T, N, J = self.shape
         shape = row_shape(N, J)
-        programs = min(T, LIST_PROGRAMS if log else ROW_PROGRAMS)
-        trees = self._new(torch.float64 if log else torch.float32)(programs * (4 if dual else 2) * shape["SIZE"])
+        values = (4 if dual else 2) * shape["SIZE"]
+        programs = min(T, row_programs(values, log))
+        trees = self._new(torch.float64 if log else torch.float32)(programs * values)
         scratch = Scratch(trees, None if dual else self._new(torch.int32)(programs * (N + 2)))
         self._run(kernel, programs, (*arguments, scratch), {**shape, "LOG": log})
 
@@ -298,9 +335,20 @@ class _Problem:
         # A GPU raises no floating-point warnings; NumPy, which the interpreter runs on, would.
         quiet: AbstractContextManager[Any] = np.errstate(all="ignore")
         if not self.interpreted:
-            quiet = torch.cuda.device(self.logits.device)
+            quiet = current(self.logits.device)
         with quiet:
-            kernel[(programs,)](*arguments, **constants, **({"FAST": False} if self.interpreted else on_gpu()))
+            how = {"FAST": False} if self.interpreted else on_gpu()
+            kernel[(programs,)](*arguments, **self.sizes, **constants, **how)
+
+
+def launchable(device: torch.device) -> bool:
+    """Whether compiled kernels can be launched on tensors of a device."""
+    return device.type == "cuda"
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """While a device is the one that triton launches on."""
+    return torch.cuda.device(device)
 
 
 def on_gpu() -> dict[str, Any]:
@@ -331,6 +379,12 @@ def row_shape(n: int, J: int) -> dict[str, int]:
     depth, K = (n - 1).bit_length(), max(J - 1, 1)
     size = sum((min(1 << level, K) + 1) * even(-(-n >> level)) for level in range(depth + 1))
     return {"N": n, "J": J, "DEPTH": depth, "SIZE": size, "JP": 1 << K.bit_length()}
+
+
+def row_programs(values: int, log: bool) -> int:
+    """How many programs of one row each there may be, whose trees take ``values`` each."""
+    fitting = max(1, MAX_SCRATCH // (values * (8 if log else 4)))
+    return min(fitting, LIST_PROGRAMS if log else ROW_PROGRAMS)
 
 
 def interpreter_runs() -> bool:

@@ -138,9 +138,10 @@ def _correlate(
 def up(TREE, N: tl.constexpr, K: tl.constexpr, DEPTH: tl.constexpr, LOG: tl.constexpr, DUAL: tl.constexpr):
     """All levels from the leaves, which are there; where the root lies."""
     at, level = 0, 0
-    while level < DEPTH:
-        at += _multiply(TREE + at, level, N, K, LOG, DUAL)
-        level += 1
+    if DEPTH > 0:  # a loop that is never entered is not analysed, and triton 3.6 does not compile what is in it
+        while level < DEPTH:
+            at += _multiply(TREE + at, level, N, K, LOG, DUAL)
+            level += 1
     return at
 
 
@@ -157,8 +158,9 @@ def down(
 ):
     """All adjoints from the root's, which are there."""
     at, level = root, DEPTH - 1
-    while level >= 0:
-        slots, degree = extent(level, N, K)
-        at -= (degree + 1) * slots
-        _correlate(TREE + at, level, N, K, SIZE, LOG, DUAL)
-        level -= 1
+    if DEPTH > 0:
+        while level >= 0:
+            slots, degree = extent(level, N, K)
+            at -= (degree + 1) * slots
+            _correlate(TREE + at, level, N, K, SIZE, LOG, DUAL)
+            level -= 1

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from circuitroute.engines.subset.triton import levels
+from circuitroute.engines.subset.triton import SIZES, levels
 from circuitroute.engines.subset.triton.coins import (
     INFINITY,
     LOG_ZERO,
@@ -37,10 +37,10 @@ from circuitroute.engines.subset.triton.shift import evidence, solve_shift
 
 
 @triton.jit
-def _load_row(rows, row, i, j, N: tl.constexpr, J: tl.constexpr):
+def _load_row(rows, potential_stride, row, i, j, N: tl.constexpr, J: tl.constexpr):
     """(logits, potential); -inf where there is no variable and no count."""
     x = tl.load(rows.logits + row * N + i, mask=i < N, other=-INFINITY).to(tl.float32)
-    return x, tl.load(rows.potential + row * rows.potential_stride + j, mask=j < J, other=-INFINITY)
+    return x, tl.load(rows.potential + row * potential_stride + j, mask=j < J, other=-INFINITY)
 
 
 @triton.jit
@@ -101,11 +101,13 @@ def _tree_down(
 # ---------------------------------------------------------------------------------------------- kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward(
     rows,
     swept,
     scratch,
+    tokens,
+    potential_stride,
     N: tl.constexpr,
     J: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -123,10 +125,10 @@ def forward(
     TREE = scratch.trees + program.to(tl.int64) * (2 * SIZE)
     COUNTS = scratch.counts + program * (N + 2)
     i, j = tl.arange(0, 1 << DEPTH if N > 1 else 2)[None, :], tl.arange(0, JP)[None, :]
-    at, many = program, tl.load(swept.length) if LOG else rows.tokens
+    at, many = program, tl.load(swept.length) if LOG else tokens
     while at < many:
         row = (tl.load(swept.todo + at) if LOG else at).to(tl.int64)
-        x, phi = _load_row(rows, row, i, j, N, J)
+        x, phi = _load_row(rows, potential_stride, row, i, j, N, J)
         known = evidence((x,))
         if LOG:
             shift = tl.load(swept.shift + row)
@@ -168,12 +170,14 @@ def forward(
         at += tl.num_programs(0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward(
     rows,
     swept,
     slopes,
     scratch,
+    tokens,
+    potential_stride,
     N: tl.constexpr,
     J: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -192,12 +196,12 @@ def backward(
     program = tl.program_id(0)
     TREE = scratch.trees + program.to(tl.int64) * (4 * SIZE)
     i, j = tl.arange(0, 1 << DEPTH if N > 1 else 2)[None, :], tl.arange(0, JP)[None, :]
-    at, many = program, tl.load(swept.length) if LOG else rows.tokens
+    at, many = program, tl.load(swept.length) if LOG else tokens
     while at < many:
         row = (tl.load(swept.todo + at) if LOG else at).to(tl.int64)
         wanted = tl.load(swept.fallback + row).to(tl.int32) if LOG else 1
         if wanted > 0:
-            x, phi = _load_row(rows, row, i, j, N, J)
+            x, phi = _load_row(rows, potential_stride, row, i, j, N, J)
             u = tl.load(slopes.u + row * N + i, mask=i < N, other=0.0).to(tl.float32)
             u = tl.where(tl.abs(x) < INFINITY, u, 0.0)
             posterior = tl.load(swept.count_probs + row * J + j, mask=j < J, other=0.0)

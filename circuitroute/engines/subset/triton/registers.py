@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from circuitroute.engines.subset.triton import tree
+from circuitroute.engines.subset.triton import SIZES, tree
 from circuitroute.engines.subset.triton.coins import INFINITY, coin, exact, from_exact, log_normaliser
 from circuitroute.engines.subset.triton.root import allowed_range, dual_weigh, weigh
 from circuitroute.engines.subset.triton.sampling import draw
@@ -31,35 +31,31 @@ def _place(tokens, LE: tl.constexpr, LG: tl.constexpr, BT: tl.constexpr, N: tl.c
     inside = (row < tokens) & (g < 1 << LG)
     lane = tree.lane_nodes(g, inside, LE, LG, N)
     index, there = tree.slots(lane, 0, LE, N)
-    return token, row, g, inside, lane, (row[:, :, None] * N + index, there)
+    start = (row * N)[:, :, None]
+    return token, row, g, inside, lane, (start, tl.permute(index, (1, 2, 0)), tl.permute(there, (1, 2, 0)))
 
 
 @triton.jit
-def _load_slots(POINTER, row, lane, other, LE: tl.constexpr, N: tl.constexpr):
-    """The left and the right leaves of each lane, as float32.
+def _slot_pointers(POINTER, leaves):
+    """Where the leaves lie, [rows, lanes, slots].
 
-    Slot by slot: that keeps all slots of a lane in its own registers, which the compiler then does with all that is
-    computed from them. One load of all would have it deal them out over the warp, and shuffle at every step.
+    The program's number in the second dimension is 0, but the compiler does not know, so that nothing is known of what
+    the addresses divide by. Else a lane would load its neighbours' leaves with its own, and everything be exchanged.
     """
-    left, right = (), ()
-    for e in tl.static_range(0, 1 << LE, 2):
-        left = left + (_load_slot(POINTER, row, lane, other, e, LE, N),)
-        right = right + (_load_slot(POINTER, row, lane, other, e + 1, LE, N),)
-    return _stacked(left, LE - 1), _stacked(right, LE - 1)
+    return POINTER + tl.program_id(1) + leaves[0] + leaves[1]
 
 
 @triton.jit
-def _load_slot(POINTER, row, lane, other, e: tl.constexpr, LE: tl.constexpr, N: tl.constexpr):
-    index, there = tree.descend(lane[0], lane[1], e, LE, LE, N)
-    return tl.load(POINTER + row * N + index, mask=there, other=other).to(tl.float32)
+def _load_slots(POINTER, leaves, other):
+    """The left and the right leaves of each lane, as float32."""
+    x = tl.load(_slot_pointers(POINTER, leaves), mask=leaves[2], other=other)
+    return tree.split(tl.permute(x, (2, 0, 1)).to(tl.float32))
 
 
 @triton.jit
-def _stacked(parts, LEVELS: tl.constexpr):
-    """2^LEVELS tensors [rows, lanes] as one [rows, lanes, 2^LEVELS]; one alone stays as it is."""
-    for _ in tl.static_range(LEVELS):
-        parts = tree.joined(parts[: len(parts) // 2], parts[len(parts) // 2 :])
-    return parts[0]
+def _store_slots(POINTER, leaves, x):
+    """What belongs to the leaves, [slots, rows, lanes]."""
+    tl.store(_slot_pointers(POINTER, leaves), tl.permute(x, (1, 2, 0)), mask=leaves[2])
 
 
 @triton.jit
@@ -139,10 +135,12 @@ def _dual_marginal(adjoint, leaf):
 # ---------------------------------------------------------------------------------------------- kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward(
     rows,
     swept,
+    tokens,
+    potential_stride,
     N: tl.constexpr,
     J: tl.constexpr,
     LE: tl.constexpr,
@@ -152,19 +150,21 @@ def forward(
 ):
     """One sweep: the moments, where ``swept`` has room for them, and a sample of each row's key, where there are keys.
 
-    ``rows`` is an :class:`~..engine.Rows`, ``swept`` a :class:`~..engine.Swept`.
+    ``rows`` is an :class:`~..engine.Rows`, ``swept`` a :class:`~..engine.Swept`; rows' potentials are
+    ``potential_stride`` apart, 0 where all rows share one.
     """
     K: tl.constexpr = J - 1 if J > 1 else 1  # with count 0 alone, a count of 1 that is not allowed
     G: tl.constexpr = 1 << LG
-    token, row, g, inside, lane, leaves = _place(rows.tokens, LE, LG, BT, N)
-    there = token < rows.tokens
-    x = _load_slots(rows.logits, row, lane, -INFINITY, LE, N)
-    phi = _load_counts(rows.potential, row * rows.potential_stride, g, inside, -INFINITY, J, G)
+    token, row, g, inside, lane, leaves = _place(tokens, LE, LG, BT, N)
+    there = token < tokens
+    x = _load_slots(rows.logits, leaves, -INFINITY)
+    phi = _load_counts(rows.potential, row * potential_stride, g, inside, -INFINITY, J, G)
 
     known = evidence(x)
     shift = solve_shift(x, known, allowed_range(phi, g, G), FAST)
     exact_shift = exact(shift)
     left, right = coin(x[0], shift, FAST), coin(x[1], shift, FAST)
+    normaliser = log_normaliser(x, shift, FAST)  # here rather than at the end, where registers are short
     within, across = tree.up(left, right, g, LE, LG, K, False)
     weights, posterior, log_root, underflow = weigh(_deal(across[LG], g, G), phi, g, exact_shift, known, G, FAST)
     adjoint = _collect(weights, g, K + 1, G)
@@ -174,14 +174,14 @@ def forward(
     if swept.mask is not None:
         key = tl.load(rows.key + token, mask=there, other=0)[:, None]
         chosen, doubt = draw(within, across, adjoint, key, lane, g, N, LE, LG)
-        tl.store(swept.mask + leaves[0], chosen, mask=leaves[1])
+        _store_slots(swept.mask, leaves, chosen)
         flagged = flagged | tl.max(tl.where(doubt, 1, 0), axis=1)
     if swept.marginals is not None:
         a, b = tree.down(within, across, adjoint, g, LE, LG, False)
-        marginals = tree.join_last(_marginal(x[0], a, left), _marginal(x[1], b, right))
-        tl.store(swept.marginals + leaves[0], marginals, mask=leaves[1])
+        marginals = tree.join(_marginal(x[0], a, left), _marginal(x[1], b, right))
+        _store_slots(swept.marginals, leaves, marginals)
         _store_counts(swept.count_probs, posterior, row, g, inside, J, G)
-        log_partition = log_root + log_normaliser(x, shift, FAST)
+        log_partition = log_root + normaliser
         tl.store(swept.log_partition + token, tl.reshape(log_partition, [BT]).to(tl.float32), mask=there)
         tl.store(swept.log_root + token, tl.reshape(log_root, [BT]), mask=there)
     tl.store(swept.shift + token, tl.reshape(exact_shift, [BT]), mask=there)
@@ -189,11 +189,13 @@ def forward(
     _append(swept, tl.where(there, flagged, 0), token)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward(
     rows,
     swept,
     slopes,
+    tokens,
+    potential_stride,
     N: tl.constexpr,
     J: tl.constexpr,
     LE: tl.constexpr,
@@ -208,11 +210,11 @@ def backward(
     """
     K: tl.constexpr = J - 1 if J > 1 else 1
     G: tl.constexpr = 1 << LG
-    token, row, g, inside, lane, leaves = _place(rows.tokens, LE, LG, BT, N)
-    x = _load_slots(rows.logits, row, lane, -INFINITY, LE, N)
-    u = _load_slots(slopes.u, row, lane, 0.0, LE, N)
+    token, row, g, inside, _, leaves = _place(tokens, LE, LG, BT, N)
+    x = _load_slots(rows.logits, leaves, -INFINITY)
+    u = _load_slots(slopes.u, leaves, 0.0)
 
-    shift = from_exact(tl.load(swept.shift + token, mask=token < rows.tokens, other=0.0)[:, None])
+    shift = from_exact(tl.load(swept.shift + token, mask=token < tokens, other=0.0)[:, None])
     left, right = _dual_coin(x[0], u[0], shift, FAST), _dual_coin(x[1], u[1], shift, FAST)
     within, across = tree.up(left, right, g, LE, LG, K, True)
     root = across[LG]
@@ -224,5 +226,5 @@ def backward(
     adjoint = _collect(adjoint, g, K + 1, G) + _collect(d_adjoint, g, K + 1, G)
 
     a, b = tree.down(within, across, adjoint, g, LE, LG, True)
-    d_marginals = tree.join_last(_dual_marginal(a, left), _dual_marginal(b, right))
-    tl.store(slopes.marginals + leaves[0], d_marginals, mask=leaves[1])
+    d_marginals = tree.join(_dual_marginal(a, left), _dual_marginal(b, right))
+    _store_slots(slopes.marginals, leaves, d_marginals)

@@ -118,7 +118,7 @@ def _node_uniforms(words, number, lane, LEVEL: tl.constexpr, LE: tl.constexpr, N
         return uniform(words, number + lane[0], tl.float32)
     else:
         index, _ = tree.slots(lane, LEVEL, LE, N)
-        return uniform((words[0][:, :, None], words[1][:, :, None]), number[:, :, None] + index, tl.float32)
+        return uniform((words[0][None, :, :], words[1][None, :, :]), number[None, :, :] + index, tl.float32)
 
 
 @triton.jit
@@ -141,8 +141,8 @@ def draw(within, across, adjoint, key, lane, g, N: tl.constexpr, LE: tl.constexp
         left, right = within[LE - 1 - above]
         u = _node_uniforms(words, number, lane, LE - above, LE, N)
         taken, near = _split(left, right, count, u, K)
-        doubt = doubt | (near if len(near.shape) == 2 else tl.max(near.to(tl.int32), axis=2) > 0)
-        count = tree.join_last(taken, count - taken)
+        doubt = doubt | (near if len(near.shape) == 2 else tl.max(near.to(tl.int32), axis=0) > 0)
+        count = tree.join(taken, count - taken)
         number += tree.nodes(LE - above, N)
     return count > 0, doubt
 
@@ -222,10 +222,11 @@ def draw_in_memory(
     tl.store(COUNTS, drawn)
     tl.debug_barrier()
     number, at, level = 1, root, DEPTH - 1
-    while level >= 0:
-        slots, degree = extent(level, N, K)
-        at -= (degree + 1) * slots
-        near = tl.maximum(near, _split_level(TREE + at, COUNTS, words, number, level, N, K, LOG))
-        number += slots // 2
-        level -= 1
+    if DEPTH > 0:  # see levels.up
+        while level >= 0:
+            slots, degree = extent(level, N, K)
+            at -= (degree + 1) * slots
+            near = tl.maximum(near, _split_level(TREE + at, COUNTS, words, number, level, N, K, LOG))
+            number += slots // 2
+            level -= 1
     return near

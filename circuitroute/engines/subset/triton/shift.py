@@ -15,7 +15,7 @@ MAX_STEPS = tl.constexpr(shift.MAX_STEPS)
 @triton.jit
 def _row_max(x):
     """[rows, 1]."""
-    return tl.max(tl.max(x, axis=2) if len(x.shape) == 3 else x, axis=1, keep_dims=True)
+    return tl.max(tl.max(x, axis=0) if len(x.shape) == 3 else x, axis=1, keep_dims=True)
 
 
 @triton.jit

@@ -5,9 +5,11 @@ Seen as a binary tree of 2^LE slots in each of 2^LG lanes, its lower LE levels l
 levels join lanes, each lane exchanging its polynomial with its partner's. An odd level ends in the polynomial 1:
 slots below it hold no variable.
 
-A tensor holds one coefficient of all nodes of a level: [rows, lanes, nodes of the lane], or [rows, lanes] where a lane
-has one. Loops over coefficients unroll when the kernel is compiled, so that coefficients are registers. A DUAL
-polynomial is its coefficients followed by as many tangents.
+A tensor holds one coefficient of all nodes of a level: [nodes of the lane, rows, lanes], or [rows, lanes] where a lane
+has one. Nodes come first because the compiler deals out the last dimensions to threads, of which there are as many as
+rows times lanes: what is left for each thread are the nodes of its lane, and they are never exchanged. Loops over
+coefficients unroll when the kernel is compiled, so that coefficients are registers. A DUAL polynomial is its
+coefficients followed by as many tangents.
 """
 
 from __future__ import annotations
@@ -53,9 +55,9 @@ def lane_nodes(g, inside, LE: tl.constexpr, LG: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def slots(lane, LEVEL: tl.constexpr, LE: tl.constexpr, N: tl.constexpr):
-    """(index, whether it exists) of all nodes of level LEVEL within each lane, [*, lanes, nodes]; siblings are next."""
-    path = tl.arange(0, 1 << (LE - LEVEL))[None, None, :]
-    return descend(lane[0][:, :, None], lane[1][:, :, None], path, LE - LEVEL, LE, N)
+    """(index, whether it exists) of all nodes of level LEVEL within each lane, [nodes, *, lanes]; siblings are next."""
+    path = tl.arange(0, 1 << (LE - LEVEL))[:, None, None]
+    return descend(lane[0][None, :, :], lane[1][None, :, :], path, LE - LEVEL, LE, N)
 
 
 # ---------------------------------------------------------------------------------------------- polynomials
@@ -159,10 +161,10 @@ def siblings(own, g, STEP: tl.constexpr):
 
 @triton.jit
 def _halves(level):
-    """The nodes of a level, [rows, lanes, m] per coefficient, as left and right children; these are neighbours."""
+    """The nodes of a level, [m, rows, lanes] per coefficient, as left and right children; these are neighbours."""
     left, right = (), ()
     for j in tl.static_range(len(level)):
-        a, b = _split_last(level[j])
+        a, b = split(level[j])
         left, right = left + (a,), right + (b,)
     return left, right
 
@@ -172,27 +174,28 @@ def joined(left, right):
     """The level whose children these are."""
     out = ()
     for j in tl.static_range(len(left)):
-        out = out + (join_last(left[j], right[j]),)
+        out = out + (join(left[j], right[j]),)
     return out
 
 
 @triton.jit
-def _split_last(x):
-    """Even and odd entries along the last of three dimensions, which goes when nothing is left of it."""
-    if x.shape[2] == 2:
-        return tl.split(x)
+def split(x):
+    """Even and odd entries along the first of three dimensions, which goes when nothing is left of it."""
+    if x.shape[0] == 2:
+        return tl.split(tl.permute(x, (1, 2, 0)))
     else:
-        return tl.split(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] // 2, 2]))
+        pairs = tl.reshape(x, [x.shape[0] // 2, 2, x.shape[1], x.shape[2]])
+        return tl.split(tl.permute(pairs, (0, 2, 3, 1)))
 
 
 @triton.jit
-def join_last(a, b):
-    """The inverse of :func:`_split_last`."""
+def join(a, b):
+    """The inverse of :func:`split`."""
     both = tl.join(a, b)
     if len(a.shape) == 2:
-        return both
+        return tl.permute(both, (2, 0, 1))
     else:
-        return tl.reshape(both, [a.shape[0], a.shape[1], 2 * a.shape[2]])
+        return tl.reshape(tl.permute(both, (0, 3, 1, 2)), [2 * a.shape[0], a.shape[1], a.shape[2]])
 
 
 # ---------------------------------------------------------------------------------------------- up and down

@@ -1,0 +1,91 @@
+"""Launch the kernels of the engine ``triton`` on the stub driver: ``python -m tests.stub_launches FOLDER CASE ...``.
+
+A case is n:k:dtype. Prints a JSON object: what each call launched and compiled, and the kernels that were launched.
+"""
+
+import functools
+import importlib
+import json
+import pkgutil
+import sys
+from pathlib import Path
+
+import torch
+from triton import JITFunction
+
+from benchmarks import stub_cuda
+from circuitroute.engines.subset import TritonSubset
+from circuitroute.engines.subset import triton as package
+from circuitroute.keys import folding
+
+TOKENS = (31, 1, 64, 4096)
+
+
+def kernels():
+    """What is launched from the host, by name: kernels, unlike their helpers, tell sizes that are not specialised."""
+    modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
+    modules.append(folding)
+    return {
+        f"{found.__module__.split('.')[-1]}.{name}": found
+        for module in modules
+        for name, found in vars(module).items()
+        if isinstance(found, JITFunction) and found.do_not_specialize and found.__module__ == module.__name__
+    }
+
+
+def compilations(kernel):
+    """How many variants of a kernel there are by now."""
+    return sum(len(caches[0]) for caches in kernel.device_caches.values())
+
+
+def calls(n, k, dtype, T):
+    """The calls of the engine on ``T`` rows, by name: all flags of all kernels."""
+    engine, logits, u = TritonSubset(), torch.zeros(T, n, dtype=dtype), torch.zeros(T, n)
+    shared, own, v = torch.zeros(k + 1), torch.zeros(T, k + 1), torch.zeros(T, k + 1)
+    key = torch.zeros(T, dtype=torch.int64)
+    found = {
+        "moments and sample": lambda phi: engine.infer(logits, phi, key),
+        "moments": lambda phi: engine.infer(logits, phi),
+        "sample": lambda phi: engine.sample(logits, phi, key),
+    }
+    swept = engine.infer(logits, shared, key)
+    found["gradient"] = lambda phi: engine.second_derivative(logits, phi, swept, u, None)
+    found["gradient, v"] = lambda phi: engine.second_derivative(logits, phi, swept, u, v)
+    both = {"": shared, ", potential per row": own}
+    return {name + which: (call, phi) for name, call in found.items() for which, phi in both.items()}
+
+
+def keyed(T):
+    """Keys of T tokens, of integers of any size, by name."""
+    tokens, large = torch.arange(T), torch.arange(T + 1)[1:]
+    return {
+        "fold a number": lambda: folding.folded(5, tokens),
+        "fold a large number": lambda: folding.folded(-(1 << 62), large),
+        "fold tensors": lambda: folding.folded(large, tokens),
+    }
+
+
+def main(folder, *cases):
+    launches, known, out = stub_cuda.activate(Path(folder)), kernels(), []
+
+    def record(case, T, name, call):
+        before = launches(), {kernel: compilations(found) for kernel, found in known.items()}
+        call()
+        compiled = {kernel: compilations(found) - before[1][kernel] for kernel, found in known.items()}
+        out.append({"case": case, "T": T, "call": name, "launches": launches() - before[0], **compiled})
+
+    for case in cases:
+        n, k, dtype = case.split(":")
+        for T in TOKENS:
+            for name, (call, phi) in calls(int(n), int(k), getattr(torch, dtype), T).items():
+                record(case, T, name, functools.partial(call, phi))
+    for T in TOKENS:
+        for name, call in keyed(T).items():
+            record("keys", T, name, call)
+    sys.stdout.write(
+        json.dumps({"calls": out, "compilations": {name: compilations(found) for name, found in known.items()}})
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,117 @@
+"""The engine ``triton`` through triton's own launcher, on a CUDA driver that does nothing: what it refuses, and when it
+compiles. Results are for ``test_engines_triton.py``; what is launched here computes nothing.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import stub_cuda
+from circuitroute.engines.subset.triton.engine import aligned
+
+pytest.importorskip("triton", minversion="3.4")
+pytestmark = pytest.mark.skipif(stub_cuda.compiler() is None, reason="the stub driver needs a C compiler")
+
+ROOT = Path(__file__).resolve().parent.parent
+# In lanes, in one lane, in memory; what the kernels read as it is.
+SMALL = ("6:2:float32", "1:1:bfloat16", "21:17:float32", "5:1:float16")
+LARGE = ("64:8:float32", "64:8:bfloat16", "128:8:float32", "256:8:float32", "512:10:float32", "512:64:float32")
+SWEEPS, GRADIENTS, POTENTIALS = 3, 2, 2  # kinds of calls
+
+
+def python(folder, *arguments):
+    """Run Python with compiled kernels, which it keeps in ``folder``."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "compilers")])
+    environment = {**os.environ, "PYTHONPATH": paths, "TRITON_CACHE_DIR": str(folder), "TRITON_DEFAULT_FP_FUSION": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def launched(folder, cases):
+    done = python(folder, "-m", "tests.stub_launches", folder, *cases)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return launched(tmp_path_factory.mktemp("small"), SMALL)
+
+
+def hold(found, cases):
+    """Every call launches a kernel and the one for its list, whatever is in the list; one compilation serves all T."""
+    for case in cases:
+        mine = [call for call in found["calls"] if call["case"] == case]
+        assert {call["launches"] for call in mine} == {2}
+        assert len({call["T"] for call in mine}) == 4
+        assert len(mine) == 4 * (SWEEPS + GRADIENTS) * POTENTIALS
+        later = [call for call in mine if call["T"] != mine[0]["T"] or call["call"].endswith("per row")]
+        again = [call for call in later if any(call[kernel] for kernel in found["compilations"])]
+        assert again == [], "compiled again for other sizes"
+
+
+def test_every_kernel_launches_and_is_compiled_once(small):
+    hold(small, SMALL)
+    assert set(small["compilations"]) >= {
+        f"{where}.{kind}" for where in ("registers", "memory") for kind in ("forward", "backward")
+    }
+    lanes = len(SMALL) - 1
+    keys = [call for call in small["calls"] if call["case"] == "keys"]
+    assert [call["launches"] for call in keys] == 12 * [1]
+    assert small["compilations"].pop("folding.fold") == 2  # of a number and of tensors, of any size and number
+    for name, many in small["compilations"].items():
+        kinds = SWEEPS if name.endswith("forward") else GRADIENTS
+        # In memory: for the list of each case, and for all rows of the case that does not fit into lanes.
+        assert many == kinds * (lanes if name.startswith("registers") else len(SMALL) + 1), name
+
+
+@pytest.mark.slow
+def test_large_kernels_launch_and_are_compiled_once(tmp_path):
+    hold(launched(tmp_path, LARGE), LARGE)
+
+
+NAN_KERNEL = """
+import sys
+from pathlib import Path
+import torch, triton, triton.language as tl
+from benchmarks import stub_cuda
+
+NAN = tl.constexpr(float("nan"))
+
+@triton.jit
+def kernel(out):
+    tl.store(out, {value})
+
+launches = stub_cuda.activate(Path(sys.argv[1]))
+try:
+    kernel[(1,)](torch.zeros(1))
+except RuntimeError as error:
+    print(error)
+print("launched", launches())
+"""
+
+
+@pytest.mark.parametrize(("value", "launches"), [("NAN", 0), ("float('nan')", 1)])
+def test_a_constant_that_differs_from_itself_is_refused(tmp_path, value, launches):
+    """Neither the interpreter nor compilation ahead of time does: without this the tests above would show nothing."""
+    script = tmp_path / "kernel.py"
+    script.write_text(NAN_KERNEL.format(value=value))
+    done = python(tmp_path, script, tmp_path)
+    assert f"launched {launches}" in done.stdout, done.stderr[-3000:]
+    assert ("Global variable NAN has changed" in done.stdout) == (launches == 0)
+
+
+def test_what_is_not_aligned_is_copied():
+    whole = torch.arange(40.0)
+    assert aligned(whole) is whole
+    for odd in (whole[1:], whole.view(8, 5)[1:], whole.view(8, 5).t()):
+        found = aligned(odd)
+        assert found.data_ptr() % 16 == 0
+        assert found.is_contiguous()
+        assert torch.equal(found, odd)
