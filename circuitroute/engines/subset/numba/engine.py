@@ -88,11 +88,10 @@ def _narrow_shape(n: int, k: int, dtype: str) -> NDArray[np.int64]:
 def _laid_out(n: int, degrees: Sequence[int], most: Sequence[int]) -> NDArray[np.int64]:
     """The shape of a tree with nodes of these degrees at most, level by level."""
     levels, first, nodes, degree = [], 0, n, 1
-    for limit, mean in zip(degrees, most, strict=True):
-        degree = min(degree, limit)
+    for level, (limit, mean) in enumerate(zip(degrees, most, strict=True)):
+        degree = min(2 * degree, limit) if level else 1
         levels.append((first, even(nodes), degree, mean))
-        first += even(nodes) * (degree + 1)
-        nodes, degree = even(nodes) // 2, 2 * degree
+        first, nodes = first + even(nodes) * (degree + 1), even(nodes) // 2
     return np.array(levels, dtype=np.int64)
 
 
