@@ -43,6 +43,8 @@ from circuitroute.errors import EngineError
 MAX_TREE = 1 << 24
 # The largest count and row of a fused step: it inserts every logit into a list of as many as are chosen.
 MAX_STEP = (64, 4096)
+# The trees of all threads together have at most this many numbers a lane: 4 GiB in float32, for gradients twice that.
+MAX_TREES = 1 << 26
 # A second thread is not worth it for fewer logits.
 LOGITS_PER_THREAD = 1 << 14
 # Compiling that takes longer logs a warning meanwhile.
@@ -68,8 +70,12 @@ def missing() -> str | None:
 
 def fits(n: int, K: int) -> bool:
     """Whether the tree of a token is small enough for this engine to be preferred."""
-    shape = _shape(n, K)
-    return int(shape[:, 1] @ (shape[:, 2] + 1)) <= MAX_TREE
+    return _numbers(_shape(n, K)) <= MAX_TREE
+
+
+def _numbers(shape: NDArray[np.int64]) -> int:
+    """How many numbers a tree has."""
+    return int(shape[:, 1] @ (shape[:, 2] + 1))
 
 
 @functools.lru_cache(maxsize=256)
@@ -398,7 +404,8 @@ def _in_threads(kernel: Any, rows: _Arrays, arguments: tuple[Any, ...]) -> None:
     T, N = rows.logits.shape
     width = _width()
     blocks = -(-T // width)
-    threads = max(1, min(torch.get_num_threads(), T * N // LOGITS_PER_THREAD, blocks))
+    trees = MAX_TREES // _numbers(rows.shape)
+    threads = max(1, min(torch.get_num_threads(), T * N // LOGITS_PER_THREAD, blocks, trees))
     bounds = [min(T, width * (blocks * i // threads)) for i in range(threads + 1)]
     if threads == 1:
         run((0, T))
