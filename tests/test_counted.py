@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from circuitroute_compilers.builtin import _graph, compile_builtin
+from circuitroute_compilers.builtin import _chosen, _graph, compile_builtin
 from circuitroute_compilers.counted import CountSize
 from circuitroute_compilers.lowering import Capped
 
@@ -81,6 +81,18 @@ def test_limits_refuse_what_building_refuses_and_say_the_same():
             assert refusal(lambda c=constraint, n=n, limit=limit: compile_builtin(c, n, limit)) == built
             refused += built is not None
     assert refused > 50
+
+
+def test_predictions_are_those_of_a_tree():
+    for n, counts in CASES[::5] + CASES[-6:]:
+        count = cr.CountIn(counts)
+        assert size_of(n, counts).prediction(count) == _chosen(count, n, 10**6).prediction
+
+
+def test_very_many_variables_are_refused_without_a_tree():
+    """The scopes of a tree are bits: of so many variables they would not fit in memory."""
+    with pytest.raises(cr.CircuitTooLargeError, match=r"needs \d+ nodes, with width 9 .*max_nodes=1000000"):
+        cr.compile(cr.Exactly(8), 300_000)
 
 
 def test_elements_beyond_the_limit_are_refused():

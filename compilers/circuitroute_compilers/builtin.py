@@ -54,26 +54,29 @@ def compile_builtin(constraint: Constraint, n: int, max_nodes: int) -> Circuit:
     simple = _simplest(constraint, n, counts)
     if counts is not None:
         size = CountSize(counts, n, Capped(CountIn(counts), counts, n).cap)
+        needs = _count_needs(size, max_nodes)
+        if needs is not None:
+            raise _too_large(simple, n, max_nodes, size.prediction(simple), needs)
         if size.mergeable(max_nodes):
-            return Circuit(_deferred(simple, size, max_nodes), constraint, counts)
+            build = partial(_graph, simple, n, max_nodes)
+            return Circuit(DeferredGraph(n, size.nodes, size.edges, build), constraint, counts)
     try:
         return Circuit(_graph(simple, n, max_nodes), constraint, counts)
     except InfeasibleError as error:
         raise InfeasibleError(_contradiction(constraint, n) or str(error)) from None
 
 
-def _deferred(constraint: Constraint, size: CountSize, max_nodes: int) -> Graph:
-    """The graph of a count over all variables, refused now if it is too large and built when it is asked for."""
-    needs = size.excess(max_nodes)
-    if needs is not None:
-        raise _too_large(constraint, size.n, max_nodes, _chosen(constraint, size.n, max_nodes), needs)
-    return DeferredGraph(size.n, size.nodes, size.edges, partial(_graph, constraint, size.n, max_nodes))
+def _count_needs(size: CountSize, max_nodes: int) -> str | None:
+    """What is too large about a count's circuit, as building would say it; None if it may be built."""
+    if size.certain > most_states(max_nodes, size.n):
+        return f"at least {size.certain} reachable states"
+    return size.excess(max_nodes) if size.mergeable(max_nodes) else None
 
 
 def _graph(constraint: Constraint, n: int, max_nodes: int) -> Graph:
     choice = _chosen(constraint, n, max_nodes)
     if choice.certain > most_states(max_nodes, n):
-        raise _too_large(constraint, n, max_nodes, choice, f"at least {choice.certain} reachable states")
+        raise _too_large(constraint, n, max_nodes, choice.prediction, f"at least {choice.certain} reachable states")
     foreign = [part for part in simple_parts(choice.plan) if isinstance(part, Machine) and is_foreign(part)]
     exploding = explosion(choice.term, choice.tree, max_nodes) if foreign else None
     if exploding is not None:
@@ -81,14 +84,14 @@ def _graph(constraint: Constraint, n: int, max_nodes: int) -> Graph:
             constraint,
             n,
             max_nodes,
-            choice,
+            choice.prediction,
             f"about {_about(exploding.merges)} merges, since its machine keeps a state for every subset of "
             f"{exploding.variables} variables",
         )
     try:
         graph = build_graph(constraint, choice.term, choice.tree, max_nodes)
     except CircuitTooLargeError as error:
-        raise _too_large(constraint, n, max_nodes, choice, str(error)) from None
+        raise _too_large(constraint, n, max_nodes, choice.prediction, str(error)) from None
     for part in foreign:
         check_associative(part)
     return graph
@@ -134,9 +137,10 @@ def _is_impossible(constraint: Constraint, n: int) -> bool:
     return False
 
 
-def _too_large(constraint: Constraint, n: int, max_nodes: int, choice: Choice, needs: str) -> CircuitTooLargeError:
+def _too_large(
+    constraint: Constraint, n: int, max_nodes: int, predicted: Prediction, needs: str
+) -> CircuitTooLargeError:
     """The error for a circuit over the limits: what it would take, which part costs most, and what would help."""
-    predicted = choice.prediction
     return CircuitTooLargeError(
         f"{constraint!r} over {n} variables needs {needs}, more than max_nodes={max_nodes} allows; estimated without "
         f"building: width {_about(predicted.width)}, at most {_about(predicted.nodes)} nodes and "

@@ -16,7 +16,12 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from circuitroute.compilation import Prediction
+from circuitroute.constraints import Constraint, CountIn
+from circuitroute_compilers.choice import seconds_to_build
 from circuitroute_compilers.graph import excess, most_pairs, most_states
+from circuitroute_compilers.lowering import Capped
+from circuitroute_compilers.profile import counted
 
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
@@ -29,6 +34,22 @@ class CountSize:
     counts: Sequence[int]
     n: int
     cap: int
+
+    @property
+    def certain(self) -> int:
+        """States that are reached on the way to the whole, as :func:`.choice.choose` counts them."""
+        return self._reachable - 1
+
+    def prediction(self, constraint: Constraint) -> Prediction:
+        """What :func:`.choice.choose` predicts of ``constraint``, the count that this is; by sizes, without a tree."""
+        count = Capped(CountIn(self.counts), list(self.counts), self.n)
+        width, nodes, edges = self._states(1), 2 * self.n, 0
+        for size, number in self._inner():
+            left, right = (self._states(half) for half in _halves(size))
+            profile = counted(count, left, right, size == self.n)
+            width, nodes = max(width, profile.live), nodes + number * max(profile.live, 1)
+            edges += number * max(profile.pairs, 1)
+        return Prediction(width, nodes, edges, seconds_to_build(nodes, edges), constraint)
 
     def mergeable(self, max_nodes: int) -> bool:
         """Whether building gets beyond merging states, before which the size of the circuit is not looked at."""

@@ -33,8 +33,6 @@ from circuitroute.engines.sampling import MARGIN
 from circuitroute.engines.step import COMBINES, Rule, Slopes, Step, Upstream
 from circuitroute.engines.step import Inputs as StepInputs
 from circuitroute.engines.subset.naive import NaiveSubset
-from circuitroute.engines.subset.numba.narrow import LEAST, is_exact
-from circuitroute.engines.subset.numba.narrow import degrees as degrees_that_matter
 from circuitroute.engines.subset.torch.sweep import Centre, forward
 from circuitroute.engines.subset.torch.tree import even
 from circuitroute.engines.sweep import Inputs, Sweep, SweepEngine
@@ -88,7 +86,9 @@ def _shape(n: int, K: int) -> NDArray[np.int64]:
 @functools.lru_cache(maxsize=256)
 def _narrow_shape(n: int, k: int, dtype: str) -> NDArray[np.int64]:
     """The same for exactly k of n, with only the coefficients that matter: :mod:`.narrow`."""
-    return _laid_out(n, *degrees_that_matter(n, k, dtype, len(_shape(n, k))))
+    from circuitroute.engines.subset.numba.narrow import degrees
+
+    return _laid_out(n, *degrees(n, k, dtype, len(_shape(n, k))))
 
 
 def _laid_out(n: int, degrees: Sequence[int], most: Sequence[int]) -> NDArray[np.int64]:
@@ -346,14 +346,22 @@ class _Arrays(NamedTuple):
         phi = phi if phi.dim() == 2 else phi[None]
         limits = (SMALLEST_COEFFICIENT[logits.dtype], NEGLIGIBLE[logits.dtype], MARGIN[logits.dtype])
         n, K, weights = logits.shape[1], phi.shape[1] - 1, _array(phi)
-        may = narrow and K >= LEAST and is_exact(weights)
-        shape = _narrow_shape(n, K, str(logits.dtype).removeprefix("torch.")) if may else _shape(n, K)
+        if narrow and _may_be_narrow(weights):
+            shape = _narrow_shape(n, K, str(logits.dtype).removeprefix("torch."))
+        else:
+            shape = _shape(n, K)
         return _Arrays(shape, _array(logits), weights, limits)
 
     @property
     def is_narrow(self) -> bool:
         """Whether coefficients are left out, so that some rows may need the whole tree."""
         return bool((self.shape[:, 3] < self.logits.shape[1]).any())
+
+
+def _may_be_narrow(phi_PJ: NDArray[np.float64]) -> bool:
+    from circuitroute.engines.subset.numba.narrow import may_be_narrow
+
+    return may_be_narrow(phi_PJ)
 
 
 def _array(x: Tensor) -> NDArray[Any]:

@@ -53,6 +53,6 @@ def _reach(mean: int, log_share: float) -> int:
     return low
 
 
-def is_exact(phi_PJ: NDArray[np.float64]) -> bool:
-    """Whether all rows select exactly the largest count."""
-    return len(phi_PJ) == 1 and bool(np.isneginf(phi_PJ[0, :-1]).all())
+def may_be_narrow(phi_PJ: NDArray[np.float64]) -> bool:
+    """Whether all rows select exactly the largest count, and enough of them that it is worth it."""
+    return len(phi_PJ) == 1 and phi_PJ.shape[1] > LEAST and bool(np.isneginf(phi_PJ[0, :-1]).all())
