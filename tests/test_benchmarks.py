@@ -317,3 +317,10 @@ def test_rows_are_json_lines(tmp_path: Path) -> None:
     rows.append(path, [{"a": 1}, {"a": None}])
     rows.append(path, [{"a": 2.5}])
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"a": 1}, {"a": None}, {"a": 2.5}]
+
+
+def test_fewer_tokens_of_a_large_case_are_held_against_the_truth() -> None:
+    assert SubsetCase(4096, 64, 8, 8).checked == 128
+    assert SubsetCase(16, 64, 8, 8).checked == 16
+    assert SubsetCase(16, 4096, 512, 512).checked == 7
+    assert SubsetCase(16, 65_536, 2048, 2048).checked == 1

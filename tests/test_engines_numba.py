@@ -239,6 +239,36 @@ def test_the_number_of_threads_changes_nothing():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def parts_of(T, monkeypatch):
+    """The rows that eight threads get, in order."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(engine, "_READY", {("kernel", "float32")})
+    parts = []
+
+    def kernel(rows, *_):
+        parts.append(rows)
+
+    engine._in_threads(kernel, engine._Arrays.of(Inputs(normal(T, 4096), potential_of([1]))), ())
+    return sorted(parts)
+
+
+def test_threads_get_whole_blocks(monkeypatch):
+    """Part of a block costs what a whole one costs: no thread starts in the middle of one."""
+    width = engine._width()
+    for T in (1, width, width + 1, 5 * width - 3, 40 * width):
+        parts = parts_of(T, monkeypatch)
+        assert [start for start, _ in parts] + [T] == [0] + [stop for _, stop in parts]
+        assert all(start % width == 0 for start, _ in parts)
+        assert len(parts) == min(8, math.ceil(T / width))
+
+
+def test_trees_of_all_threads_keep_to_a_limit(monkeypatch):
+    numbers = engine._numbers(engine._shape(4096, 1))
+    for limit, threads in ((3 * numbers, 3), (numbers - 1, 1)):
+        monkeypatch.setattr(engine, "MAX_TREES", limit)
+        assert len(parts_of(640, monkeypatch)) == threads
+
+
 def test_a_row_depends_on_no_other_row():
     circuit = cr.compile(cr.CountIn({1, 4}), 21).with_engine("numba")
     x, key = normal(50, 21, 4.0), cr.random_key(0, torch.arange(50))

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
-# The truth is in long double: this many tokens of a case are held against it.
+# The truth is in long double: this many tokens of a case are held against it, fewer where n (k + 1) is large, since it
+# keeps four tables of that many numbers for each.
 CHECKED_TOKENS = 128
+CHECKED_NUMBERS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class SubsetCase:
     def __post_init__(self) -> None:
         if not 0 <= self.kmin <= self.k <= self.n or self.k < 1 or self.tokens < 1:
             raise ValueError(f"need tokens >= 1 and 0 <= kmin <= k <= n with k >= 1, got {self}")
+
+    @property
+    def checked(self) -> int:
+        """How many tokens are held against the truth."""
+        return max(1, min(CHECKED_TOKENS, self.tokens, CHECKED_NUMBERS // (self.n * (self.k + 1))))
 
     @cached_property
     def logits(self) -> Tensor:
@@ -120,32 +127,35 @@ def _distribution_errors(case: SubsetCase, outputs: Outputs, gradient: Tensor) -
     if not ((counts_T >= case.kmin) & (counts_T <= case.k)).all():
         raise ValueError(f"a sample has a size outside {case.kmin}..{case.k}")
     truth = _truth(case)
-    of_values = _largest(_checked(outputs.values["marginals"]) - truth.marginals)
-    of_gradient = _largest(_checked(gradient) - true_gradient(case, _checked(outputs.values["mask"])))
-    return {FORWARD: max(of_values, _log_partition_error(outputs, truth)), BOTH: of_gradient}
+    of_values = _largest(_checked(case, outputs.values["marginals"]) - truth.marginals)
+    of_gradient = _largest(_checked(case, gradient) - true_gradient(case, _checked(case, outputs.values["mask"])))
+    return {FORWARD: max(of_values, _log_partition_error(case, outputs, truth)), BOTH: of_gradient}
 
 
 def _log_partition_errors(case: SubsetCase, outputs: Outputs, gradient: Tensor) -> dict[str, float | None]:
     """Of log Z, and of its gradient, the marginals."""
     truth = _truth(case)
-    return {FORWARD: _log_partition_error(outputs, truth), BOTH: _largest(_checked(gradient) - truth.marginals)}
+    return {
+        FORWARD: _log_partition_error(case, outputs, truth),
+        BOTH: _largest(_checked(case, gradient) - truth.marginals),
+    }
 
 
 def _relaxation_errors(case: SubsetCase, outputs: Outputs, gradient: Tensor) -> dict[str, float | None]:
     """Of the sum of the soft weights, and of the gradient of the gates."""
-    sums_T = _checked(outputs.values["soft"]).sum(axis=1)
-    return {FORWARD: _largest(sums_T - case.k), BOTH: _largest(_checked(gradient) - true_soft_gradient(case))}
+    sums_T = _checked(case, outputs.values["soft"]).sum(axis=1)
+    return {FORWARD: _largest(sums_T - case.k), BOTH: _largest(_checked(case, gradient) - true_soft_gradient(case))}
 
 
 def _truth(case: SubsetCase) -> CountTruth:
     from tests.truth import count_truth
 
-    return count_truth(case.logits[:CHECKED_TOKENS], case.potential())
+    return count_truth(case.logits[: case.checked], case.potential())
 
 
-def _log_partition_error(outputs: Outputs, truth: CountTruth) -> float:
+def _log_partition_error(case: SubsetCase, outputs: Outputs, truth: CountTruth) -> float:
     """Relative where log Z is above 1."""
-    difference_T = _checked(outputs.values["log_partition"]) - truth.log_partition
+    difference_T = _checked(case, outputs.values["log_partition"]) - truth.log_partition
     return _largest(difference_T / np.maximum(1, np.abs(truth.log_partition)))
 
 
@@ -200,7 +210,7 @@ def _laplace_cdf(x: Array) -> Array:
 
 def _checked_inputs(case: SubsetCase) -> tuple[Array, Array, Array]:
     """The logits, the gradient from above and the softmax, [T, N] in the checked rows."""
-    logits_TN, upstream_TN = _checked(case.logits), _checked(case.upstream(case.logits))
+    logits_TN, upstream_TN = _checked(case, case.logits), _checked(case, case.upstream(case.logits))
     return logits_TN, upstream_TN, np.exp(logits_TN - np.logaddexp.reduce(logits_TN, axis=1, keepdims=True))
 
 
@@ -210,6 +220,6 @@ def _through_softmax(p_TN: Array, upstream_TN: Array) -> Array:
     return through_TN
 
 
-def _checked(values: Tensor) -> Array:
-    rows: Array = values[:CHECKED_TOKENS].detach().cpu().double().numpy()
+def _checked(case: SubsetCase, values: Tensor) -> Array:
+    rows: Array = values[: case.checked].detach().cpu().double().numpy()
     return rows

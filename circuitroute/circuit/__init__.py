@@ -2,5 +2,6 @@
 
 from circuitroute.circuit.compiled import Compiled as Compiled
 from circuitroute.circuit.compiled import Parts as Parts
+from circuitroute.circuit.graph import DeferredGraph as DeferredGraph
 from circuitroute.circuit.graph import Graph as Graph
 from circuitroute.circuit.graph import NodeKind as NodeKind

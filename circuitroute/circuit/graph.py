@@ -154,6 +154,64 @@ class Graph:
         return values
 
 
+class DeferredGraph(Graph):
+    """A graph whose size is known and whose arrays are built when one of them is first read.
+
+    Engines of the op ``subset`` need a count's allowed counts and no graph, so a large one is built only for what reads
+    it: files, pictures, checks. Pickles as a plain :class:`Graph`.
+
+    Args:
+        n: number of variables.
+        num_nodes, num_edges: the size of what ``build`` returns.
+        build: makes the graph; called once.
+    """
+
+    def __init__(self, n: int, num_nodes: int, num_edges: int, build: Callable[[], Graph]) -> None:
+        for name, value in (("n", n), ("_nodes", num_nodes), ("_edges", num_edges), ("_build", build)):
+            object.__setattr__(self, name, value)  # the class is frozen
+
+    @property
+    def num_nodes(self) -> int:
+        return int(self.__dict__["_nodes"])
+
+    @property
+    def num_edges(self) -> int:
+        return int(self.__dict__["_edges"])
+
+    @cached_property
+    def _built(self) -> Graph:
+        graph: Graph = self.__dict__["_build"]()
+        if (graph.num_nodes, graph.num_edges) != (self.num_nodes, self.num_edges):
+            raise ValueError(
+                f"num_nodes={self.num_nodes} and num_edges={self.num_edges} are not the size of what build returned, "
+                f"{graph.num_nodes} nodes and {graph.num_edges} elements: give the graph's own"
+            )
+        return graph
+
+    @property
+    def kind(self) -> npt.NDArray[np.uint8]:
+        return self._built.kind
+
+    @property
+    def variable(self) -> npt.NDArray[np.int32]:
+        return self._built.variable
+
+    @property
+    def first(self) -> IntArray:
+        return self._built.first
+
+    @property
+    def left(self) -> npt.NDArray[np.int32]:
+        return self._built.left
+
+    @property
+    def right(self) -> npt.NDArray[np.int32]:
+        return self._built.right
+
+    def __reduce__(self) -> tuple[type[Graph], tuple[Any, ...]]:
+        return Graph, (self.n, self.kind, self.variable, self.first, self.left, self.right)
+
+
 def model_count(graph: Graph) -> int:
     """Number of satisfying assignments, as a Python int of any size (needs a smooth, deterministic graph)."""
     ones = np.ones(graph.num_nodes, dtype=object)

@@ -12,22 +12,25 @@ The path of a constraint through this package, a module per step::
 
 A constraint that comes down to one count over all variables takes the same path as that count: its circuit is the
 balanced tree of truncated convolutions of counts (Poisson-binomial polynomials) and, marked with its allowed counts,
-runs on the fused ``subset`` engines.
+runs on the fused ``subset`` engines. These need no graph, so that it is built when something asks for it; its size is
+known at once (``counted``).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import combinations, islice
 
 from circuitroute import Circuit, CircuitTooLargeError, Constraint, InfeasibleError, register_compiler
-from circuitroute.circuit import Graph
+from circuitroute.circuit import DeferredGraph, Graph
 from circuitroute.compilation import Prediction
 from circuitroute.constraints import And, Cost, Count, CountIn, Logic, Over
 from circuitroute_compilers.choice import Choice, choose, is_foreign
+from circuitroute_compilers.counted import CountSize
 from circuitroute_compilers.forecast import explosion
 from circuitroute_compilers.graph import UnhashableStateError, build_graph, most_states
-from circuitroute_compilers.lowering import flattened, joined, lower, only_counts
+from circuitroute_compilers.lowering import Capped, flattened, joined, lower, only_counts
 from circuitroute_compilers.plans import simple_parts
 from circuitroute_compilers.terms import Machine, check_associative
 
@@ -49,16 +52,31 @@ def compile_builtin(constraint: Constraint, n: int, max_nodes: int) -> Circuit:
     """Compile a constraint over ``n`` variables; see :func:`circuitroute.compile` for the errors."""
     counts = only_counts(constraint, n)
     simple = _simplest(constraint, n, counts)
+    if counts is not None:
+        size = CountSize(counts, n, Capped(CountIn(counts), counts, n).cap)
+        needs = _count_needs(size, max_nodes)
+        if needs is not None:
+            raise _too_large(simple, n, max_nodes, size.prediction(simple), needs)
+        if size.mergeable(max_nodes):
+            build = partial(_graph, simple, n, max_nodes)
+            return Circuit(DeferredGraph(n, size.nodes, size.edges, build), constraint, counts)
     try:
         return Circuit(_graph(simple, n, max_nodes), constraint, counts)
     except InfeasibleError as error:
         raise InfeasibleError(_contradiction(constraint, n) or str(error)) from None
 
 
+def _count_needs(size: CountSize, max_nodes: int) -> str | None:
+    """What is too large about a count's circuit, as building would say it; None if it may be built."""
+    if size.certain > most_states(max_nodes, size.n):
+        return f"at least {size.certain} reachable states"
+    return size.excess(max_nodes) if size.mergeable(max_nodes) else None
+
+
 def _graph(constraint: Constraint, n: int, max_nodes: int) -> Graph:
     choice = _chosen(constraint, n, max_nodes)
     if choice.certain > most_states(max_nodes, n):
-        raise _too_large(constraint, n, max_nodes, choice, f"at least {choice.certain} reachable states")
+        raise _too_large(constraint, n, max_nodes, choice.prediction, f"at least {choice.certain} reachable states")
     foreign = [part for part in simple_parts(choice.plan) if isinstance(part, Machine) and is_foreign(part)]
     exploding = explosion(choice.term, choice.tree, max_nodes) if foreign else None
     if exploding is not None:
@@ -66,14 +84,14 @@ def _graph(constraint: Constraint, n: int, max_nodes: int) -> Graph:
             constraint,
             n,
             max_nodes,
-            choice,
+            choice.prediction,
             f"about {_about(exploding.merges)} merges, since its machine keeps a state for every subset of "
             f"{exploding.variables} variables",
         )
     try:
         graph = build_graph(constraint, choice.term, choice.tree, max_nodes)
     except CircuitTooLargeError as error:
-        raise _too_large(constraint, n, max_nodes, choice, str(error)) from None
+        raise _too_large(constraint, n, max_nodes, choice.prediction, str(error)) from None
     for part in foreign:
         check_associative(part)
     return graph
@@ -119,9 +137,10 @@ def _is_impossible(constraint: Constraint, n: int) -> bool:
     return False
 
 
-def _too_large(constraint: Constraint, n: int, max_nodes: int, choice: Choice, needs: str) -> CircuitTooLargeError:
+def _too_large(
+    constraint: Constraint, n: int, max_nodes: int, predicted: Prediction, needs: str
+) -> CircuitTooLargeError:
     """The error for a circuit over the limits: what it would take, which part costs most, and what would help."""
-    predicted = choice.prediction
     return CircuitTooLargeError(
         f"{constraint!r} over {n} variables needs {needs}, more than max_nodes={max_nodes} allows; estimated without "
         f"building: width {_about(predicted.width)}, at most {_about(predicted.nodes)} nodes and "

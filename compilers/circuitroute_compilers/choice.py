@@ -104,11 +104,16 @@ def _predicted(constraint: Constraint, plan: Plan, term: Term, tree: Vtree) -> C
     free = sum(node not in whole for node, halves in enumerate(numbered.halves) if not halves)
     nodes = sum(max(p.live, 1) for p in at) + 2 * (len(inner) + 1) + free + (free > 0)
     edges = sum(max(p.pairs, 1) for p in at) + 2 * free
-    seconds = min(edges, 10**15) * SECONDS_PER_EDGE + min(nodes, 10**15) * SECONDS_PER_NODE
+    seconds = seconds_to_build(nodes, edges)
     width = max((p.live for p in whole.values()), default=1)
     culprit = names[_costliest(parts, whole)]
     certain = sum(p.open for p in whole.values() if p.exact)
     return Choice(plan, tree, term, Prediction(width, nodes, edges, seconds, culprit), certain)
+
+
+def seconds_to_build(nodes: int, edges: int) -> float:
+    """How long building takes, about."""
+    return min(edges, 10**15) * SECONDS_PER_EDGE + min(nodes, 10**15) * SECONDS_PER_NODE
 
 
 def _costliest(parts: Sequence[Profiles], whole: Profiles) -> int:

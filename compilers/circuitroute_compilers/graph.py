@@ -206,13 +206,25 @@ class _Builder:
 
     def check_size(self) -> None:
         """Refuse a circuit over the limits before any array is made."""
-        if self.nodes > self.max_nodes:
-            raise self._too_large(f"{self.nodes} nodes")
-        if self.edges > EDGES_PER_NODE * self.max_nodes:
-            raise self._too_large(f"{self.edges} elements (the limit is {EDGES_PER_NODE} per node)")
+        needs = excess(self.nodes, self.edges, self.width, self.max_nodes)
+        if needs is not None:
+            raise CircuitTooLargeError(needs)
 
     def _too_large(self, what: str) -> CircuitTooLargeError:
-        return CircuitTooLargeError(f"{what}, with width {self.width} states at one tree node")
+        return CircuitTooLargeError(_at_width(what, self.width))
+
+
+def excess(nodes: int, edges: int, width: int, max_nodes: int) -> str | None:
+    """What of a circuit is over the limits; None where nothing is."""
+    if nodes > max_nodes:
+        return _at_width(f"{nodes} nodes", width)
+    if edges > EDGES_PER_NODE * max_nodes:
+        return _at_width(f"{edges} elements (the limit is {EDGES_PER_NODE} per node)", width)
+    return None
+
+
+def _at_width(what: str, width: int) -> str:
+    return f"{what}, with width {width} states at one tree node"
 
 
 def most_states(max_nodes: int, n: int) -> int:

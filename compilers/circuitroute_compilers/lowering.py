@@ -69,7 +69,7 @@ def allowed_counts(constraint: Count, n: int) -> list[int]:
 
 class Capped(Constraint):
     """A count that distinguishes only what matters: dead beyond the largest allowed count, and it stops counting where
-    all larger counts are allowed (``goes_on``)."""
+    all larger counts are allowed (``goes_on``). Its states are the numbers 0 to ``cap``."""
 
     def __init__(self, constraint: Count, counts: list[int], n: int) -> None:
         self._constraint = constraint
@@ -78,6 +78,7 @@ class Capped(Constraint):
         while self._largest == n and self._enough > 0 and constraint.allows(self._enough - 1):
             self._enough -= 1
         self.goes_on = self._enough < n
+        self.cap = min(self._largest, self._enough)
 
     def state(self, count: int) -> State | None:
         """The state of a block with ``count`` selected variables."""

@@ -93,14 +93,14 @@ def _counts(count: Capped, scope: Scope, tree: Tree) -> Profiles:
         halves = [found[half].open if half in found else 1 for half in tree.halves[node]] or [2, 1]
         key = (halves[0], halves[1], whole)
         if key not in known:
-            known[key] = _counted(count, *key)
+            known[key] = counted(count, *key)
         size = (scope & tree.nodes[node].scope).bit_count()
         found[node] = replace(known[key], false=whole or count.state(size) is None)
     return found
 
 
-def _counted(count: Capped, left: int, right: int, whole: bool) -> Profile:
-    """Of counts 0, 1, ... on either side."""
+def counted(count: Capped, left: int, right: int, whole: bool) -> Profile:
+    """The profile of a count on a block whose halves are in so many states, 0, 1, ... on either side."""
     sums = np.add.outer(np.arange(left), np.arange(right))
     states = [count.state(j) for j in range(left + right - 1)]
     useful = [state is not None and (count.accepts(state) or not whole) for state in states]

@@ -4,7 +4,8 @@ Legend: T tokens, N variables, K the largest allowed count.
 
 The steps of the engine ``torch``, fused: a few tokens at a time go from logits to marginals, posterior and sample while
 their tree is in the cache. Results depend neither on the number of threads nor on a row's neighbours. Rows that
-underflow are swept again by the engine ``torch``; for all else see :mod:`circuitroute.engines.sweep`.
+underflow are swept again by the engine ``torch``, and before that those that do not fit a narrow tree (:mod:`.narrow`)
+by this one with a whole tree; for all else see :mod:`circuitroute.engines.sweep`.
 
 Where the tree of a token has more than ``MAX_TREE`` numbers (each thread holds sixteen such trees, for gradients twice
 that) the engine ``torch`` is preferred.
@@ -16,7 +17,7 @@ import functools
 import importlib.util
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -40,6 +41,8 @@ from circuitroute.errors import EngineError
 MAX_TREE = 1 << 24
 # The largest count and row of a fused step: it inserts every logit into a list of as many as are chosen.
 MAX_STEP = (64, 4096)
+# The trees of all threads together have at most this many numbers a lane: 4 GiB in float32, for gradients twice that.
+MAX_TREES = 1 << 26
 # A second thread is not worth it for fewer logits.
 LOGITS_PER_THREAD = 1 << 14
 # Compiling that takes longer logs a warning meanwhile.
@@ -65,20 +68,37 @@ def missing() -> str | None:
 
 def fits(n: int, K: int) -> bool:
     """Whether the tree of a token is small enough for this engine to be preferred."""
-    shape = _shape(n, K)
-    return int(shape[:, 1] @ (shape[:, 2] + 1)) <= MAX_TREE
+    return _numbers(_shape(n, K)) <= MAX_TREE
+
+
+def _numbers(shape: NDArray[np.int64]) -> int:
+    """How many numbers a tree has."""
+    return int(shape[:, 1] @ (shape[:, 2] + 1))
 
 
 @functools.lru_cache(maxsize=256)
 def _shape(n: int, K: int) -> NDArray[np.int64]:
-    """[levels, 3]: each level's first coefficient, its nodes (padded to pairs) and their degree, leaves first."""
+    """[levels, 4]: see :mod:`circuitroute.engines.subset.numba.tree`, leaves first; the whole tree."""
+    levels = n.bit_length() + (n & (n - 1) > 0)
+    return _laid_out(n, [K] * levels, [n] * levels)
+
+
+@functools.lru_cache(maxsize=256)
+def _narrow_shape(n: int, k: int, dtype: str) -> NDArray[np.int64]:
+    """The same for exactly k of n, with only the coefficients that matter: :mod:`.narrow`."""
+    from circuitroute.engines.subset.numba.narrow import degrees
+
+    return _laid_out(n, *degrees(n, k, dtype, len(_shape(n, k))))
+
+
+def _laid_out(n: int, degrees: Sequence[int], most: Sequence[int]) -> NDArray[np.int64]:
+    """The shape of a tree with nodes of these degrees at most, level by level."""
     levels, first, nodes, degree = [], 0, n, 1
-    while True:
-        levels.append((first, even(nodes), degree))
-        if nodes == 1:
-            return np.array(levels, dtype=np.int64)
-        first += even(nodes) * (degree + 1)
-        nodes, degree = even(nodes) // 2, min(2 * degree, K)
+    for level, (limit, mean) in enumerate(zip(degrees, most, strict=True)):
+        degree = min(2 * degree, limit) if level else 1
+        levels.append((first, even(nodes), degree, mean))
+        first, nodes = first + even(nodes) * (degree + 1), even(nodes) // 2
+    return np.array(levels, dtype=np.int64)
 
 
 class NumbaSubset(SweepEngine):
@@ -89,7 +109,17 @@ class NumbaSubset(SweepEngine):
 
     def sweep(self, rows: Inputs, key_T: Tensor | None, moments: bool) -> Sweep:
         """See :class:`circuitroute.engines.sweep.SweepEngine`."""
-        arrays = _Arrays.of(rows)
+        arrays = _Arrays.of(rows, narrow=True)
+        found = self._swept(rows, arrays, key_T, moments)
+        strayed = found.fallback.nonzero().squeeze(1)
+        if arrays.is_narrow and len(strayed):
+            few = rows.at(strayed)
+            key = None if key_T is None else key_T[strayed]
+            found.put(strayed, self._swept(few, _Arrays.of(few), key, moments))
+        return found
+
+    def _swept(self, rows: Inputs, arrays: _Arrays, key_T: Tensor | None, moments: bool) -> Sweep:
+        """One sweep; the fallback of a narrow tree are the rows that need a whole one, too."""
         found = Sweep.empty(rows.logits, arrays.phi.shape[1], moments, key_T is not None)
         key = torch.empty(0, dtype=torch.int64) if key_T is None else key_T
         mask = torch.empty(0, 0, dtype=torch.bool) if found.mask is None else found.mask
@@ -105,11 +135,26 @@ class NumbaSubset(SweepEngine):
 
     def derivative(self, rows: Inputs, shift_T: Tensor, u_TN: Tensor, v_TJ: Tensor | None) -> tuple[Tensor, Tensor]:
         """See :class:`circuitroute.engines.sweep.SweepEngine`."""
-        arrays = _Arrays.of(rows)
+        arrays = _Arrays.of(rows, narrow=True)
         v = rows.logits.new_zeros(len(u_TN), arrays.phi.shape[1]) if v_TJ is None else v_TJ
-        dm, dq = (torch.empty(x.shape, dtype=rows.logits.dtype) for x in (u_TN, v))
-        _in_threads(_kernels().second_derivative, arrays, tuple(_array(x) for x in (shift_T, u_TN, v, dm, dq)))
+        dm, dq, strayed_T = self._derived(rows, arrays, shift_T, u_TN, v)
+        strayed = strayed_T.nonzero().squeeze(1)
+        if len(strayed):
+            few = rows.at(strayed)
+            dm[strayed], dq[strayed], _ = self._derived(
+                few, _Arrays.of(few), shift_T[strayed], u_TN[strayed], v[strayed]
+            )
         return dm, dq
+
+    def _derived(
+        self, rows: Inputs, arrays: _Arrays, shift_T: Tensor, u_TN: Tensor, v_TJ: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The derivative, and the rows that need a whole tree."""
+        dm, dq = (torch.empty(x.shape, dtype=rows.logits.dtype) for x in (u_TN, v_TJ))
+        strayed_T = torch.empty(len(u_TN), dtype=torch.bool)
+        tensors = (shift_T, u_TN, v_TJ, dm, dq, strayed_T)
+        _in_threads(_kernels().second_derivative, arrays, tuple(map(_array, tensors)))
+        return dm, dq, strayed_T
 
     # ------------------------------------------------------------------ steps
 
@@ -286,8 +331,8 @@ class _Arrays(NamedTuple):
     limits: tuple[float, float, float]
 
     @staticmethod
-    def of(rows: Inputs) -> _Arrays:
-        """The arrays of logits and potential.
+    def of(rows: Inputs, narrow: bool = False) -> _Arrays:
+        """The arrays of logits and potential; with a ``narrow`` tree, if asked for and possible.
 
         Raises:
             EngineError: tensors that are not in the CPU's memory.
@@ -300,7 +345,23 @@ class _Arrays(NamedTuple):
             )
         phi = phi if phi.dim() == 2 else phi[None]
         limits = (SMALLEST_COEFFICIENT[logits.dtype], NEGLIGIBLE[logits.dtype], MARGIN[logits.dtype])
-        return _Arrays(_shape(logits.shape[1], phi.shape[1] - 1), _array(logits), _array(phi), limits)
+        n, K, weights = logits.shape[1], phi.shape[1] - 1, _array(phi)
+        if narrow and _may_be_narrow(weights):
+            shape = _narrow_shape(n, K, str(logits.dtype).removeprefix("torch."))
+        else:
+            shape = _shape(n, K)
+        return _Arrays(shape, _array(logits), weights, limits)
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether coefficients are left out, so that some rows may need the whole tree."""
+        return bool((self.shape[:, 3] < self.logits.shape[1]).any())
+
+
+def _may_be_narrow(phi_PJ: NDArray[np.float64]) -> bool:
+    from circuitroute.engines.subset.numba.narrow import may_be_narrow
+
+    return may_be_narrow(phi_PJ)
 
 
 def _array(x: Tensor) -> NDArray[Any]:
@@ -323,6 +384,12 @@ def _step_kernels() -> Any:
     return step
 
 
+def _width() -> int:
+    from circuitroute.engines.subset.numba.simd.lanes import WIDTH
+
+    return WIDTH
+
+
 def _gradient_kernel() -> Any:
     from circuitroute.engines.subset.numba.step_gradient import step_gradient
 
@@ -330,7 +397,10 @@ def _gradient_kernel() -> Any:
 
 
 def _in_threads(kernel: Any, rows: _Arrays, arguments: tuple[Any, ...]) -> None:
-    """Run the kernel on all rows, split evenly among as many threads as torch uses (kernels release the GIL)."""
+    """Run the kernel on all rows, split among as many threads as torch uses (kernels release the GIL).
+
+    A thread gets whole blocks of tokens: a part of a block takes the time and the memory of a whole one.
+    """
 
     def run(part: tuple[int, int]) -> None:
         kernel(part, *rows, *arguments)
@@ -340,8 +410,11 @@ def _in_threads(kernel: Any, rows: _Arrays, arguments: tuple[Any, ...]) -> None:
         _compile(kernel, run)
         _READY.add(ready)
     T, N = rows.logits.shape
-    threads = max(1, min(torch.get_num_threads(), T * N // LOGITS_PER_THREAD))
-    bounds = [T * i // threads for i in range(threads + 1)]
+    width = _width()
+    blocks = -(-T // width)
+    trees = MAX_TREES // _numbers(rows.shape)
+    threads = max(1, min(torch.get_num_threads(), T * N // LOGITS_PER_THREAD, blocks, trees))
+    bounds = [min(T, width * (blocks * i // threads)) for i in range(threads + 1)]
     if threads == 1:
         run((0, T))
         return

@@ -37,7 +37,7 @@ from circuitroute.engines.subset.numba.simd.lanes import (
     where,
 )
 from circuitroute.engines.subset.numba.simd.rows import read, write
-from circuitroute.engines.subset.numba.tree import down, dual_down, dual_up, put_root, size, up
+from circuitroute.engines.subset.numba.tree import down, dual_down, dual_up, is_narrow, put_root, size, strayed, up
 
 _log = logging.getLogger("circuitroute")
 
@@ -118,7 +118,8 @@ def _forward_kernel(digest):
             shape: see :mod:`circuitroute.engines.subset.numba.tree`.
             limits: (floor, negligible, margin).
             key_T: [T] int64, or empty for no sample.
-            lines: (log_partition, log_root, shift) [T], and the flags (underflow, uncertain) [T] bool.
+            lines: (log_partition, log_root, shift) [T], and the flags (underflow, uncertain) [T] bool; rows that need
+                more than a narrow tree count as underflow.
             marginals_TN, probs_TJ: without rows if they are not wanted.
             mask_TN: filled if there are keys.
         """
@@ -129,6 +130,8 @@ def _forward_kernel(digest):
         tree, spare = room(size(shape), kind), room(shape[-1, 2] + 2, kind)
         aim, phi, adjoint, probs, line = room(3, kind), room(J, wide), room(J, wide), room(J, wide), room(1, wide)
         counts, words = room(max(2, shape[0, 1]), np.int32), room(2, np.int32)
+        narrow = is_narrow(shape, n)
+        means = room(n if narrow else 1, kind)
         last = rows[1] - 1
         for first in range(rows[0], rows[1], WIDTH):
             read(logits_TN, first, last, x)
@@ -141,6 +144,8 @@ def _forward_kernel(digest):
             normaliser, _ = log_normaliser(x, n, s, tree, line)
             up(tree, shape, n)
             log_root, underflow = weigh(tree, shape, phi, s, as_double(evidence[0]), limits, adjoint, probs, line)
+            if narrow:
+                underflow = underflow | strayed(tree, shape, present, n, means)
             write_line(s, first, last, line, shift_T)
             write_line(log_root, first, last, line, log_root_T)
             write_line(log_root + normaliser, first, last, line, log_partition_T)
@@ -163,8 +168,10 @@ def _second_derivative_kernel(digest):
     """The derivative of the moments along a direction."""
 
     @kernel
-    def second_derivative(rows, shape, logits_TN, phi_PJ, limits, shift_T, u_TN, v_TJ, dm_TN, dq_TJ):
+    def second_derivative(rows, shape, logits_TN, phi_PJ, limits, shift_T, u_TN, v_TJ, dm_TN, dq_TJ, strayed_T):
         """Fill ``rows`` of the derivative (dm, dq) of (marginals, count posterior) along (u, v).
+
+        Rows that need more than a narrow tree are marked.
 
         The derivation stands in :meth:`circuitroute.engines.subset.torch.sweep._Block.derivative`.
         """
@@ -173,6 +180,8 @@ def _second_derivative_kernel(digest):
         x, u, present = room(n, kind), room(n, kind), room(n, kind)
         tree, tangents, spare = room(size(shape), kind), room(size(shape), kind), room(shape[-1, 2] + 2, kind)
         phi, v, adjoint, probs, line = room(J, wide), room(J, wide), room(J, wide), room(J, wide), room(1, wide)
+        narrow = is_narrow(shape, n)
+        means = room(n if narrow else 1, kind)
         last, unforced = rows[1] - 1, fill(line, 0.0)  # or any number: a factor e^(-s forced) of all weights cancels
         for first in range(rows[0], rows[1], WIDTH):
             read(logits_TN, first, last, x)
@@ -185,6 +194,10 @@ def _second_derivative_kernel(digest):
             coins(x, n, high, as_kind_of(x, s - as_double(high)), tree, present)
             leaf_tangents(tree, tangents, present, u, n)
             dual_up(tree, tangents, shape, n)
+            beyond = unforced > 0.0
+            if narrow:
+                beyond = strayed(tree, shape, present, n, means)
+            write_line(beyond, first, last, line, strayed_T)
             weigh(tree, shape, phi, s, unforced, limits, adjoint, probs, line)
             weigh_tangent(tangents, shape, v, adjoint, probs)
             put_root(tree, shape, adjoint)

@@ -1,12 +1,15 @@
 """The balanced tree of :mod:`circuitroute.engines.subset.torch.tree` in compiled form, for a few tokens at a time.
 
-Legend: m nodes at a level, d their degree; ``shape`` [levels, 3] int64 has each level's first coefficient, m and d.
+Legend: m nodes at a level, d their degree; ``shape`` [levels, 4] int64 has each level's first coefficient, m (padded to
+pairs), d, and the largest mean for which d is enough (n where nothing is left out, :mod:`.narrow`).
 
 Nodes and pairs are the same: node i is multiplied by node i + m/2, and odd levels end in the polynomial 1.
 Coefficients are kept until the way down, where adjoints take their place.
 """
 
 from __future__ import annotations
+
+import math
 
 from circuitroute.engines.subset.numba.simd.lanes import WIDTH, as_double, as_kind_of, fill, inlined, load, store
 from circuitroute.engines.subset.numba.simd.polynomials import adjoints, dual_adjoints, dual_product, product
@@ -54,6 +57,41 @@ def _pad(tree, shape, n, constant):
             for j in range(shape[level, 2] + 1):
                 store(tree, node(shape, level, i) + j * WIDTH, fill(tree, constant if j == 0 else 0.0))
         real = shape[level, 1] // 2
+
+
+@inlined
+def is_narrow(shape, n):
+    """Whether coefficients are left out somewhere."""
+    found = False
+    for level in range(len(shape)):
+        found = found or shape[level, 3] < n
+    return found
+
+
+@inlined
+def strayed(tree, shape, present, n, means):
+    """Of a narrow tree that is swept up: the lanes that need a whole one, by what :mod:`.narrow` takes for granted.
+
+    Args:
+        present: [N] the coins.
+        means: room for N lanes.
+    """
+    for i in range(n):
+        store(means, i * WIDTH, load(present, i * WIDTH))
+    start, degree = root(shape)
+    beyond = load(tree, start + degree * WIDTH) < 0.1 / math.sqrt(degree)
+    real = n
+    for level in range(1, len(shape) - 1):
+        half = shape[level - 1, 1] // 2
+        most = fill(tree, shape[level, 3])
+        for i in range(half):
+            mean = load(means, i * WIDTH)
+            if i + half < real:
+                mean += load(means, (i + half) * WIDTH)
+            store(means, i * WIDTH, mean)
+            beyond = beyond | ~(mean <= most)
+        real = half
+    return beyond
 
 
 @inlined
