@@ -25,13 +25,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import circuitroute as cr
 from circuitroute.engines import choice, choose
 from circuitroute.engines.subset.triton import engine
+from circuitroute.routing import deferred
 
 FREE = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::detach", "aten::alias"}
 FREE |= {"aten::scalar_tensor", "aten::new_empty_strided", "aten::_unsafe_view", "aten::is_pinned", "prim::device"}
 HOST = {"aten::_local_scalar_dense": "wait", "aten::nonzero": "wait", "aten::equal": "wait", "aten::lift_fresh": "copy"}
 # What the host looks at, and finds: nothing is wrong, and all is finite.
 ANSWERS = {"aten::any": False, "aten::all": True}
-CALLS = ("route", "route validated", "random_key", "evaluation", "router")
+CALLS = ("route", "route validated", "padded", "balance", "random_key", "evaluation", "router")
 
 
 class Operations(TorchDispatchMode):
@@ -51,6 +52,8 @@ class Operations(TorchDispatchMode):
         if name == "aten::_local_scalar_dense":
             return ANSWERS.get(self._last, 0)
         self._last = name
+        if name == "aten::scatter_":  # no kernel has filled in where to
+            return args[0]
         return function(*args, **(kwargs or {}))
 
     def kernel(self, name: str) -> None:
@@ -76,6 +79,7 @@ def counting() -> Iterator[Operations]:
             (engine, "launchable", lambda device: True),
             (engine._Problem, "_run", launch),
             (engine, "aligned", Tensor.contiguous),
+            (deferred, "send", lambda invalid: operations.log.append("copy")),
             (folding, "launch", lambda programs, arguments: operations.kernel("keys.fold")),
         )
         for target, name, new in replaced:
@@ -101,23 +105,30 @@ def count(name: str, T: int = 4096, n: int = 64, k: int = 8) -> Count:
         return forward, list(operations.log)
 
 
-def _call(name: str, circuit: cr.Circuit, T: int, n: int, k: int) -> Callable[[], Tensor]:
+def _call(name: str, circuit: cr.Circuit, T: int, n: int, k: int) -> Callable[[], tuple[Tensor, ...]]:
     logits = torch.zeros(T, n, requires_grad=True)
     key, tokens = torch.zeros(T, dtype=torch.int64), torch.zeros(T, dtype=torch.int64)
     if name == "random_key":
-        return lambda: cr.random_key(1, 2, 3, tokens)
+        return lambda: (cr.random_key(1, 2, 3, tokens),)
     if name == "router":
         router, hidden = cr.ExactKRouter(256, n, k), torch.zeros(T, 256, requires_grad=True)
-        return lambda: router(hidden, key).gates
+        return lambda: (router(hidden, key).gates,)
     if name == "evaluation":
         logits = logits.detach()
-        return lambda: cr.route(logits, circuit, training=False, validate_args=False).gates
-    return lambda: cr.route(logits, circuit, key=key, validate_args="validated" in name).gates
+        return lambda: (cr.route(logits, circuit, training=False, validate_args=False).gates,)
+    return lambda: READ.get(name, READ["route"])(cr.route(logits, circuit, key=key, validate_args="validated" in name))
 
 
-def _backward(out: Tensor) -> None:
-    if out.requires_grad:
-        torch.autograd.backward(out, torch.empty_like(out))
+READ: dict[str, Callable[[cr.Routing], tuple[Tensor, ...]]] = {
+    "route": lambda routing: (routing.gates,),
+    "padded": lambda routing: routing.padded()[:1],
+    "balance": lambda routing: (routing.gates, routing.marginals, routing.log_prob),
+}
+
+
+def _backward(out: tuple[Tensor, ...]) -> None:
+    if out[0].requires_grad:
+        torch.autograd.backward(out, [torch.empty_like(x) for x in out])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

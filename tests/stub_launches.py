@@ -14,8 +14,10 @@ import torch
 from triton import JITFunction
 
 from benchmarks import stub_cuda
+from circuitroute.engines.step import Inputs, Rule, Upstream
 from circuitroute.engines.subset import TritonSubset
 from circuitroute.engines.subset import triton as package
+from circuitroute.engines.subset.triton import engine as engines
 from circuitroute.keys import folding
 
 TOKENS = (31, 1, 64, 4096)
@@ -51,8 +53,27 @@ def calls(n, k, dtype, T):
     swept = engine.infer(logits, shared, key)
     found["gradient"] = lambda phi: engine.second_derivative(logits, phi, swept, u, None)
     found["gradient, v"] = lambda phi: engine.second_derivative(logits, phi, swept, u, v)
+    if n <= engines.MAX_LANES_VARIABLES and k <= engines.MAX_LANES_COUNT:
+        found |= step_calls(engine, logits, key, k)
     both = {"": shared, ", potential per row": own}
     return {name + which: (call, phi) for name, call in found.items() for which, phi in both.items()}
+
+
+def step_calls(engine, logits, key, k):
+    """Those of a routing step: sampled and not, what is read of it, and its gradient."""
+    T, rule = len(logits), Rule("softmax", 1.0, True)
+
+    def inputs(phi):
+        return Inputs(logits, logits, 0.5, phi, key)
+
+    taken = engine.step(inputs(torch.zeros(k + 1)), rule, True)
+    upstream = Upstream(weights=torch.zeros(T, max(1, k)), marginals=torch.zeros(logits.shape), log_prob=torch.zeros(T))
+    return {
+        "step": lambda phi: engine.step(inputs(phi), rule, True),
+        "step, evaluation": lambda phi: engine.step(inputs(phi)._replace(key=None), rule._replace(share=0.0), False),
+        "step, marginals": lambda phi: engine.step_marginals(inputs(phi), taken, torch.zeros(logits.shape)),
+        "step, gradient": lambda phi: engine.step_gradient(inputs(phi), rule, taken, upstream),
+    }
 
 
 def keyed(T):

@@ -16,20 +16,22 @@ class At:
         return self.reached
 
 
-def sent(bad, what="Exactly(2) over 6 experts"):
-    return Sent(torch.tensor(bad), At(), what)
+def sent(*bad):
+    return Sent(torch.tensor(bad), At())
 
 
 def test_what_has_arrived_is_raised_once_and_in_order():
     deferred = Deferred()
-    good, bad, late = sent(False), sent(True), sent(True, "AtMost(3) over 6 experts")
-    for each in (good, bad, late):
-        deferred.add(each)
+    good, bad, late = sent(False, False), sent(False, True), sent(True, False)
+    for each, what in ((good, "Exactly(2)"), (bad, "Exactly(2) over 6 experts"), (late, "AtMost(3) over 6 experts")):
+        deferred.add(each, what)
     deferred.raise_found()
     bad.arrived.reached = True
     deferred.raise_found()  # an earlier one is still on its way
     good.arrived.reached = True
-    with pytest.raises(ValueError, match=r"earlier routing step, Exactly\(2\) over 6 experts.*validate_args=False"):
+    with pytest.raises(
+        ValueError, match=r"earlier routing step, Exactly\(2\) over 6 experts, .*in row 1: .*validate_args=False"
+    ):
         deferred.raise_found()
     deferred.raise_found()
     late.arrived.reached = True

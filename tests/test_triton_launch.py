@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from benchmarks import stub_cuda
-from circuitroute.engines.subset.triton.engine import aligned
+from circuitroute.engines.subset.triton import aligned
+from circuitroute.engines.subset.triton.engine import MAX_LANES_COUNT
 
 pytest.importorskip("triton", minversion="3.4")
 pytestmark = pytest.mark.skipif(stub_cuda.compiler() is None, reason="the stub driver needs a C compiler")
@@ -21,7 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # In lanes, in one lane, in memory; what the kernels read as it is.
 SMALL = ("6:2:float32", "1:1:bfloat16", "21:17:float32", "5:1:float16")
 LARGE = ("64:8:float32", "64:8:bfloat16", "128:8:float32", "256:8:float32", "512:10:float32", "512:64:float32")
-SWEEPS, GRADIENTS, POTENTIALS = 3, 2, 2  # kinds of calls
+# What each call of the engine launches: a kernel over all rows, then those for the rows that it lists.
+SWEEPS = {"moments and sample": 2, "moments": 2, "sample": 2, "gradient": 2, "gradient, v": 2}
+STEPS = {"step": 3, "step, evaluation": 1, "step, marginals": 2, "step, gradient": 2}
+POTENTIALS = ("", ", potential per row")
 
 
 def python(folder, *arguments):
@@ -45,12 +49,14 @@ def small(tmp_path_factory):
 
 
 def hold(found, cases):
-    """Every call launches a kernel and the one for its list, whatever is in the list; one compilation serves all T."""
+    """Every call launches what it has to, whatever is in the list; one compilation serves all T."""
     for case in cases:
         mine = [call for call in found["calls"] if call["case"] == case]
-        assert {call["launches"] for call in mine} == {2}
+        wanted = {**SWEEPS, **(STEPS if int(case.split(":")[1]) <= MAX_LANES_COUNT else {})}
+        wanted = {name + which: many for name, many in wanted.items() for which in POTENTIALS}
+        for T in {call["T"] for call in mine}:
+            assert {call["call"]: call["launches"] for call in mine if call["T"] == T} == wanted
         assert len({call["T"] for call in mine}) == 4
-        assert len(mine) == 4 * (SWEEPS + GRADIENTS) * POTENTIALS
         later = [call for call in mine if call["T"] != mine[0]["T"] or call["call"].endswith("per row")]
         again = [call for call in later if any(call[kernel] for kernel in found["compilations"])]
         assert again == [], "compiled again for other sizes"
@@ -58,17 +64,11 @@ def hold(found, cases):
 
 def test_every_kernel_launches_and_is_compiled_once(small):
     hold(small, SMALL)
-    assert set(small["compilations"]) >= {
-        f"{where}.{kind}" for where in ("registers", "memory") for kind in ("forward", "backward")
-    }
-    lanes = len(SMALL) - 1
     keys = [call for call in small["calls"] if call["case"] == "keys"]
     assert [call["launches"] for call in keys] == 12 * [1]
-    assert small["compilations"].pop("folding.fold") == 2  # of a number and of tensors, of any size and number
-    for name, many in small["compilations"].items():
-        kinds = SWEEPS if name.endswith("forward") else GRADIENTS
-        # In memory: for the list of each case, and for all rows of the case that does not fit into lanes.
-        assert many == kinds * (lanes if name.startswith("registers") else len(SMALL) + 1), name
+    assert small["compilations"]["folding.fold"] == 2  # of a number and of tensors, of any size and number
+    assert {"registers", "memory", "routing_step", "folding"} == {name.split(".")[0] for name in small["compilations"]}
+    assert [name for name, many in small["compilations"].items() if not many] == []
 
 
 @pytest.mark.slow

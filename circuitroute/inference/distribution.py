@@ -116,17 +116,18 @@ class SubsetDistribution(Distribution):
         """The sweep, computed once; with a key it also draws one sample per row, in the same sweep."""
         if is_compiling():
             return self._infer_traced(key_T)
-        logits, potential = self.rows.inputs()
-        engine = engine_of(self.circuit, self.logits.device)
         with torch.autocast(self.logits.device.type, enabled=False):
-            if self._cached is None and self.known is not None:
-                self._cached = self.known.values()
+            known = None if self.known is None or key_T is not None else self.known
+            functions = None if known is None else known.functions()
+            if known is not None and (functions is not None or not self.rows.needs_grad()):
+                return known.values() if functions is None else functions  # bad rows are marked there already
+            logits, potential = self.rows.inputs()
+            engine = engine_of(self.circuit, self.logits.device)
             if self._cached is None or key_T is not None:
                 self._cached = engine.infer(logits.detach(), None if potential is None else potential.detach(), key_T)
             result = self._cached
             if self.rows.needs_grad():
-                functions = None if self.known is None or key_T is not None else self.known.functions()
-                result = functions or engine.attach(result, logits, potential)
+                result = engine.attach(result, logits, potential)
         return self._with_nan(result)
 
     def inference(self) -> Inference:
@@ -303,9 +304,10 @@ class SubsetDistribution(Distribution):
         given = as_key("key", key, device)
         try:
             if given.dim() <= len(self._batch_shape):
-                index = torch.arange(shape.numel(), device=device).reshape(shape + (1,) * len(self._batch_shape))
-                rows = given.expand(self._batch_shape)
-                given = rows if len(shape) == 0 else fold_in(rows, index)
+                given = given.expand(self._batch_shape)
+                if len(shape):
+                    index = torch.arange(shape.numel(), device=device).reshape(shape + (1,) * len(self._batch_shape))
+                    given = fold_in(given, index)
             return given.expand(full).reshape(-1)
         except RuntimeError:
             raise ValueError(

@@ -84,8 +84,6 @@ def by_input(slopes: Slopes, inputs: Inputs, one: bool) -> tuple[Tensor, Tensor 
         by_temperature = -(by_choice * moved).sum(-1) / inputs.temperature
     if by_choice is not None and one:
         by_logits, by_choice = by_logits + by_choice, None
-    if inputs.potential.dim() == 1:
-        by_potential = by_potential.sum(0)
     return by_logits, by_choice, by_temperature, by_potential
 
 

@@ -1,7 +1,8 @@
 """Values that a GPU has checked, looked at when they have arrived.
 
 Looking at a value of a step at once would make the host wait for the device, in every layer of every step. So the step
-marks invalid rows on the device, one flag is sent to the host behind it, and the routing step after its arrival raises.
+marks invalid rows on the device, the marks are sent to the host behind it, and the routing step after their arrival
+raises.
 The rows themselves are harmless meanwhile: they choose no expert, in those rows alone, and have NaN gates.
 """
 
@@ -13,6 +14,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from circuitroute.inference.evidence import rows_text
+
 
 class Event(Protocol):
     """A point in the work of a device."""
@@ -23,22 +26,21 @@ class Event(Protocol):
 
 
 class Sent(NamedTuple):
-    """A flag on its way to the host."""
+    """The marks of a step, [T] bool, on their way to the host."""
 
-    flag: Tensor
+    invalid: Tensor
     arrived: Event
-    what: str
 
 
 class Deferred:
-    """Flags on their way, in order."""
+    """Marks on their way, in order."""
 
     def __init__(self) -> None:
-        self._sent: deque[Sent] = deque()
+        self._sent: deque[tuple[Sent, str]] = deque()
 
-    def add(self, sent: Sent) -> None:
-        """Another one."""
-        self._sent.append(sent)
+    def add(self, sent: Sent, what: str) -> None:
+        """Those of another step, of a constraint that ``what`` names."""
+        self._sent.append((sent, what))
 
     def raise_found(self) -> None:
         """Raise what has arrived by now; never waits.
@@ -46,13 +48,13 @@ class Deferred:
         Raises:
             ValueError: an earlier step had invalid rows. It is raised once.
         """
-        while self._sent and self._sent[0].arrived.query():
-            sent = self._sent.popleft()
-            if bool(sent.flag):
+        while self._sent and self._sent[0][0].arrived.query():
+            (invalid, _), what = self._sent.popleft()
+            if bool(invalid.any()):
                 raise ValueError(
-                    f"logits of an earlier routing step, {sent.what}, held NaN or infinite values that leave no "
-                    "subset: those tokens chose no expert and have NaN gates. On a GPU a later step reports it; "
-                    "validate_args=False goes on without"
+                    f"logits of an earlier routing step, {what}, held NaN, or infinite values that leave no subset, in "
+                    f"{rows_text(invalid)}: those tokens chose no expert and have NaN gates. On a GPU a later step "
+                    "reports it; validate_args=False goes on without"
                 )
 
 
@@ -61,11 +63,18 @@ _ARRIVING = Deferred()
 
 def watch(invalid_T: Tensor, what: str) -> None:
     """Report invalid rows of a step on a GPU later, and now those of earlier ones. Nothing happens in graph capture."""
+    sent = send(invalid_T)
+    if sent is not None:
+        _ARRIVING.raise_found()
+        _ARRIVING.add(sent, what)
+
+
+def send(invalid_T: Tensor) -> Sent | None:
+    """On their way to the host, which does not wait; None where a graph is captured, which has no host."""
     if torch.cuda.is_current_stream_capturing():
-        return
-    _ARRIVING.raise_found()
-    flag = torch.empty((), dtype=torch.bool, pin_memory=True)
-    flag.copy_(invalid_T.any(), non_blocking=True)
+        return None
+    invalid = torch.empty(invalid_T.shape, dtype=torch.bool, pin_memory=True)
+    invalid.copy_(invalid_T, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record()
-    _ARRIVING.add(Sent(flag, arrived, what))
+    return Sent(invalid, arrived)

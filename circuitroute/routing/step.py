@@ -191,7 +191,10 @@ class Steps(torch.autograd.Function):
             )
             return (*again, None, None)
         slopes = taken.gradient(Upstream(*upstream))
-        found = by_input(slopes, taken.inputs, one=taken.given.choice is taken.given.logits)
+        *found, by_potential = by_input(slopes, taken.inputs, one=taken.given.choice is taken.given.logits)
+        if wanted[3] and taken.given.potential.dim() == 1:
+            by_potential = by_potential.sum(0)
+        found = [*found, by_potential]
         return (*(x if want else None for x, want in zip(found, wanted, strict=True)), None, None)
 
 

@@ -170,6 +170,7 @@ def _step_backward(
     slopes = stepper(of_handle(circuit), inputs).step_gradient(inputs, rule, step, Upstream(*upstream))
     nothing = logits.new_empty(0)
     by_logits, *others, by_potential = by_input(slopes, inputs, one=choice is None)
+    by_potential = by_potential.sum(0) if potential.dim() == 1 else by_potential
     by_choice, by_temperature = (nothing.clone() if x is None else x for x in others)
     return by_logits, by_choice, by_temperature, by_potential
 

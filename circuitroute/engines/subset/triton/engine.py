@@ -43,8 +43,7 @@ from circuitroute.engines.base import Inference, given
 from circuitroute.engines.subset.naive import NaiveSubset
 from circuitroute.engines.subset.torch.engine import TorchSubset
 from circuitroute.engines.subset.torch.tree import even
-from circuitroute.engines.subset.triton import SIZES
-from circuitroute.engines.subset.triton.addresses import aligned
+from circuitroute.engines.subset.triton import SIZES, aligned
 from circuitroute.errors import EngineError
 
 # Beyond these a lane's tree outgrows its registers, and a row its warp.
@@ -120,7 +119,7 @@ def _interpreter_wanted() -> bool:
 # A kernel is compiled once for its constants and dtypes, and never again for other tensors of the kind: that would take
 # seconds to minutes in the middle of training. Triton compiles anew when an integer becomes 1 or a multiple of 16,
 # unless told otherwise, and inside tuples it cannot be told: sizes are arguments of their own. It compiles anew when an
-# address stops being a multiple of 16, too: there are no others, see :func:`~.addresses.aligned`.
+# address stops being a multiple of 16, too: there are no others, see :func:`aligned`.
 
 
 class Rows(NamedTuple):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from circuitroute.engines.step import Inputs, Rule, Slopes, Step, Upstream
-from circuitroute.engines.subset.triton.addresses import aligned
+from circuitroute.engines.subset.triton import aligned
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
