@@ -64,6 +64,8 @@ class Operations(TorchDispatchMode):
 @contextmanager
 def counting() -> Iterator[Operations]:
     """Replaced is only what needs a GPU: to be on one, launching, and looking at addresses."""
+    # Imported here: what modules compute when they are imported is not to be counted, nor answered.
+    from circuitroute.engines.subset.triton import memory, routing_step  # noqa: F401
     from circuitroute.keys import folding
 
     operations = Operations()
