@@ -157,6 +157,21 @@ def test_evidence(wide):
     assert (sweep.marginals[evidence_rows(8, 3) == -math.inf] == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("constraint", "forced"), [(cr.Exactly(16), 0), (cr.Between(4, 16), 0), (cr.AtLeast(32), 3)], ids=repr
+)
+def test_gradients_of_large_counts_keep_their_digits(constraint, forced, wide):
+    """What all variables have in common of u changes the count alone: its large sums must leave nothing behind."""
+    circuit, g = cr.compile(constraint, 64), torch.Generator().manual_seed(1)
+    x = torch.randn(2 if forced else 20, 64, generator=g)
+    x[:, :forced] = math.inf
+    u = torch.randn(x.shape, generator=g) + 8
+    logits = x.to(DEVICE, copy=True).requires_grad_()
+    found = torch.autograd.grad((circuit.with_engine("triton")(logits).marginals * u.to(DEVICE)).sum(), logits)[0]
+    expected = count_gradient(x.numpy(), phi_of(circuit)[None].repeat(len(x), 0), u.numpy(), np.zeros((len(x), 65)))
+    near(found, expected.marginals, 1e-5)
+
+
 # ---------------------------------------------------------------------------------------------- samples
 
 

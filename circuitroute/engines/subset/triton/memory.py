@@ -208,7 +208,9 @@ def backward(
             exact_shift = tl.load(swept.shift + row)
             shift = exact_shift if LOG else from_exact(exact_shift)
             absent, present, _ = _coins(x, shift, LOG, FAST)
-            levels.plant(TREE + DUAL, tl.zeros_like(u), u, i, N)
+            # A coin's slopes, -p u and (1 - p) u: small where it is all but certain, so that sums over the tree are.
+            gain = (tl.exp(absent) if LOG else absent) * u
+            levels.plant(TREE + DUAL, -(tl.exp(present) if LOG else present) * u, gain, i, N)
             root = _tree_up(TREE, absent, present, i, N, K, DEPTH, LOG, DUAL)
 
             coefficients = tl.load(TREE + root + j, mask=j <= K, other=0.0)
@@ -229,7 +231,7 @@ def backward(
             tl.store(TREE + SIZE + DUAL + root + j, slope, mask=j <= K)
 
             m = _tree_down(TREE, root, present, i, N, K, DEPTH, SIZE, LOG, DUAL)
-            moved = levels.load_present(TREE + SIZE + DUAL, i, N) + u
+            moved = levels.load_present(TREE + SIZE + DUAL, i, N) + gain
             moved = tl.where(tl.abs(x) < INFINITY, m * moved, 0.0)
             tl.store(slopes.marginals + row * N + i, moved.to(tl.float32), mask=i < N)
             tl.debug_barrier()

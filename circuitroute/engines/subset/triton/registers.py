@@ -115,9 +115,10 @@ def _append(swept, flagged, token):
 
 @triton.jit
 def _dual_coin(x, u, shift, FAST: tl.constexpr):
-    """A coin and its tangent along u. The absent weight stays fixed: that rescales the row and changes no result."""
+    """A coin and its tangent (-w, w) along u; see :meth:`..torch.sweep._Block.derivative`. Evidence does not move."""
     absent, present = coin(x, shift, FAST)
-    return absent, present, tl.zeros_like(absent), tl.where(tl.abs(x) < INFINITY, present * u, 0.0)
+    w = tl.where(tl.abs(x) < INFINITY, absent * present * u, 0.0)
+    return absent, present, -w, w
 
 
 @triton.jit
@@ -206,7 +207,7 @@ def backward(
     """The derivative of (marginals, posterior) along (u, v): the sweep again, on dual numbers.
 
     ``slopes`` is an :class:`~..engine.Slopes`. The derivation stands at
-    :func:`..torch.engine._second_derivative_block`.
+    :meth:`..torch.sweep._Block.derivative`.
     """
     K: tl.constexpr = J - 1 if J > 1 else 1
     G: tl.constexpr = 1 << LG
