@@ -119,6 +119,44 @@ def test_lanes(n, constraint, wide):
     assert isinstance(sweep, fused.Sweep)
 
 
+@pytest.mark.parametrize(("n", "k", "slots"), [(2, 1, 4), (2, 2, 4), (3, 3, 1), (5, 2, 1), (9, 7, 4), (20, 4, 2)])
+def test_one_count_alone_is_less_to_do(n, k, slots, monkeypatch, wide):
+    """The root has one coefficient: within a lane, across lanes, with siblings of fewer coefficients than it wants."""
+    monkeypatch.setattr(fused, "LANE_SLOTS", slots)
+    monkeypatch.setattr(fused, "DUAL_LANE_SLOTS", slots)
+    x = rows(n, (1.0, 30.0))
+    x[0, 0], x[1, -1] = math.inf, -math.inf
+    x, key = x.to(DEVICE), cr.random_key(2, torch.arange(len(x), device=DEVICE))
+    phi = torch.full((k + 1,), -math.inf, device=DEVICE)
+    phi[k] = 0.5
+    found = []
+    for engine in (TritonSubset(), TritonSubset(exact=True)):
+        swept = engine.infer(x, phi, key)
+        found.append((swept, engine.second_derivative(x, phi, swept, x.nan_to_num(0, 0, 0), None)))
+    (general, slopes), (one, slopes_of_one) = found
+    assert torch.equal(one.mask, general.mask)
+    assert torch.equal(one.fallback, general.fallback)
+    torch.testing.assert_close(one.log_partition, general.log_partition, equal_nan=True)
+    for a, b in ((one, general), (slopes_of_one, slopes)):
+        a, b = ((y.marginals, y.count_probs) if isinstance(y, fused.Sweep) else y for y in (a, b))
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6, equal_nan=True)
+
+
+def test_the_circuit_says_whether_one_count_is_allowed(monkeypatch):
+    flags, run = [], fused._Problem._run
+
+    def spied(problem, kernel, programs, arguments, constants):
+        flags.append(constants.get("EXACT"))
+        run(problem, kernel, programs, arguments, constants)
+
+    monkeypatch.setattr(fused._Problem, "_run", spied)
+    x = torch.zeros(1, 3, device=DEVICE)
+    for constraint, expected in ((cr.Exactly(2), True), (cr.AtMost(2), False), (cr.Exactly(0), False)):
+        flags.clear()
+        assert cr.compile(constraint, 3).with_engine("triton")(x).marginals.isfinite().all()
+        assert flags == [expected, None]
+
+
 @pytest.mark.parametrize("slots", [1, 2])
 def test_lanes_of_any_width(slots, monkeypatch, wide):
     """A row of 20 in 16 and in 8 lanes: their nodes are not the lanes' own numbers."""

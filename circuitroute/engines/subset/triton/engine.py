@@ -189,16 +189,24 @@ class Sweep(Inference):
 
 
 class TritonSubset:
-    """Fused inference for the count family on CUDA tensors."""
+    """Fused inference for the count family on CUDA tensors.
+
+    Args:
+        exact: whether the largest count is the only one that is allowed. Less is computed then, and what potentials
+            say of other counts is not looked at.
+    """
 
     name = "triton"
+
+    def __init__(self, exact: bool = False) -> None:
+        self._exact = exact
 
     @torch.no_grad()
     def infer(self, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor | None = None) -> Inference:
         """See :class:`circuitroute.engines.base.Engine`."""
         if logits_TN.dtype == torch.float64:
             return TorchSubset().infer(logits_TN, potential, key_T)
-        swept = _Problem.of(logits_TN, given(potential)).forward(key_T, with_moments=True)
+        swept = self._problem(logits_TN, potential).forward(key_T, with_moments=True)
         return Sweep(**swept._asdict())
 
     def attach(self, inference: Inference, logits_TN: Tensor, potential: Tensor | None) -> Inference:
@@ -211,7 +219,7 @@ class TritonSubset:
         """See :class:`circuitroute.engines.autograd.Differentiable`."""
         if logits_TN.dtype == torch.float64:
             return TorchSubset().second_derivative(logits_TN, potential, inference, u_TN, v_TJ)
-        return _Problem.of(logits_TN, given(potential)).backward(Sweep.listed(inference), u_TN, v_TJ)
+        return self._problem(logits_TN, potential).backward(Sweep.listed(inference), u_TN, v_TJ)
 
     def naive_moments(self, logits_TN: Tensor, potential: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """See :class:`circuitroute.engines.autograd.Differentiable`."""
@@ -222,10 +230,13 @@ class TritonSubset:
         """See :class:`circuitroute.engines.base.Engine`."""
         if logits_TN.dtype == torch.float64:
             return TorchSubset().sample(logits_TN, potential, key_T)
-        mask = _Problem.of(logits_TN, given(potential)).forward(key_T, with_moments=False).mask
+        mask = self._problem(logits_TN, potential).forward(key_T, with_moments=False).mask
         if mask is None:
             raise RuntimeError("a sweep that is given keys returns a mask")  # cannot happen
         return mask
+
+    def _problem(self, logits_TN: Tensor, potential: Tensor | None) -> _Problem:
+        return _Problem.of(logits_TN, given(potential), self._exact)
 
 
 @dataclass(frozen=True)
@@ -235,9 +246,10 @@ class _Problem:
     logits: Tensor
     potential: Tensor
     interpreted: bool
+    exact: bool = False  # the largest count alone is allowed, and it is not 0
 
     @staticmethod
-    def of(logits_TN: Tensor, potential: Tensor) -> _Problem:
+    def of(logits_TN: Tensor, potential: Tensor, exact: bool = False) -> _Problem:
         reason = refusal(logits_TN.shape[1], potential.shape[-1] - 1)
         if reason is not None:
             raise EngineError(f"engine='triton' cannot run this: {reason}")
@@ -247,7 +259,8 @@ class _Problem:
                 f"engine='triton' got tensors on {logits_TN.device}: it takes CUDA tensors, and CPU tensors only when "
                 "TRITON_INTERPRET=1 was set in the environment before triton was imported"
             )
-        return _Problem(aligned(logits_TN), aligned(potential), interpreted)
+        exact = exact and potential.shape[-1] > 1
+        return _Problem(aligned(logits_TN), aligned(potential), interpreted, exact)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -316,7 +329,7 @@ class _Problem:
         dual = len(arguments) > 2  # with slopes
         if self.in_lanes:
             shape = lane_shape(N, J, dual)
-            self._run(in_registers, -(-T // shape["BT"]), arguments, shape)
+            self._run(in_registers, -(-T // shape["BT"]), arguments, {**shape, "EXACT": self.exact})
         else:
             self._launch_rows(in_memory, arguments, dual, log=False)
         self._launch_rows(in_memory, arguments, dual, log=True)
@@ -329,7 +342,9 @@ class _Problem:
         programs = min(T, row_programs(values, log))
         trees = self._new(torch.float64 if log else torch.float32)(programs * values)
         scratch = Scratch(trees, None if dual else self._new(torch.int32)(programs * (N + 2)))
-        self._run(kernel, programs, (*arguments, scratch), {**shape, "LOG": log})
+        # Only where a shift is looked for does it matter that one count alone is allowed.
+        one = {} if dual or log else {"EXACT": self.exact}
+        self._run(kernel, programs, (*arguments, scratch), {**shape, "LOG": log, **one})
 
     def _run(self, kernel: Any, programs: int, arguments: tuple[NamedTuple, ...], constants: dict[str, Any]) -> None:
         # A GPU raises no floating-point warnings; NumPy, which the interpreter runs on, would.

@@ -115,6 +115,7 @@ def forward(
     SIZE: tl.constexpr,
     LOG: tl.constexpr,
     FAST: tl.constexpr,
+    EXACT: tl.constexpr = False,
 ):
     """One sweep, of every row or with LOG of those on the list; arguments as for :func:`.registers.forward`.
 
@@ -133,7 +134,8 @@ def forward(
         if LOG:
             shift = tl.load(swept.shift + row)
         else:
-            shift = solve_shift((x,), known, allowed_range((phi,), j, JP), FAST)
+            allowed = None if EXACT else allowed_range((phi,), j, JP)
+            shift = solve_shift((x,), known, allowed, FAST, K if EXACT else 0)
         absent, present, normaliser = _coins(x, shift, LOG, FAST)
         root = _tree_up(TREE, absent, present, i, N, K, DEPTH, LOG, 0)
 

@@ -6,6 +6,8 @@ rows of a program; tensors are [BT, G]. Per row and count, lane g works on the c
 Float32 decides what it can. Rows where a coefficient that matters is lost (marked as ``fallback``), or where rounding
 could decide the sample, are appended to the list ``todo``, their number to ``length``. The host never looks: a kernel
 of :mod:`~circuitroute.engines.subset.triton.memory` works the list off.
+
+With EXACT only the count K is allowed, whatever the potential says of others. Then one coefficient of the root matters.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ import triton.language as tl
 
 from circuitroute.engines.subset.triton import SIZES, tree
 from circuitroute.engines.subset.triton.coins import INFINITY, coin, exact, from_exact, log_normaliser
-from circuitroute.engines.subset.triton.root import allowed_range, dual_weigh, weigh
+from circuitroute.engines.subset.triton.root import allowed_range, dual_weigh, dual_weigh_one, weigh, weigh_one
 from circuitroute.engines.subset.triton.sampling import draw
-from circuitroute.engines.subset.triton.shift import evidence, solve_shift
+from circuitroute.engines.subset.triton.shift import evidence, solve_coins
 
 # ---------------------------------------------------------------------------------------------- loads and stores
 
@@ -102,6 +104,15 @@ def _collect(chunks, g, LENGTH: tl.constexpr, G: tl.constexpr):
 
 
 @triton.jit
+def _one_count(g, value, ONLY: tl.constexpr, J: tl.constexpr, G: tl.constexpr):
+    """``value`` at the count ONLY and 0 at others, as chunks."""
+    out = ()
+    for first in tl.static_range(0, J, G):
+        out = out + (tl.where(first + g == ONLY, value, 0.0),)
+    return out
+
+
+@triton.jit
 def _append(swept, flagged, token):
     """Put the flagged rows of a program on the list."""
     many = tl.sum(flagged, axis=0)
@@ -148,6 +159,7 @@ def forward(
     LG: tl.constexpr,
     BT: tl.constexpr,
     FAST: tl.constexpr,
+    EXACT: tl.constexpr = False,
 ):
     """One sweep: the moments, where ``swept`` has room for them, and a sample of each row's key, where there are keys.
 
@@ -159,26 +171,36 @@ def forward(
     token, row, g, inside, lane, leaves = _place(tokens, LE, LG, BT, N)
     there = token < tokens
     x = _load_slots(rows.logits, leaves, -INFINITY)
-    phi = _load_counts(rows.potential, row * potential_stride, g, inside, -INFINITY, J, G)
+    ONLY: tl.constexpr = K if EXACT else 0
+    allowed = None
+    if EXACT:
+        phi = tl.load(rows.potential + row * potential_stride + ONLY, mask=row < tokens, other=-INFINITY)
+    else:
+        phi = _load_counts(rows.potential, row * potential_stride, g, inside, -INFINITY, J, G)
+        allowed = allowed_range(phi, g, G)
 
     known = evidence(x)
-    shift = solve_shift(x, known, allowed_range(phi, g, G), FAST)
+    shift, coins = solve_coins(x, known, allowed, FAST, ONLY)
     exact_shift = exact(shift)
-    left, right = coin(x[0], shift, FAST), coin(x[1], shift, FAST)
-    normaliser = log_normaliser(x, shift, FAST)  # here rather than at the end, where registers are short
-    within, across = tree.up(left, right, g, LE, LG, K, False)
-    weights, posterior, log_root, underflow = weigh(_deal(across[LG], g, G), phi, g, exact_shift, known, G, FAST)
-    adjoint = _collect(weights, g, K + 1, G)
+    left, right = coins
+    normaliser = log_normaliser(x, shift, FAST, coins)  # here rather than at the end, where registers are short
+    within, across = tree.up(left, right, g, LE, LG, K, False, ONLY)
+    if EXACT:
+        one, log_root, underflow = weigh_one(across[LG][0], phi, exact_shift, known, ONLY)
+        adjoint, posterior = (one,), _one_count(g, 1.0, ONLY, J, G)
+    else:
+        weights, posterior, log_root, underflow = weigh(_deal(across[LG], g, G), phi, g, exact_shift, known, G, FAST)
+        adjoint = _collect(weights, g, K + 1, G)
 
     lost = tl.reshape(tl.where(underflow, 1, 0), [BT])
     flagged = lost
     if swept.mask is not None:
         key = tl.load(rows.key + token, mask=there, other=0)[:, None]
-        chosen, doubt = draw(within, across, adjoint, key, lane, g, N, LE, LG)
+        chosen, doubt = draw(within, across, adjoint, key, lane, g, N, LE, LG, ONLY)
         _store_slots(swept.mask, leaves, chosen)
         flagged = flagged | tl.max(tl.where(doubt, 1, 0), axis=1)
     if swept.marginals is not None:
-        a, b = tree.down(within, across, adjoint, g, LE, LG, False)
+        a, b = tree.down(within, across, adjoint, g, LE, LG, False, ONLY)
         marginals = tree.join(_marginal(x[0], a, left), _marginal(x[1], b, right))
         _store_slots(swept.marginals, leaves, marginals)
         _store_counts(swept.count_probs, posterior, row, g, inside, J, G)
@@ -203,6 +225,7 @@ def backward(
     LG: tl.constexpr,
     BT: tl.constexpr,
     FAST: tl.constexpr,
+    EXACT: tl.constexpr = False,
 ):
     """The derivative of (marginals, posterior) along (u, v): the sweep again, on dual numbers.
 
@@ -217,15 +240,20 @@ def backward(
 
     shift = from_exact(tl.load(swept.shift + token, mask=token < tokens, other=0.0)[:, None])
     left, right = _dual_coin(x[0], u[0], shift, FAST), _dual_coin(x[1], u[1], shift, FAST)
-    within, across = tree.up(left, right, g, LE, LG, K, True)
+    ONLY: tl.constexpr = K if EXACT else 0
+    within, across = tree.up(left, right, g, LE, LG, K, True, ONLY)
     root = across[LG]
-    coefficients, tangents = _deal(root[: len(root) // 2], g, G), _deal(root[len(root) // 2 :], g, G)
-    posterior = _load_counts(swept.count_probs, row * J, g, inside, 0.0, J, G)
-    v = _load_counts(slopes.v, row * J, g, inside, 0.0, J, G) if slopes.v is not None else ()
-    adjoint, d_adjoint, d_posterior = dual_weigh(coefficients, tangents, posterior, v)
+    if EXACT:
+        adjoint = dual_weigh_one(root[0], root[1])
+        d_posterior = _one_count(g, 0.0, ONLY, J, G)
+    else:
+        coefficients, tangents = _deal(root[: len(root) // 2], g, G), _deal(root[len(root) // 2 :], g, G)
+        posterior = _load_counts(swept.count_probs, row * J, g, inside, 0.0, J, G)
+        v = _load_counts(slopes.v, row * J, g, inside, 0.0, J, G) if slopes.v is not None else ()
+        adjoint, d_adjoint, d_posterior = dual_weigh(coefficients, tangents, posterior, v)
+        adjoint = _collect(adjoint, g, K + 1, G) + _collect(d_adjoint, g, K + 1, G)
     _store_counts(slopes.count_probs, d_posterior, row, g, inside, J, G)
-    adjoint = _collect(adjoint, g, K + 1, G) + _collect(d_adjoint, g, K + 1, G)
 
-    a, b = tree.down(within, across, adjoint, g, LE, LG, True)
+    a, b = tree.down(within, across, adjoint, g, LE, LG, True, ONLY)
     d_marginals = tree.join(_dual_marginal(a, left), _dual_marginal(b, right))
     _store_slots(slopes.marginals, leaves, d_marginals)

@@ -92,6 +92,29 @@ def weigh(coefficients, phi, g, shift, known, G: tl.constexpr, FAST: tl.constexp
 
 
 @triton.jit
+def weigh_one(coefficient, phi, shift, known, ONLY: tl.constexpr):
+    """(adjoint, log total, underflow) where ONLY is the one allowed count: its posterior is 1.
+
+    ``coefficient`` is its own, the same in all lanes of a row, ``phi`` [rows, 1] its potential.
+    """
+    forced, undecided, _, _ = known
+    coefficient = tl.max(coefficient, axis=1, keep_dims=True)
+    found = coefficient >= SMALLEST_COEFFICIENT
+    coefficient = tl.where(found, coefficient, 1.0)
+    log_total = phi.to(tl.float64) + shift * (ONLY - forced).to(tl.float64) + tl.log2(coefficient).to(tl.float64) * LN2
+    possible = (phi > -INFINITY) & (forced <= ONLY) & (forced + undecided >= ONLY)
+    return 1.0 / coefficient, log_total, (found & possible) == 0
+
+
+@triton.jit
+def dual_weigh_one(coefficient, d_coefficient):
+    """(adjoint, its tangent) likewise; the posterior does not move."""
+    found = coefficient >= SMALLEST_COEFFICIENT
+    adjoint = tl.where(found, 1.0 / tl.where(found, coefficient, 1.0), 0.0)
+    return adjoint, 0.0 - adjoint * (adjoint * d_coefficient)  # the adjoint's square would overflow
+
+
+@triton.jit
 def dual_weigh(coefficients, d_coefficients, posterior, v):
     """(adjoint, its tangent, the posterior's tangent) of the root along v, from the posterior of the forward sweep.
 

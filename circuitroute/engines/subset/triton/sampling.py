@@ -122,12 +122,30 @@ def _node_uniforms(words, number, lane, LEVEL: tl.constexpr, LE: tl.constexpr, N
 
 
 @triton.jit
-def draw(within, across, adjoint, key, lane, g, N: tl.constexpr, LE: tl.constexpr, LG: tl.constexpr):
-    """Which slots are chosen, and whether that is in doubt: the count, then its split down the tree of :mod:`.tree`."""
+def draw(
+    within,
+    across,
+    adjoint,
+    key,
+    lane,
+    g,
+    N: tl.constexpr,
+    LE: tl.constexpr,
+    LG: tl.constexpr,
+    ONLY: tl.constexpr = 0,
+):
+    """Which slots are chosen, and whether that is in doubt: the count, then its split down the tree of :mod:`.tree`.
+
+    ONLY is the one count that is possible, 0 where there are others.
+    """
     root = across[LG]
-    K: tl.constexpr = len(root) - 1
+    K: tl.constexpr = ONLY if ONLY else len(root) - 1
     words = mixed(key)
-    count, doubt = _invert(_products(root, adjoint), uniform(words, g * 0, tl.float32))
+    if ONLY:
+        count = tl.zeros_like(root[0]).to(tl.int32) + ONLY
+        doubt = count < 0
+    else:
+        count, doubt = _invert(_products(root, adjoint), uniform(words, g * 0, tl.float32))
     index, number = g * 0, g * 0 + 1
     for above in tl.static_range(LG):
         left, right = tree.siblings(across[LG - 1 - above], g, 1 << above)
