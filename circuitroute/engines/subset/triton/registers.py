@@ -133,9 +133,12 @@ def _dual_coin(x, u, shift, FAST: tl.constexpr):
 
 
 @triton.jit
-def _marginal(x, adjoint, leaf):
-    """A variable's marginal. Rounding may go an ulp beyond 1; what is forced is certain."""
-    return tl.where(x == INFINITY, 1.0, tl.minimum(adjoint[1] * leaf[1], 1.0))
+def _marginal(adjoint, leaf):
+    """A variable's marginal. Rounding may go an ulp beyond 1; what is forced, or cannot be told from it, is certain.
+
+    The leaf tells, so that logits need not be kept until here.
+    """
+    return tl.where(leaf[0] == 0.0, 1.0, tl.minimum(adjoint[1] * leaf[1], 1.0))
 
 
 @triton.jit
@@ -201,7 +204,7 @@ def forward(
         flagged = flagged | tl.max(tl.where(doubt, 1, 0), axis=1)
     if swept.marginals is not None:
         a, b = tree.down(within, across, adjoint, g, LE, LG, False, ONLY)
-        marginals = tree.join(_marginal(x[0], a, left), _marginal(x[1], b, right))
+        marginals = tree.join(_marginal(a, left), _marginal(b, right))
         _store_slots(swept.marginals, leaves, marginals)
         _store_counts(swept.count_probs, posterior, row, g, inside, J, G)
         log_partition = log_root + normaliser
