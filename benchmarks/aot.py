@@ -111,7 +111,7 @@ def compiled(n: int, k: int, kind: str, target: int, exactly: bool = False) -> l
     from triton.runtime import driver
 
     driver.set_active(_Driver(target))
-    T = 16  # any: kernels are not specialised for it
+    T = TOKENS  # by how many tokens there are, rows are dealt out to lanes
     logits, potential = torch.zeros(T, n), torch.zeros(k + 1)
     problem = _Compiler(logits, potential, interpreted=False, exact=exactly)
     if kind == "backward":

@@ -7,10 +7,10 @@ The same mathematics as the engine ``torch``, a row's tree held in registers (:m
 and ``MAX_VARIABLES``). Half-precision logits are read as they are and computed with in float32.
 
 The first kernel decides in float32 what float32 can decide, and lists on the device the rows in which a coefficient
-that matters is lost or rounding could change the sample. A second kernel, always launched, does the listed rows as the
-naive engine would, in float64 log space. The host never waits for the device, so sweeps can be captured in CUDA
-graphs. Samples are those of the other engines unless a threshold lies within float64 rounding (about 1e-13) of a
-cumulative weight, which happens about once in 1e12 draws.
+that matters is lost or rounding could change the sample. A second kernel, always launched, does the listed rows in
+float64, and where that is not enough in log space, as the naive engine would. The host never waits for the device, so
+sweeps can be captured in CUDA graphs. Samples are those of the other engines unless a threshold lies within float64
+rounding (about 1e-13) of a cumulative weight, which happens about once in 1e12 draws.
 
 What runs elsewhere, and why:
 
@@ -115,10 +115,11 @@ def _interpreter_wanted() -> bool:
 
 # Arguments of the kernels, which Triton takes as named tuples. What a kernel need not read or write is None.
 #
-# A kernel is compiled once for its constants and dtypes, and never again for other tensors of the kind: that would take
-# seconds to minutes in the middle of training. Triton compiles anew when an integer becomes 1 or a multiple of 16,
-# unless told otherwise, and inside tuples it cannot be told: sizes are arguments of their own. It compiles anew when an
-# address stops being a multiple of 16, too: there are no others, see :func:`aligned`.
+# A kernel is compiled once for its constants and dtypes (and how :func:`lane_shape` deals out small and large batches),
+# and never again for other tensors of the kind: that would take seconds to minutes in the middle of training. Triton
+# compiles anew when an integer becomes 1 or a multiple of 16, unless told otherwise, and inside tuples it cannot be
+# told: sizes are arguments of their own. It compiles anew when an address stops being a multiple of 16, too: there are
+# no others, see :func:`aligned`.
 
 
 def aligned(values: Tensor) -> Tensor:
@@ -328,7 +329,7 @@ class _Problem:
             return
         dual = len(arguments) > 2  # with slopes
         if self.in_lanes:
-            shape = lane_shape(N, J, dual)
+            shape = lane_shape(N, J, dual, T)
             self._run(in_registers, -(-T // shape["BT"]), arguments, {**shape, "EXACT": self.exact})
         else:
             self._launch_rows(in_memory, arguments, dual, log=False)
@@ -371,9 +372,12 @@ def on_gpu() -> dict[str, Any]:
     return {"FAST": True, "num_warps": WARPS, "enable_fp_fusion": True}
 
 
-# Logarithm of how many variables a lane holds, forward and backward.
+# Logarithm of how many variables a lane holds, forward and backward. The more, the less there is to do in all; a batch
+# of fewer than MANY_TOKENS leaves a GPU idle, and is done sooner in more lanes.
 LANE_SLOTS = 4
+FEW_LANE_SLOTS = 3
 DUAL_LANE_SLOTS = 3
+MANY_TOKENS = 8192
 
 
 def lanes_fit(n: int, K: int) -> bool:
@@ -381,10 +385,10 @@ def lanes_fit(n: int, K: int) -> bool:
     return n <= MAX_LANES_VARIABLES and K <= MAX_LANES_COUNT
 
 
-def lane_shape(n: int, J: int, dual: bool) -> dict[str, int]:
+def lane_shape(n: int, J: int, dual: bool, tokens: int = MANY_TOKENS) -> dict[str, int]:
     """How rows are dealt out: 2^LE slots of 2^LG lanes, BT rows of a program, which has one lane per thread."""
     depth = max(1, (n - 1).bit_length())
-    slots = DUAL_LANE_SLOTS if dual else LANE_SLOTS
+    slots = DUAL_LANE_SLOTS if dual else LANE_SLOTS if tokens >= MANY_TOKENS else FEW_LANE_SLOTS
     LE = min(depth, max(slots, depth - 5))
     return {"N": n, "J": J, "LE": LE, "LG": depth - LE, "BT": (32 * WARPS) >> (depth - LE)}
 

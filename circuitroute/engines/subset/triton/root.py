@@ -18,6 +18,9 @@ from circuitroute.engines.subset.triton.coins import INFINITY, LN2, LOG2E, LOG_Z
 SMALLEST_COEFFICIENT = tl.constexpr(root.SMALLEST_COEFFICIENT[torch.float32])
 LOG2_SMALLEST = tl.constexpr(math.log2(root.SMALLEST_COEFFICIENT[torch.float32]))
 LOG2_NEGLIGIBLE = tl.constexpr(root.NEGLIGIBLE[torch.float32] / math.log(2))
+WIDE_SMALLEST = tl.constexpr(root.SMALLEST_COEFFICIENT[torch.float64])
+WIDE_LOG_SMALLEST = tl.constexpr(math.log(root.SMALLEST_COEFFICIENT[torch.float64]))
+WIDE_NEGLIGIBLE = tl.constexpr(root.NEGLIGIBLE[torch.float64])
 
 
 @triton.jit
@@ -144,6 +147,23 @@ def log_adjoint(phi, count, shift, forced, log_total):
     """The root's adjoint in logarithms, float64."""
     base = phi.to(tl.float64) + shift * (count - forced).to(tl.float64)
     return tl.where(phi > -INFINITY, base - log_total, LOG_ZERO)
+
+
+@triton.jit
+def wide_weigh(coefficients, phi, count, shift, known):
+    """(adjoint, posterior, log total, underflow) of the root, as :func:`circuitroute.engines.root.weigh`, float64."""
+    forced, undecided, _, _ = known
+    weights = log_adjoint(phi, count, shift, forced, 0.0)
+    found = coefficients >= WIDE_SMALLEST
+    coefficients = tl.where(found, coefficients, 1.0)
+    scores = tl.where(found, weights + tl.log(coefficients), LOG_ZERO)
+    top = tl.max(scores, axis=1, keep_dims=True)
+    log_total = top + tl.log(tl.sum(tl.exp(scores - top), axis=1, keep_dims=True))
+    posterior = tl.exp(scores - log_total)
+    possible = (phi > -INFINITY) & (count >= forced) & (count <= forced + undecided)
+    hidden = possible & (found == 0) & (weights + WIDE_LOG_SMALLEST > log_total - WIDE_NEGLIGIBLE)
+    hidden = tl.max(tl.where(hidden, 1, 0), axis=1, keep_dims=True)
+    return tl.where(found, posterior / coefficients, 0.0), posterior, log_total, (hidden > 0) | (top < 0.5 * LOG_ZERO)
 
 
 @triton.jit

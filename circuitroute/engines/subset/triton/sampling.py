@@ -16,6 +16,7 @@ from circuitroute.engines.subset.triton.levels import BLOCK, extent, term
 
 # On the right of a product: the interpreter of triton 3.8 cannot multiply a constant by a tensor.
 MARGIN = tl.constexpr(sampling.MARGIN[torch.float32])
+WIDE_MARGIN = tl.constexpr(sampling.MARGIN[torch.float64])
 
 # ---------------------------------------------------------------------------------------------- uniforms
 
@@ -174,7 +175,8 @@ def _draw_count(posterior, count, u, K: tl.constexpr):
     cumulative, total = tl.cumsum(posterior, axis=1), tl.sum(posterior, axis=1, keep_dims=True)
     before = count < K
     drawn = tl.sum(tl.sum(((cumulative <= u * total) & before).to(tl.int32), axis=1), axis=0)
-    near = (tl.abs(cumulative - u * total) <= total * MARGIN) & before
+    margin: tl.constexpr = MARGIN if posterior.dtype == tl.float32 else WIDE_MARGIN
+    near = (tl.abs(cumulative - u * total) <= total * margin) & before
     return drawn, tl.max(tl.max(near.to(tl.int32), axis=1), axis=0)
 
 
@@ -191,7 +193,8 @@ def _split_level(TREE, COUNTS, words, number, level, N: tl.constexpr, K: tl.cons
     """Split the counts of level + 1, which stand at COUNTS, between the nodes of ``level``; whether one is in doubt."""
     slots, degree = extent(level, N, K)
     half = slots // 2
-    kind: tl.constexpr = tl.float64 if LOG else tl.float32
+    kind: tl.constexpr = TREE.dtype.element_ty
+    margin: tl.constexpr = MARGIN if kind == tl.float32 else WIDE_MARGIN
     near = 0
     start = 0
     while start < half:
@@ -218,7 +221,7 @@ def _split_level(TREE, COUNTS, words, number, level, N: tl.constexpr, K: tl.cons
         while a < degree:
             cumulative += _share(TREE, left, right, count, a, top, inside, LOG)
             taken += (cumulative <= u * total).to(tl.int32)
-            close = (tl.abs(cumulative - u * total) <= total * MARGIN) & (count > 0)
+            close = (tl.abs(cumulative - u * total) <= total * margin) & (count > 0)
             near = tl.maximum(near, tl.max(close.to(tl.int32), axis=0))
             a += 1
         # The counts of both levels share their memory: everyone has read before anyone writes.
