@@ -146,7 +146,7 @@ def _sweep(
 ):
     """([] int32 whether a coefficient that matters is lost, and whether the sample is in doubt) of one sweep.
 
-    Moments are stored where they are ``wanted``. Of float64 sweeps, the one with LOG can do any row.
+    Moments are stored where they are ``wanted``, and nothing where a coefficient is lost; with LOG none is.
     """
     K: tl.constexpr = J - 1 if J > 1 else 1
     i, j = tl.arange(0, 1 << DEPTH if N > 1 else 2)[None, :], tl.arange(0, JP)[None, :]
@@ -157,12 +157,13 @@ def _sweep(
     tl.store(TREE + SIZE + root + j, adjoint, mask=j <= K)
     doubt = 0
     if swept.mask is not None:
-        key = tl.load(rows.key + row)
-        doubt = draw_in_memory(TREE, COUNTS, root, posterior, j, key, N, K, DEPTH, LOG)
-        chosen = (tl.load(COUNTS + i, mask=i < N, other=0) > 0) & (log_root == log_root)
-        tl.store(swept.mask + row * N + i, chosen, mask=i < N)
+        if lost == 0:
+            key = tl.load(rows.key + row)
+            doubt = draw_in_memory(TREE, COUNTS, root, posterior, j, key, N, K, DEPTH, LOG)
+            chosen = (tl.load(COUNTS + i, mask=i < N, other=0) > 0) & (log_root == log_root)
+            tl.store(swept.mask + row * N + i, chosen, mask=i < N)
     if swept.marginals is not None:
-        if wanted > 0:
+        if (wanted > 0) & (lost == 0):
             m = _tree_down(TREE, root, present, i, N, K, DEPTH, SIZE, LOG, 0)
             m = tl.minimum(m, 1.0).to(tl.float32)  # rounding may go an ulp beyond
             m = tl.where(log_root == log_root, tl.where(x == INFINITY, 1.0, m), float("nan"))
@@ -193,7 +194,7 @@ def _derive(
     LOG: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """Store a row's derivative along (u, v); [] int32 whether a coefficient that matters is lost."""
+    """Store a row's derivative along (u, v), unless a coefficient that matters is lost; [] int32 whether one is."""
     K: tl.constexpr = J - 1 if J > 1 else 1
     DUAL: tl.constexpr = 2 * SIZE
     i, j = tl.arange(0, 1 << DEPTH if N > 1 else 2)[None, :], tl.arange(0, JP)[None, :]
@@ -212,21 +213,22 @@ def _derive(
         posterior = tl.load(swept.count_probs + row * J + j, mask=j < J, other=0.0)
         found = coefficients >= SMALLEST_COEFFICIENT
         adjoint, lost = tl.where(found, posterior / tl.where(found, coefficients, 1.0), 0.0), 0
-    slope = tl.load(TREE + DUAL + root + j, mask=j <= K, other=0.0)
-    if slopes.v is not None:
-        slope += tl.load(slopes.v + row * J + j, mask=j < J, other=0.0).to(tl.float32)
-    slope -= tl.sum(posterior * slope, axis=1, keep_dims=True)
-    tl.store(slopes.count_probs + row * J + j, (posterior * slope).to(tl.float32), mask=j < J)
-    tl.store(TREE + SIZE + root + j, adjoint, mask=j <= K)
-    # The root's coefficients do not move its adjoint: what is left is v_j - d log Z.
-    slope -= tl.load(TREE + DUAL + root + j, mask=j <= K, other=0.0)
-    tl.store(TREE + SIZE + DUAL + root + j, slope, mask=j <= K)
+    if lost == 0:
+        slope = tl.load(TREE + DUAL + root + j, mask=j <= K, other=0.0)
+        if slopes.v is not None:
+            slope += tl.load(slopes.v + row * J + j, mask=j < J, other=0.0).to(tl.float32)
+        slope -= tl.sum(posterior * slope, axis=1, keep_dims=True)
+        tl.store(slopes.count_probs + row * J + j, (posterior * slope).to(tl.float32), mask=j < J)
+        tl.store(TREE + SIZE + root + j, adjoint, mask=j <= K)
+        # The root's coefficients do not move its adjoint: what is left is v_j - d log Z.
+        slope -= tl.load(TREE + DUAL + root + j, mask=j <= K, other=0.0)
+        tl.store(TREE + SIZE + DUAL + root + j, slope, mask=j <= K)
 
-    m = _tree_down(TREE, root, present, i, N, K, DEPTH, SIZE, LOG, DUAL)
-    moved = levels.load_present(TREE + SIZE + DUAL, i, N) + gain
-    moved = tl.where(tl.abs(x) < INFINITY, m * moved, 0.0)
-    tl.store(slopes.marginals + row * N + i, moved.to(tl.float32), mask=i < N)
-    tl.debug_barrier()
+        m = _tree_down(TREE, root, present, i, N, K, DEPTH, SIZE, LOG, DUAL)
+        moved = levels.load_present(TREE + SIZE + DUAL, i, N) + gain
+        moved = tl.where(tl.abs(x) < INFINITY, m * moved, 0.0)
+        tl.store(slopes.marginals + row * N + i, moved.to(tl.float32), mask=i < N)
+    tl.debug_barrier()  # everyone has read the tree before the next one is planted
     return lost
 
 
