@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import circuitroute as cr
+from circuitroute.engines.step import SHARE
 from circuitroute.keys import fold_in, uniform
-from circuitroute.routing.choice import SHARE
 from circuitroute.routing.estimators import Simple
 from tests.tempered import INF, E, T, compiled, every_constraint, hidden_of, key_of, logits_of
 

@@ -37,12 +37,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from circuitroute.engines import step as stepping
 from circuitroute.engines.autograd import attach
 from circuitroute.engines.base import Inference, given
 from circuitroute.engines.subset.naive import NaiveSubset
 from circuitroute.engines.subset.torch.engine import TorchSubset
 from circuitroute.engines.subset.torch.tree import even
 from circuitroute.engines.subset.triton import SIZES
+from circuitroute.engines.subset.triton.addresses import aligned
 from circuitroute.errors import EngineError
 
 # Beyond these a lane's tree outgrows its registers, and a row its warp.
@@ -119,13 +121,7 @@ def _interpreter_wanted() -> bool:
 # and never again for other tensors of the kind: that would take seconds to minutes in the middle of training. Triton
 # compiles anew when an integer becomes 1 or a multiple of 16, unless told otherwise, and inside tuples it cannot be
 # told: sizes are arguments of their own. It compiles anew when an address stops being a multiple of 16, too: there are
-# no others, see :func:`aligned`.
-
-
-def aligned(values: Tensor) -> Tensor:
-    """Contiguous, at an address that 16 divides; what torch allocates is, and only slices of it are copied."""
-    values = values.contiguous()
-    return values.clone() if values.data_ptr() % 16 else values
+# no others, see :func:`~.addresses.aligned`.
 
 
 class Rows(NamedTuple):
@@ -134,6 +130,7 @@ class Rows(NamedTuple):
     logits: Tensor
     potential: Tensor
     key: Tensor | None
+    temperature: Tensor | None = None  # only a step has one, see :class:`~.step.Tempered`
 
 
 class Swept(NamedTuple):
@@ -157,6 +154,11 @@ class Slopes(NamedTuple):
     v: Tensor | None
     marginals: Tensor
     count_probs: Tensor
+    # Only a step has more, see :class:`~.step.Again`.
+    log_partition: Tensor | None = None
+    log_prob: Tensor | None = None
+    mask: Tensor | None = None
+    choice: Tensor | None = None
 
 
 class Scratch(NamedTuple):
@@ -235,6 +237,35 @@ class TritonSubset:
         if mask is None:
             raise RuntimeError("a sweep that is given keys returns a mask")  # cannot happen
         return mask
+
+    def steps(self, inputs: stepping.Inputs) -> bool:
+        """See :class:`circuitroute.engines.step.Stepper`."""
+        from circuitroute.engines.subset.triton import step as taking
+
+        if inputs.mask is not None:  # a replay: composed of its parts
+            return False
+        fits = lanes_fit(inputs.logits.shape[1], inputs.potential.shape[-1] - 1) and taking.readable(inputs)
+        return fits and (inputs.logits.is_cuda or interpreter_runs())
+
+    def step(self, inputs: stepping.Inputs, rule: stepping.Rule, moments: bool) -> stepping.Step:
+        """See :class:`circuitroute.engines.step.Stepper`."""
+        from circuitroute.engines.subset.triton import step as taking
+
+        return taking.step(self._problem(inputs.choice, inputs.potential), inputs, rule, moments)
+
+    def step_marginals(self, inputs: stepping.Inputs, found: stepping.Step, out_TN: Tensor) -> None:
+        """See :class:`circuitroute.engines.step.Stepper`."""
+        from circuitroute.engines.subset.triton import step as taking
+
+        taking.step_marginals(self._problem(inputs.choice, inputs.potential), inputs, found, out_TN)
+
+    def step_gradient(
+        self, inputs: stepping.Inputs, rule: stepping.Rule, found: stepping.Step, upstream: stepping.Upstream
+    ) -> stepping.Slopes:
+        """See :class:`circuitroute.engines.step.Stepper`."""
+        from circuitroute.engines.subset.triton import step as taking
+
+        return taking.step_gradient(self._problem(inputs.choice, inputs.potential), inputs, rule, found, upstream)
 
     def _problem(self, logits_TN: Tensor, potential: Tensor | None) -> _Problem:
         return _Problem.of(logits_TN, given(potential), self._exact)
@@ -334,6 +365,27 @@ class _Problem:
         else:
             self._launch_rows(in_memory, arguments, dual, log=False)
         self._launch_rows(in_memory, arguments, dual, log=True)
+
+    def launch_lanes(
+        self, kernel: Any, arguments: tuple[Any, ...], dual: bool = False, constants: dict[str, Any] | None = None
+    ) -> None:
+        """All rows, in lanes."""
+        T, N, J = self.shape
+        if T > 0:
+            shape = lane_shape(N, J, dual, T)
+            self._run(kernel, -(-T // shape["BT"]), arguments, {**shape, **(constants or {})})
+
+    def launch_list(self, kernel: Any, arguments: tuple[Any, ...], dual: bool = False) -> None:
+        """The listed rows, in log space."""
+        if len(self.logits) > 0:
+            self._launch_rows(kernel, arguments, dual, log=True)
+
+    def launch_settling(self, kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        """The listed rows, by a kernel that needs no tree."""
+        T, N, J = self.shape
+        shape = {name: size for name, size in row_shape(N, J).items() if name != "SIZE"}
+        if T > 0:
+            self._run(kernel, min(T, LIST_PROGRAMS), arguments, {**shape, **constants})
 
     def _launch_rows(self, kernel: Any, arguments: tuple[NamedTuple, ...], dual: bool, log: bool) -> None:
         """One program per row, or the programs that share the list."""

@@ -32,6 +32,7 @@ from circuitroute.engines.subset.triton.root import (
 )
 from circuitroute.engines.subset.triton.sampling import draw_in_memory
 from circuitroute.engines.subset.triton.shift import evidence, solve_shift
+from circuitroute.engines.subset.triton.weights import direct_slopes
 
 # ---------------------------------------------------------------------------------------------- what both share
 
@@ -40,6 +41,9 @@ from circuitroute.engines.subset.triton.shift import evidence, solve_shift
 def _load_row(rows, potential_stride, row, i, j, N: tl.constexpr, J: tl.constexpr):
     """(logits, potential); -inf where there is no variable and no count."""
     x = tl.load(rows.logits + row * N + i, mask=i < N, other=-INFINITY).to(tl.float32)
+    if rows.temperature is not None:
+        t = tl.load(rows.temperature + row).to(tl.float32)
+        x = tl.div_rn(x, t + tl.zeros_like(x))
     return x, tl.load(rows.potential + row * potential_stride + j, mask=j < J, other=-INFINITY)
 
 
@@ -97,6 +101,13 @@ def _tree_down(
     levels.down(TREE, root, N, K, DEPTH, SIZE, LOG, DUAL)
     below = levels.load_present(TREE + SIZE, i, N)
     return tl.exp(below + present) if LOG else below * present
+
+
+@triton.jit
+def _direct(slopes, row, i, N: tl.constexpr):
+    """(w0 - c, c, z) of a row of a routing step, see :func:`~.weights.direct_slopes`."""
+    rest, score = direct_slopes(slopes, tl.zeros([1, 1], tl.int64) + row, tl.full([1, 1], 1, tl.int1))
+    return rest, score, tl.load(slopes.mask + row * N + i, mask=i < N, other=0) != 0
 
 
 # ---------------------------------------------------------------------------------------------- one row
@@ -162,15 +173,17 @@ def _sweep(
             doubt = draw_in_memory(TREE, COUNTS, root, posterior, j, key, N, K, DEPTH, LOG)
             chosen = (tl.load(COUNTS + i, mask=i < N, other=0) > 0) & (log_root == log_root)
             tl.store(swept.mask + row * N + i, chosen, mask=i < N)
+    if swept.log_root is not None:
+        if (wanted > 0) & (lost == 0):
+            tl.store(swept.count_probs + row * J + j, posterior.to(tl.float32), mask=j < J)
+            _store_one(swept.log_partition, row, (log_root + normaliser).to(tl.float32))
+            _store_one(swept.log_root, row, log_root)
     if swept.marginals is not None:
         if (wanted > 0) & (lost == 0):
             m = _tree_down(TREE, root, present, i, N, K, DEPTH, SIZE, LOG, 0)
             m = tl.minimum(m, 1.0).to(tl.float32)  # rounding may go an ulp beyond
             m = tl.where(log_root == log_root, tl.where(x == INFINITY, 1.0, m), float("nan"))
             tl.store(swept.marginals + row * N + i, m, mask=i < N)
-            tl.store(swept.count_probs + row * J + j, posterior.to(tl.float32), mask=j < J)
-            _store_one(swept.log_partition, row, (log_root + normaliser).to(tl.float32))
-            _store_one(swept.log_root, row, log_root)
     tl.debug_barrier()  # everyone has read the tree before the next one is planted
     return lost, doubt
 
@@ -218,7 +231,12 @@ def _derive(
         if slopes.v is not None:
             slope += tl.load(slopes.v + row * J + j, mask=j < J, other=0.0).to(tl.float32)
         slope -= tl.sum(posterior * slope, axis=1, keep_dims=True)
-        tl.store(slopes.count_probs + row * J + j, (posterior * slope).to(tl.float32), mask=j < J)
+        by_potential = posterior * slope
+        if slopes.mask is not None:
+            rest, score, chosen = _direct(slopes, row, i, N)
+            count = tl.sum(chosen.to(tl.int32), axis=1, keep_dims=True)
+            by_potential += rest * posterior + tl.where(j == count, score, 0.0)
+        tl.store(slopes.count_probs + row * J + j, by_potential.to(tl.float32), mask=j < J)
         tl.store(TREE + SIZE + root + j, adjoint, mask=j <= K)
         # The root's coefficients do not move its adjoint: what is left is v_j - d log Z.
         slope -= tl.load(TREE + DUAL + root + j, mask=j <= K, other=0.0)
@@ -227,6 +245,13 @@ def _derive(
         m = _tree_down(TREE, root, present, i, N, K, DEPTH, SIZE, LOG, DUAL)
         moved = levels.load_present(TREE + SIZE + DUAL, i, N) + gain
         moved = tl.where(tl.abs(x) < INFINITY, m * moved, 0.0)
+        if slopes.mask is not None:
+            moved = moved.to(tl.float32) + rest * m.to(tl.float32) + tl.where(chosen, score, 0.0)
+            moved = tl.where(tl.abs(x) < INFINITY, moved, 0.0)
+            if rows.temperature is not None:
+                moved = moved / tl.load(rows.temperature + row).to(tl.float32)
+            if slopes.choice is None:
+                moved += tl.load(slopes.marginals + row * N + i, mask=i < N, other=0.0).to(tl.float32)
         tl.store(slopes.marginals + row * N + i, moved.to(tl.float32), mask=i < N)
     tl.debug_barrier()  # everyone has read the tree before the next one is planted
     return lost
