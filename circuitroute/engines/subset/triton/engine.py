@@ -373,7 +373,7 @@ class _Problem:
         T, N, J = self.shape
         if T > 0:
             shape = lane_shape(N, J, dual, T)
-            self._run(kernel, -(-T // shape["BT"]), arguments, {**shape, **(constants or {})})
+            self._run(kernel, -(-T // shape["BT"]), arguments, {**shape, **(constants or {}), "EXACT": self.exact})
 
     def launch_list(self, kernel: Any, arguments: tuple[Any, ...], dual: bool = False) -> None:
         """The listed rows, in log space."""

@@ -70,6 +70,17 @@ def _load_counts(POINTER, start, g, inside, other, J: tl.constexpr, G: tl.conste
 
 
 @triton.jit
+def _load_potential(
+    rows, row, potential_stride, tokens, g, inside, J: tl.constexpr, G: tl.constexpr, ONLY: tl.constexpr
+):
+    """A row's potential as chunks; with ONLY, a tuple of that of this count, [BT, 1]."""
+    if ONLY:
+        return (tl.load(rows.potential + row * potential_stride + ONLY, mask=row < tokens, other=-INFINITY),)
+    else:
+        return _load_counts(rows.potential, row * potential_stride, g, inside, -INFINITY, J, G)
+
+
+@triton.jit
 def _store_counts(POINTER, chunks, row, g, inside, J: tl.constexpr, G: tl.constexpr):
     for c in tl.static_range(len(chunks)):
         tl.store(POINTER + row * J + c * G + g, chunks[c], mask=inside & (c * G + g < J))
@@ -110,6 +121,29 @@ def _one_count(g, value, ONLY: tl.constexpr, J: tl.constexpr, G: tl.constexpr):
     for first in tl.static_range(0, J, G):
         out = out + (tl.where(first + g == ONLY, value, 0.0),)
     return out
+
+
+@triton.jit
+def _weigh(root, phi, g, shift, known, J: tl.constexpr, G: tl.constexpr, ONLY: tl.constexpr, FAST: tl.constexpr):
+    """(adjoint, posterior, log total, underflow) of a root; its coefficients and adjoint as all lanes hold them."""
+    if ONLY:
+        one, log_root, underflow = weigh_one(root[0], phi[0], shift, known, ONLY)
+        return (one,), _one_count(g, 1.0, ONLY, J, G), log_root, underflow
+    else:
+        weights, posterior, log_root, underflow = weigh(_deal(root, g, G), phi, g, shift, known, G, FAST)
+        return _collect(weights, g, len(root), G), posterior, log_root, underflow
+
+
+@triton.jit
+def _dual_weigh(root, posterior, v, g, J: tl.constexpr, G: tl.constexpr, ONLY: tl.constexpr):
+    """(adjoint and its tangent, the posterior's tangent) of a DUAL root, likewise."""
+    if ONLY:
+        return dual_weigh_one(root[0], root[1]), _one_count(g, 0.0, ONLY, J, G)
+    else:
+        half: tl.constexpr = len(root) // 2
+        coefficients, tangents = _deal(root[:half], g, G), _deal(root[half:], g, G)
+        adjoint, d_adjoint, d_posterior = dual_weigh(coefficients, tangents, posterior, v)
+        return _collect(adjoint, g, half, G) + _collect(d_adjoint, g, half, G), d_posterior
 
 
 @triton.jit
@@ -175,25 +209,15 @@ def forward(
     there = token < tokens
     x = _load_slots(rows.logits, leaves, -INFINITY)
     ONLY: tl.constexpr = K if EXACT else 0
-    allowed = None
-    if EXACT:
-        phi = tl.load(rows.potential + row * potential_stride + ONLY, mask=row < tokens, other=-INFINITY)
-    else:
-        phi = _load_counts(rows.potential, row * potential_stride, g, inside, -INFINITY, J, G)
-        allowed = allowed_range(phi, g, G)
+    phi = _load_potential(rows, row, potential_stride, tokens, g, inside, J, G, ONLY)
 
     known = evidence(x)
-    shift, coins = solve_coins(x, known, allowed, FAST, ONLY)
+    shift, coins = solve_coins(x, known, None if EXACT else allowed_range(phi, g, G), FAST, ONLY)
     exact_shift = exact(shift)
     left, right = coins
     normaliser = log_normaliser(x, shift, FAST, coins)  # here rather than at the end, where registers are short
     within, across = tree.up(left, right, g, LE, LG, K, False, ONLY)
-    if EXACT:
-        one, log_root, underflow = weigh_one(across[LG][0], phi, exact_shift, known, ONLY)
-        adjoint, posterior = (one,), _one_count(g, 1.0, ONLY, J, G)
-    else:
-        weights, posterior, log_root, underflow = weigh(_deal(across[LG], g, G), phi, g, exact_shift, known, G, FAST)
-        adjoint = _collect(weights, g, K + 1, G)
+    adjoint, posterior, log_root, underflow = _weigh(across[LG], phi, g, exact_shift, known, J, G, ONLY, FAST)
 
     lost = tl.reshape(tl.where(underflow, 1, 0), [BT])
     flagged = lost
@@ -245,16 +269,9 @@ def backward(
     left, right = _dual_coin(x[0], u[0], shift, FAST), _dual_coin(x[1], u[1], shift, FAST)
     ONLY: tl.constexpr = K if EXACT else 0
     within, across = tree.up(left, right, g, LE, LG, K, True, ONLY)
-    root = across[LG]
-    if EXACT:
-        adjoint = dual_weigh_one(root[0], root[1])
-        d_posterior = _one_count(g, 0.0, ONLY, J, G)
-    else:
-        coefficients, tangents = _deal(root[: len(root) // 2], g, G), _deal(root[len(root) // 2 :], g, G)
-        posterior = _load_counts(swept.count_probs, row * J, g, inside, 0.0, J, G)
-        v = _load_counts(slopes.v, row * J, g, inside, 0.0, J, G) if slopes.v is not None else ()
-        adjoint, d_adjoint, d_posterior = dual_weigh(coefficients, tangents, posterior, v)
-        adjoint = _collect(adjoint, g, K + 1, G) + _collect(d_adjoint, g, K + 1, G)
+    posterior = _load_counts(swept.count_probs, row * J, g, inside, 0.0, J, G)
+    v = _load_counts(slopes.v, row * J, g, inside, 0.0, J, G) if slopes.v is not None else ()
+    adjoint, d_posterior = _dual_weigh(across[LG], posterior, v, g, J, G, ONLY)
     _store_counts(slopes.count_probs, d_posterior, row, g, inside, J, G)
 
     a, b = tree.down(within, across, adjoint, g, LE, LG, True, ONLY)

@@ -95,18 +95,24 @@ def weigh(coefficients, phi, g, shift, known, G: tl.constexpr, FAST: tl.constexp
 
 
 @triton.jit
+def is_possible(phi, known, ONLY: tl.constexpr):
+    """Whether evidence and potential, [rows, 1], leave the count ONLY."""
+    forced, undecided, _, _ = known
+    return (phi > -INFINITY) & (forced <= ONLY) & (forced + undecided >= ONLY)
+
+
+@triton.jit
 def weigh_one(coefficient, phi, shift, known, ONLY: tl.constexpr):
     """(adjoint, log total, underflow) where ONLY is the one allowed count: its posterior is 1.
 
     ``coefficient`` is its own, the same in all lanes of a row, ``phi`` [rows, 1] its potential.
     """
-    forced, undecided, _, _ = known
+    forced = known[0]
     coefficient = tl.max(coefficient, axis=1, keep_dims=True)
     found = coefficient >= SMALLEST_COEFFICIENT
     coefficient = tl.where(found, coefficient, 1.0)
     log_total = phi.to(tl.float64) + shift * (ONLY - forced).to(tl.float64) + tl.log2(coefficient).to(tl.float64) * LN2
-    possible = (phi > -INFINITY) & (forced <= ONLY) & (forced + undecided >= ONLY)
-    return 1.0 / coefficient, log_total, (found & possible) == 0
+    return 1.0 / coefficient, log_total, (found & is_possible(phi, known, ONLY)) == 0
 
 
 @triton.jit
