@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for size in options.sizes:
         for kind in options.kinds:
             for target in options.targets:
-                found = [row_of(*size, kind, target, *kernel) for kernel in compiled(*size, kind, target)]
+                kernels = compiled(*size, kind, target, options.exactly)
+                found = [row_of(*size, kind, target, *kernel) for kernel in kernels]
                 append(options.out, found)
                 for row in found:
                     print(describe(row), flush=True)
@@ -105,14 +106,14 @@ class _Driver:
         return GPUTarget("cuda", self.target, 32)
 
 
-def compiled(n: int, k: int, kind: str, target: int) -> list[tuple[str, dict[str, Any], bytes]]:
-    """The kernels that a call launches: names, constants and binaries."""
+def compiled(n: int, k: int, kind: str, target: int, exactly: bool = False) -> list[tuple[str, dict[str, Any], bytes]]:
+    """The kernels that a call launches: names, constants and binaries; ``exactly``: for k alone, not up to k."""
     from triton.runtime import driver
 
     driver.set_active(_Driver(target))
-    T = 16  # any: kernels are not specialised for it
+    T = TOKENS  # by how many tokens there are, rows are dealt out to lanes
     logits, potential = torch.zeros(T, n), torch.zeros(k + 1)
-    problem = _Compiler(logits, potential, interpreted=False)
+    problem = _Compiler(logits, potential, interpreted=False, exact=exactly)
     if kind == "backward":
         known = engine.Sweep(**problem.room(with_moments=True, with_sample=False)._asdict())
         problem.backward(known, logits, torch.zeros(T, k + 1))
@@ -131,6 +132,7 @@ def row_of(n: int, k: int, kind: str, target: int, name: str, constants: dict[st
         "kernel": name,
         "kind": kind,
         "log": bool(constants.get("LOG", False)),
+        "exactly": bool(constants.get("EXACT", False)),
         "n": n,
         "k": k,
         "T": TOKENS,
@@ -206,6 +208,7 @@ def describe(row: Row) -> str:
     predicted = f"  predicted {row['predicted_us']:.0f} us (memory {row['memory_us']:.0f})" if "machine" in row else ""
     return (
         f"({row['n']}, {row['k']}) {row['kind']:<14} {row['kernel']:<14} {'log' if row['log'] else '   '} "
+        f"{'exactly ' if row['exactly'] else ''}"
         f"sm_{row['sm']}: {row['registers']} registers, {row['spilled_bytes']} bytes spilled, "
         f"{row['instructions']} instructions{predicted}"
     )
@@ -215,6 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--sizes", type=_sizes, default=SIZES, help="n:k pairs, separated by commas")
     parser.add_argument("--kinds", type=_kinds, default=KINDS, help=f"of {', '.join(KINDS)}")
+    parser.add_argument("--exactly", action="store_true", help="for circuits that allow the count k alone")
     parser.add_argument("--targets", type=_targets, default=tuple(TARGETS), help="compute capabilities, as in 80,90")
     parser.add_argument("--out", type=Path, default=ROWS, help="the JSONL file to append to")
     return parser

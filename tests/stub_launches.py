@@ -1,6 +1,7 @@
 """Launch the kernels of the engine ``triton`` on the stub driver: ``python -m tests.stub_launches FOLDER CASE ...``.
 
-A case is n:k:dtype. Prints a JSON object: what each call launched and compiled, and the kernels that were launched.
+A case is n:k:dtype, with :exactly behind it for one count alone. Prints a JSON object: what each call launched and
+compiled, and the kernels that were launched.
 """
 
 import functools
@@ -20,7 +21,7 @@ from circuitroute.engines.subset import triton as package
 from circuitroute.engines.subset.triton import engine as engines
 from circuitroute.keys import folding
 
-TOKENS = (31, 1, 64, 4096)
+TOKENS = (31, 1, 64, 4096, 65536)
 
 
 def kernels():
@@ -40,9 +41,9 @@ def compilations(kernel):
     return sum(len(caches[0]) for caches in kernel.device_caches.values())
 
 
-def calls(n, k, dtype, T):
+def calls(n, k, dtype, exact, T):
     """The calls of the engine on ``T`` rows, by name: all flags of all kernels."""
-    engine, logits, u = TritonSubset(), torch.zeros(T, n, dtype=dtype), torch.zeros(T, n)
+    engine, logits, u = TritonSubset(exact), torch.zeros(T, n, dtype=dtype), torch.zeros(T, n)
     shared, own, v = torch.zeros(k + 1), torch.zeros(T, k + 1), torch.zeros(T, k + 1)
     key = torch.zeros(T, dtype=torch.int64)
     found = {
@@ -96,9 +97,9 @@ def main(folder, *cases):
         out.append({"case": case, "T": T, "call": name, "launches": launches() - before[0], **compiled})
 
     for case in cases:
-        n, k, dtype = case.split(":")
+        n, k, dtype, *exactly = case.split(":")
         for T in TOKENS:
-            for name, (call, phi) in calls(int(n), int(k), getattr(torch, dtype), T).items():
+            for name, (call, phi) in calls(int(n), int(k), getattr(torch, dtype), bool(exactly), T).items():
                 record(case, T, name, functools.partial(call, phi))
     for T in TOKENS:
         for name, call in keyed(T).items():

@@ -119,10 +119,48 @@ def test_lanes(n, constraint, wide):
     assert isinstance(sweep, fused.Sweep)
 
 
-@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize(("n", "k", "slots"), [(2, 1, 4), (2, 2, 4), (3, 3, 1), (5, 2, 1), (9, 7, 4), (20, 4, 2)])
+def test_one_count_alone_is_less_to_do(n, k, slots, monkeypatch, wide):
+    """The root has one coefficient: within a lane, across lanes, with siblings of fewer coefficients than it wants."""
+    monkeypatch.setattr(fused, "FEW_LANE_SLOTS", slots)
+    monkeypatch.setattr(fused, "DUAL_LANE_SLOTS", slots)
+    x = rows(n, (1.0, 30.0))
+    x[0, 0], x[1, -1] = math.inf, -math.inf
+    x, key = x.to(DEVICE), cr.random_key(2, torch.arange(len(x), device=DEVICE))
+    phi = torch.full((k + 1,), -math.inf, device=DEVICE)
+    phi[k] = 0.5
+    found = []
+    for engine in (TritonSubset(), TritonSubset(exact=True)):
+        swept = engine.infer(x, phi, key)
+        found.append((swept, engine.second_derivative(x, phi, swept, x.nan_to_num(0, 0, 0), None)))
+    (general, slopes), (one, slopes_of_one) = found
+    assert torch.equal(one.mask, general.mask)
+    assert torch.equal(one.fallback, general.fallback)
+    torch.testing.assert_close(one.log_partition, general.log_partition, equal_nan=True)
+    for a, b in ((one, general), (slopes_of_one, slopes)):
+        a, b = ((y.marginals, y.count_probs) if isinstance(y, fused.Sweep) else y for y in (a, b))
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6, equal_nan=True)
+
+
+def test_the_circuit_says_whether_one_count_is_allowed(monkeypatch):
+    flags, run = [], fused._Problem._run
+
+    def spied(problem, kernel, programs, arguments, constants):
+        flags.append(constants.get("EXACT"))
+        run(problem, kernel, programs, arguments, constants)
+
+    monkeypatch.setattr(fused._Problem, "_run", spied)
+    x = torch.zeros(1, 3, device=DEVICE)
+    for constraint, expected in ((cr.Exactly(2), True), (cr.AtMost(2), False), (cr.Exactly(0), False)):
+        flags.clear()
+        assert cr.compile(constraint, 3).with_engine("triton")(x).marginals.isfinite().all()
+        assert flags == [expected, None]
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4])
 def test_lanes_of_any_width(slots, monkeypatch, wide):
-    """A row of 20 in 16 and in 8 lanes: their nodes are not the lanes' own numbers."""
-    monkeypatch.setattr(fused, "LANE_SLOTS", slots)
+    """A row of 20 in 16, in 8 and in 2 lanes: their nodes are not the lanes' own numbers."""
+    monkeypatch.setattr(fused, "FEW_LANE_SLOTS", slots)
     monkeypatch.setattr(fused, "DUAL_LANE_SLOTS", slots)
     circuit = cr.compile(cr.Exactly(4), 20)
     x = rows(20, (1.0, 30.0))
@@ -155,6 +193,21 @@ def test_evidence(wide):
     sweep = hold(circuit, evidence_rows(8, 3))
     assert not sweep.fallback.any()
     assert (sweep.marginals[evidence_rows(8, 3) == -math.inf] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("constraint", "forced"), [(cr.Exactly(16), 0), (cr.Between(4, 16), 0), (cr.AtLeast(32), 3)], ids=repr
+)
+def test_gradients_of_large_counts_keep_their_digits(constraint, forced, wide):
+    """What all variables have in common of u changes the count alone: its large sums must leave nothing behind."""
+    circuit, g = cr.compile(constraint, 64), torch.Generator().manual_seed(1)
+    x = torch.randn(2 if forced else 20, 64, generator=g)
+    x[:, :forced] = math.inf
+    u = torch.randn(x.shape, generator=g) + 8
+    logits = x.to(DEVICE, copy=True).requires_grad_()
+    found = torch.autograd.grad((circuit.with_engine("triton")(logits).marginals * u.to(DEVICE)).sum(), logits)[0]
+    expected = count_gradient(x.numpy(), phi_of(circuit)[None].repeat(len(x), 0), u.numpy(), np.zeros((len(x), 65)))
+    near(found, expected.marginals, 1e-5)
 
 
 # ---------------------------------------------------------------------------------------------- samples
@@ -193,6 +246,19 @@ def test_sampling_alone_draws_the_same(wide):
     assert torch.equal(circuit(x).sample(key=key).bool(), circuit(x).sample_in_sweep(key))
 
 
+def test_rows_of_large_batches_are_in_fewer_lanes(wide):
+    """Sums are in another order there: the last bits may differ, samples may not."""
+    assert [fused.lane_shape(64, 9, False, T)["LE"] for T in (1, 8191, 8192)] == [3, 3, 4]
+    assert fused.lane_shape(512, 9, False, 1) == fused.lane_shape(512, 9, False)
+    T = fused.MANY_TOKENS
+    x = torch.randn(T, 11, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    key, phi = cr.random_key(0, torch.arange(T, device=DEVICE)), torch.zeros(3, device=DEVICE)
+    few = slice(100, 140)
+    whole, part = TritonSubset().infer(x, phi, key), TritonSubset().infer(x[few], phi, key[few])
+    assert torch.equal(whole.mask[few], part.mask)
+    torch.testing.assert_close(whole.marginals[few], part.marginals, rtol=0, atol=1e-6)
+
+
 def test_a_row_does_not_depend_on_its_batch(wide):
     circuit = cr.compile(cr.Exactly(2), 6).with_engine("triton")
     x = rows(6, (1.0, 30.0)).to(DEVICE)
@@ -205,14 +271,15 @@ def test_a_row_does_not_depend_on_its_batch(wide):
 # ---------------------------------------------------------------------------------------------- rows float32 loses
 
 
+@pytest.mark.parametrize("scale", [1.0, 1.5, 10.0, 100.0])
 @pytest.mark.parametrize("where", ["lanes", "memory"])
-def test_far_apart_counts_are_swept_again_in_log_space(where, request):
-    """Counts 0 and n weigh about the same, and no shift shows float32 both."""
+def test_far_apart_counts_are_swept_again(where, scale, request):
+    """Counts 0 and n weigh about the same, and no shift shows float32 both, nor float64 where they are very far."""
     if where == "memory":
         request.getfixturevalue("in_memory")
     n = 4
     circuit = cr.compile(cr.CountIn({0, n}), n)
-    x = torch.tensor([[90.0, 60.0, -70.0, -80.5], [0.3, -0.2, 1.0, 0.0]])
+    x = torch.tensor([[90.0 * scale, 60.0 * scale, -70.0 * scale, -80.0 * scale - 0.5], [0.3, -0.2, 1.0, 0.0]])
     sweep = hold(circuit, x)
     assert sweep.fallback[0]
     assert 0 in sweep.todo[: int(sweep.length)].tolist()

@@ -20,8 +20,17 @@ pytestmark = pytest.mark.skipif(stub_cuda.compiler() is None, reason="the stub d
 
 ROOT = Path(__file__).resolve().parent.parent
 # In lanes, in one lane, in memory; what the kernels read as it is.
-SMALL = ("6:2:float32", "1:1:bfloat16", "21:17:float32", "5:1:float16")
-LARGE = ("64:8:float32", "64:8:bfloat16", "128:8:float32", "256:8:float32", "512:10:float32", "512:64:float32")
+SMALL = ("6:2:float32", "1:1:bfloat16", "21:17:float32", "11:1:float16:exactly")
+LARGE = (
+    "64:8:float32",
+    "64:8:bfloat16",
+    "64:8:float32:exactly",
+    "128:8:float32",
+    "256:8:float32",
+    "512:10:float32",
+    "512:64:float32",
+)
+MANY = 65536  # tokens for which sweeps may be laid out otherwise
 # What each call of the engine launches: a kernel over all rows, then those for the rows that it lists.
 SWEEPS = {"moments and sample": 2, "moments": 2, "sample": 2, "gradient": 2, "gradient, v": 2}
 STEPS = {"step": 3, "step, evaluation": 1, "step, marginals": 2, "step, gradient": 2}
@@ -49,23 +58,25 @@ def small(tmp_path_factory):
 
 
 def hold(found, cases):
-    """Every call launches what it has to, whatever is in the list; one compilation serves all T."""
+    """Every call launches what it has to, whatever is in the list; one compilation serves all T, a second one many."""
     for case in cases:
         mine = [call for call in found["calls"] if call["case"] == case]
         wanted = {**SWEEPS, **(STEPS if int(case.split(":")[1]) <= MAX_LANES_COUNT else {})}
         wanted = {name + which: many for name, many in wanted.items() for which in POTENTIALS}
         for T in {call["T"] for call in mine}:
             assert {call["call"]: call["launches"] for call in mine if call["T"] == T} == wanted
-        assert len({call["T"] for call in mine}) == 4
-        later = [call for call in mine if call["T"] != mine[0]["T"] or call["call"].endswith("per row")]
-        again = [call for call in later if any(call[kernel] for kernel in found["compilations"])]
-        assert again == [], "compiled again for other sizes"
+        assert len({call["T"] for call in mine}) == 5
+        compiled = [(sum(call[kernel] for kernel in found["compilations"]), call) for call in mine]
+        per_row = [many for many, call in compiled if call["call"].endswith(POTENTIALS[1])]
+        few = [many for many, call in compiled if call["T"] not in (mine[0]["T"], MANY)]
+        assert not any(per_row + few), "compiled again for other sizes"
+        assert all(many <= 1 for many, call in compiled if call["T"] == MANY), "compiled a third time"
 
 
 def test_every_kernel_launches_and_is_compiled_once(small):
     hold(small, SMALL)
     keys = [call for call in small["calls"] if call["case"] == "keys"]
-    assert [call["launches"] for call in keys] == 12 * [1]
+    assert [call["launches"] for call in keys] == 15 * [1]
     assert small["compilations"]["folding.fold"] == 2  # of a number and of tensors, of any size and number
     assert {"registers", "memory", "routing_step", "folding"} == {name.split(".")[0] for name in small["compilations"]}
     assert [name for name, many in small["compilations"].items() if not many] == []

@@ -34,6 +34,9 @@ _SUBSET: dict[str, Engine] = {
     "naive": NaiveSubset(),
 }
 
+# Where one count alone is allowed, which only a circuit tells without a look at potentials.
+_SUBSET_OF_ONE_COUNT: dict[str, Engine] = {**_SUBSET, "triton": TritonSubset(exact=True)}
+
 # Engines of arbitrary circuits hold a plan, which lives as long as its circuit.
 _LAYERED: WeakKeyDictionary[Compiled, dict[str, LayeredEngine]] = WeakKeyDictionary()
 
@@ -86,7 +89,8 @@ def engine_of(circuit: Compiled, device: torch.device) -> Engine:
     """The engine that runs ``circuit`` on ``device``, ready for use."""
     if op_of(circuit) == "layered":
         return layered_engine(circuit, device)
-    return _SUBSET[engine_name(circuit, device)]
+    engines = _SUBSET_OF_ONE_COUNT if circuit.counts is not None and len(circuit.counts) == 1 else _SUBSET
+    return engines[engine_name(circuit, device)]
 
 
 def layered_engine(circuit: Compiled, device: torch.device) -> LayeredEngine:

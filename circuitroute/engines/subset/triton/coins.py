@@ -94,12 +94,12 @@ def _times(a, b):
 
 
 @triton.jit
-def log_normaliser(x, shift, FAST: tl.constexpr):
-    """[rows, 1] float64 log normaliser of the coins."""
+def log_normaliser(x, shift, FAST: tl.constexpr, coins=None):
+    """[rows, 1] float64 log normaliser of the coins, which are a pair for each tensor of ``x`` where they are known."""
     above_sum = tl.zeros_like(x[0]).to(tl.float64)
     above_count, larger = tl.zeros_like(x[0]), tl.zeros_like(x[0]) + 1.0
     for e in tl.static_range(len(x)):
-        absent, present = coin(x[e], shift, FAST)
+        absent, present = coin(x[e], shift, FAST) if coins is None else coins[e]
         above = (present > absent) & (x[e] < INFINITY)
         above_sum += tl.where(above, x[e], 0.0).to(tl.float64)
         above_count += tl.where(above, 1.0, 0.0)

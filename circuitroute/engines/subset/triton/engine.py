@@ -7,10 +7,10 @@ The same mathematics as the engine ``torch``, a row's tree held in registers (:m
 and ``MAX_VARIABLES``). Half-precision logits are read as they are and computed with in float32.
 
 The first kernel decides in float32 what float32 can decide, and lists on the device the rows in which a coefficient
-that matters is lost or rounding could change the sample. A second kernel, always launched, does the listed rows as the
-naive engine would, in float64 log space. The host never waits for the device, so sweeps can be captured in CUDA
-graphs. Samples are those of the other engines unless a threshold lies within float64 rounding (about 1e-13) of a
-cumulative weight, which happens about once in 1e12 draws.
+that matters is lost or rounding could change the sample. A second kernel, always launched, does the listed rows in
+float64, and where that is not enough in log space, as the naive engine would. The host never waits for the device, so
+sweeps can be captured in CUDA graphs. Samples are those of the other engines unless a threshold lies within float64
+rounding (about 1e-13) of a cumulative weight, which happens about once in 1e12 draws.
 
 What runs elsewhere, and why:
 
@@ -116,10 +116,11 @@ def _interpreter_wanted() -> bool:
 
 # Arguments of the kernels, which Triton takes as named tuples. What a kernel need not read or write is None.
 #
-# A kernel is compiled once for its constants and dtypes, and never again for other tensors of the kind: that would take
-# seconds to minutes in the middle of training. Triton compiles anew when an integer becomes 1 or a multiple of 16,
-# unless told otherwise, and inside tuples it cannot be told: sizes are arguments of their own. It compiles anew when an
-# address stops being a multiple of 16, too: there are no others, see :func:`aligned`.
+# A kernel is compiled once for its constants and dtypes (and how :func:`lane_shape` deals out small and large batches),
+# and never again for other tensors of the kind: that would take seconds to minutes in the middle of training. Triton
+# compiles anew when an integer becomes 1 or a multiple of 16, unless told otherwise, and inside tuples it cannot be
+# told: sizes are arguments of their own. It compiles anew when an address stops being a multiple of 16, too: there are
+# no others, see :func:`aligned`.
 
 
 class Rows(NamedTuple):
@@ -190,16 +191,24 @@ class Sweep(Inference):
 
 
 class TritonSubset:
-    """Fused inference for the count family on CUDA tensors."""
+    """Fused inference for the count family on CUDA tensors.
+
+    Args:
+        exact: whether the largest count is the only one that is allowed. Less is computed then, and what potentials
+            say of other counts is not looked at.
+    """
 
     name = "triton"
+
+    def __init__(self, exact: bool = False) -> None:
+        self._exact = exact
 
     @torch.no_grad()
     def infer(self, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor | None = None) -> Inference:
         """See :class:`circuitroute.engines.base.Engine`."""
         if logits_TN.dtype == torch.float64:
             return TorchSubset().infer(logits_TN, potential, key_T)
-        swept = _Problem.of(logits_TN, given(potential)).forward(key_T, with_moments=True)
+        swept = self._problem(logits_TN, potential).forward(key_T, with_moments=True)
         return Sweep(**swept._asdict())
 
     def attach(self, inference: Inference, logits_TN: Tensor, potential: Tensor | None) -> Inference:
@@ -212,7 +221,7 @@ class TritonSubset:
         """See :class:`circuitroute.engines.autograd.Differentiable`."""
         if logits_TN.dtype == torch.float64:
             return TorchSubset().second_derivative(logits_TN, potential, inference, u_TN, v_TJ)
-        return _Problem.of(logits_TN, given(potential)).backward(Sweep.listed(inference), u_TN, v_TJ)
+        return self._problem(logits_TN, potential).backward(Sweep.listed(inference), u_TN, v_TJ)
 
     def naive_moments(self, logits_TN: Tensor, potential: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """See :class:`circuitroute.engines.autograd.Differentiable`."""
@@ -223,7 +232,7 @@ class TritonSubset:
         """See :class:`circuitroute.engines.base.Engine`."""
         if logits_TN.dtype == torch.float64:
             return TorchSubset().sample(logits_TN, potential, key_T)
-        mask = _Problem.of(logits_TN, given(potential)).forward(key_T, with_moments=False).mask
+        mask = self._problem(logits_TN, potential).forward(key_T, with_moments=False).mask
         if mask is None:
             raise RuntimeError("a sweep that is given keys returns a mask")  # cannot happen
         return mask
@@ -241,13 +250,13 @@ class TritonSubset:
         """See :class:`circuitroute.engines.step.Stepper`."""
         from circuitroute.engines.subset.triton import step as taking
 
-        return taking.step(_Problem.of(inputs.choice, inputs.potential), inputs, rule, moments)
+        return taking.step(self._problem(inputs.choice, inputs.potential), inputs, rule, moments)
 
     def step_marginals(self, inputs: stepping.Inputs, found: stepping.Step, out_TN: Tensor) -> None:
         """See :class:`circuitroute.engines.step.Stepper`."""
         from circuitroute.engines.subset.triton import step as taking
 
-        taking.step_marginals(_Problem.of(inputs.choice, inputs.potential), inputs, found, out_TN)
+        taking.step_marginals(self._problem(inputs.choice, inputs.potential), inputs, found, out_TN)
 
     def step_gradient(
         self, inputs: stepping.Inputs, rule: stepping.Rule, found: stepping.Step, upstream: stepping.Upstream
@@ -255,7 +264,10 @@ class TritonSubset:
         """See :class:`circuitroute.engines.step.Stepper`."""
         from circuitroute.engines.subset.triton import step as taking
 
-        return taking.step_gradient(_Problem.of(inputs.choice, inputs.potential), inputs, rule, found, upstream)
+        return taking.step_gradient(self._problem(inputs.choice, inputs.potential), inputs, rule, found, upstream)
+
+    def _problem(self, logits_TN: Tensor, potential: Tensor | None) -> _Problem:
+        return _Problem.of(logits_TN, given(potential), self._exact)
 
 
 @dataclass(frozen=True)
@@ -265,9 +277,10 @@ class _Problem:
     logits: Tensor
     potential: Tensor
     interpreted: bool
+    exact: bool = False  # the largest count alone is allowed, and it is not 0
 
     @staticmethod
-    def of(logits_TN: Tensor, potential: Tensor) -> _Problem:
+    def of(logits_TN: Tensor, potential: Tensor, exact: bool = False) -> _Problem:
         reason = refusal(logits_TN.shape[1], potential.shape[-1] - 1)
         if reason is not None:
             raise EngineError(f"engine='triton' cannot run this: {reason}")
@@ -277,7 +290,8 @@ class _Problem:
                 f"engine='triton' got tensors on {logits_TN.device}: it takes CUDA tensors, and CPU tensors only when "
                 "TRITON_INTERPRET=1 was set in the environment before triton was imported"
             )
-        return _Problem(aligned(logits_TN), aligned(potential), interpreted)
+        exact = exact and potential.shape[-1] > 1
+        return _Problem(aligned(logits_TN), aligned(potential), interpreted, exact)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -345,8 +359,8 @@ class _Problem:
             return
         dual = len(arguments) > 2  # with slopes
         if self.in_lanes:
-            shape = lane_shape(N, J, dual)
-            self._run(in_registers, -(-T // shape["BT"]), arguments, shape)
+            shape = lane_shape(N, J, dual, T)
+            self._run(in_registers, -(-T // shape["BT"]), arguments, {**shape, "EXACT": self.exact})
         else:
             self._launch_rows(in_memory, arguments, dual, log=False)
         self._launch_rows(in_memory, arguments, dual, log=True)
@@ -357,8 +371,8 @@ class _Problem:
         """All rows, in lanes."""
         T, N, J = self.shape
         if T > 0:
-            shape = lane_shape(N, J, dual)
-            self._run(kernel, -(-T // shape["BT"]), arguments, {**shape, **(constants or {})})
+            shape = lane_shape(N, J, dual, T)
+            self._run(kernel, -(-T // shape["BT"]), arguments, {**shape, **(constants or {}), "EXACT": self.exact})
 
     def launch_list(self, kernel: Any, arguments: tuple[Any, ...], dual: bool = False) -> None:
         """The listed rows, in log space."""
@@ -380,7 +394,9 @@ class _Problem:
         programs = min(T, row_programs(values, log))
         trees = self._new(torch.float64 if log else torch.float32)(programs * values)
         scratch = Scratch(trees, None if dual else self._new(torch.int32)(programs * (N + 2)))
-        self._run(kernel, programs, (*arguments, scratch), {**shape, "LOG": log})
+        # Only where a shift is looked for does it matter that one count alone is allowed.
+        one = {} if dual or log else {"EXACT": self.exact}
+        self._run(kernel, programs, (*arguments, scratch), {**shape, "LOG": log, **one})
 
     def _run(self, kernel: Any, programs: int, arguments: tuple[NamedTuple, ...], constants: dict[str, Any]) -> None:
         # A GPU raises no floating-point warnings; NumPy, which the interpreter runs on, would.
@@ -407,9 +423,12 @@ def on_gpu() -> dict[str, Any]:
     return {"FAST": True, "num_warps": WARPS, "enable_fp_fusion": True}
 
 
-# Logarithm of how many variables a lane holds, forward and backward.
+# Logarithm of how many variables a lane holds, forward and backward. The more, the less there is to do in all; a batch
+# of fewer than MANY_TOKENS leaves a GPU idle, and is done sooner in more lanes.
 LANE_SLOTS = 4
+FEW_LANE_SLOTS = 3
 DUAL_LANE_SLOTS = 3
+MANY_TOKENS = 8192
 
 
 def lanes_fit(n: int, K: int) -> bool:
@@ -417,10 +436,10 @@ def lanes_fit(n: int, K: int) -> bool:
     return n <= MAX_LANES_VARIABLES and K <= MAX_LANES_COUNT
 
 
-def lane_shape(n: int, J: int, dual: bool) -> dict[str, int]:
+def lane_shape(n: int, J: int, dual: bool, tokens: int = MANY_TOKENS) -> dict[str, int]:
     """How rows are dealt out: 2^LE slots of 2^LG lanes, BT rows of a program, which has one lane per thread."""
     depth = max(1, (n - 1).bit_length())
-    slots = DUAL_LANE_SLOTS if dual else LANE_SLOTS
+    slots = DUAL_LANE_SLOTS if dual else LANE_SLOTS if tokens >= MANY_TOKENS else FEW_LANE_SLOTS
     LE = min(depth, max(slots, depth - 5))
     return {"N": n, "J": J, "LE": LE, "LG": depth - LE, "BT": (32 * WARPS) >> (depth - LE)}
 

@@ -3,7 +3,8 @@
 Legend: N variables, K the largest count; m nodes at a level, d their degree.
 
 The same tree as :mod:`..torch.tree`; level l is [d + 1, even(m)] at TREE, the levels behind one another from the
-leaves up. With LOG everything is float64, logsumexp for + and + for *, which works at any range; otherwise float32.
+leaves up, float32 or float64 as the memory at TREE is. With LOG they are logarithms, logsumexp for + and + for *, which
+works at any range.
 
 The adjoints lie SIZE behind the values. Tangents are kept as slopes, the tangents of logarithms, DUAL behind what
 they belong to (0: there are none): the slope of a product is the sum of its factors', that of a sum the mean of its
@@ -59,7 +60,7 @@ def term(TREE, left, right, a, b, there, LOG: tl.constexpr):
 def _sum_of_products(TREE, left, right, j, inside, SIGN: tl.constexpr, LOG: tl.constexpr, DUAL: tl.constexpr):
     """(value, slope) of the sum over a of left[a] right[j + SIGN a]."""
     zero: tl.constexpr = LOG_ZERO if LOG else 0.0
-    kind: tl.constexpr = tl.float64 if LOG else tl.float32
+    kind: tl.constexpr = TREE.dtype.element_ty
     top = tl.zeros([inside.shape[0]], kind)
     if LOG:
         top += LOG_ZERO

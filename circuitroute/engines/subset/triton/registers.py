@@ -6,6 +6,8 @@ rows of a program; tensors are [BT, G]. Per row and count, lane g works on the c
 Float32 decides what it can. Rows where a coefficient that matters is lost (marked as ``fallback``), or where rounding
 could decide the sample, are appended to the list ``todo``, their number to ``length``. The host never looks: a kernel
 of :mod:`~circuitroute.engines.subset.triton.memory` works the list off.
+
+With EXACT only the count K is allowed, whatever the potential says of others. Then one coefficient of the root matters.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ import triton.language as tl
 
 from circuitroute.engines.subset.triton import SIZES, tree
 from circuitroute.engines.subset.triton.coins import INFINITY, coin, exact, from_exact, log_normaliser
-from circuitroute.engines.subset.triton.root import allowed_range, dual_weigh, weigh
+from circuitroute.engines.subset.triton.root import allowed_range, dual_weigh, dual_weigh_one, weigh, weigh_one
 from circuitroute.engines.subset.triton.sampling import draw
-from circuitroute.engines.subset.triton.shift import evidence, solve_shift
+from circuitroute.engines.subset.triton.shift import evidence, solve_coins
 
 # ---------------------------------------------------------------------------------------------- loads and stores
 
@@ -68,6 +70,17 @@ def _load_counts(POINTER, start, g, inside, other, J: tl.constexpr, G: tl.conste
 
 
 @triton.jit
+def _load_potential(
+    rows, row, potential_stride, tokens, g, inside, J: tl.constexpr, G: tl.constexpr, ONLY: tl.constexpr
+):
+    """A row's potential as chunks; with ONLY, a tuple of that of this count, [BT, 1]."""
+    if ONLY:
+        return (tl.load(rows.potential + row * potential_stride + ONLY, mask=row < tokens, other=-INFINITY),)
+    else:
+        return _load_counts(rows.potential, row * potential_stride, g, inside, -INFINITY, J, G)
+
+
+@triton.jit
 def _store_counts(POINTER, chunks, row, g, inside, J: tl.constexpr, G: tl.constexpr):
     for c in tl.static_range(len(chunks)):
         tl.store(POINTER + row * J + c * G + g, chunks[c], mask=inside & (c * G + g < J))
@@ -102,6 +115,38 @@ def _collect(chunks, g, LENGTH: tl.constexpr, G: tl.constexpr):
 
 
 @triton.jit
+def _one_count(g, value, ONLY: tl.constexpr, J: tl.constexpr, G: tl.constexpr):
+    """``value`` at the count ONLY and 0 at others, as chunks."""
+    out = ()
+    for first in tl.static_range(0, J, G):
+        out = out + (tl.where(first + g == ONLY, value, 0.0),)
+    return out
+
+
+@triton.jit
+def _weigh(root, phi, g, shift, known, J: tl.constexpr, G: tl.constexpr, ONLY: tl.constexpr, FAST: tl.constexpr):
+    """(adjoint, posterior, log total, underflow) of a root; its coefficients and adjoint as all lanes hold them."""
+    if ONLY:
+        one, log_root, underflow = weigh_one(root[0], phi[0], shift, known, ONLY)
+        return (one,), _one_count(g, 1.0, ONLY, J, G), log_root, underflow
+    else:
+        weights, posterior, log_root, underflow = weigh(_deal(root, g, G), phi, g, shift, known, G, FAST)
+        return _collect(weights, g, len(root), G), posterior, log_root, underflow
+
+
+@triton.jit
+def _dual_weigh(root, posterior, v, g, J: tl.constexpr, G: tl.constexpr, ONLY: tl.constexpr):
+    """(adjoint and its tangent, the posterior's tangent) of a DUAL root, likewise."""
+    if ONLY:
+        return dual_weigh_one(root[0], root[1]), _one_count(g, 0.0, ONLY, J, G)
+    else:
+        half: tl.constexpr = len(root) // 2
+        coefficients, tangents = _deal(root[:half], g, G), _deal(root[half:], g, G)
+        adjoint, d_adjoint, d_posterior = dual_weigh(coefficients, tangents, posterior, v)
+        return _collect(adjoint, g, half, G) + _collect(d_adjoint, g, half, G), d_posterior
+
+
+@triton.jit
 def _append(swept, flagged, token):
     """Put the flagged rows of a program on the list."""
     many = tl.sum(flagged, axis=0)
@@ -115,15 +160,19 @@ def _append(swept, flagged, token):
 
 @triton.jit
 def _dual_coin(x, u, shift, FAST: tl.constexpr):
-    """A coin and its tangent along u. The absent weight stays fixed: that rescales the row and changes no result."""
+    """A coin and its tangent (-w, w) along u; see :meth:`..torch.sweep._Block.derivative`. Evidence does not move."""
     absent, present = coin(x, shift, FAST)
-    return absent, present, tl.zeros_like(absent), tl.where(tl.abs(x) < INFINITY, present * u, 0.0)
+    w = tl.where(tl.abs(x) < INFINITY, absent * present * u, 0.0)
+    return absent, present, -w, w
 
 
 @triton.jit
-def _marginal(x, adjoint, leaf):
-    """A variable's marginal. Rounding may go an ulp beyond 1; what is forced is certain."""
-    return tl.where(x == INFINITY, 1.0, tl.minimum(adjoint[1] * leaf[1], 1.0))
+def _marginal(adjoint, leaf):
+    """A variable's marginal. Rounding may go an ulp beyond 1; what is forced, or cannot be told from it, is certain.
+
+    The leaf tells, so that logits need not be kept until here.
+    """
+    return tl.where(leaf[0] == 0.0, 1.0, tl.minimum(adjoint[1] * leaf[1], 1.0))
 
 
 @triton.jit
@@ -147,6 +196,7 @@ def forward(
     LG: tl.constexpr,
     BT: tl.constexpr,
     FAST: tl.constexpr,
+    EXACT: tl.constexpr = False,
 ):
     """One sweep: the moments, where ``swept`` has room for them, and a sample of each row's key, where there are keys.
 
@@ -158,27 +208,27 @@ def forward(
     token, row, g, inside, lane, leaves = _place(tokens, LE, LG, BT, N)
     there = token < tokens
     x = _load_slots(rows.logits, leaves, -INFINITY)
-    phi = _load_counts(rows.potential, row * potential_stride, g, inside, -INFINITY, J, G)
+    ONLY: tl.constexpr = K if EXACT else 0
+    phi = _load_potential(rows, row, potential_stride, tokens, g, inside, J, G, ONLY)
 
     known = evidence(x)
-    shift = solve_shift(x, known, allowed_range(phi, g, G), FAST)
+    shift, coins = solve_coins(x, known, None if EXACT else allowed_range(phi, g, G), FAST, ONLY)
     exact_shift = exact(shift)
-    left, right = coin(x[0], shift, FAST), coin(x[1], shift, FAST)
-    normaliser = log_normaliser(x, shift, FAST)  # here rather than at the end, where registers are short
-    within, across = tree.up(left, right, g, LE, LG, K, False)
-    weights, posterior, log_root, underflow = weigh(_deal(across[LG], g, G), phi, g, exact_shift, known, G, FAST)
-    adjoint = _collect(weights, g, K + 1, G)
+    left, right = coins
+    normaliser = log_normaliser(x, shift, FAST, coins)  # here rather than at the end, where registers are short
+    within, across = tree.up(left, right, g, LE, LG, K, False, ONLY)
+    adjoint, posterior, log_root, underflow = _weigh(across[LG], phi, g, exact_shift, known, J, G, ONLY, FAST)
 
     lost = tl.reshape(tl.where(underflow, 1, 0), [BT])
     flagged = lost
     if swept.mask is not None:
         key = tl.load(rows.key + token, mask=there, other=0)[:, None]
-        chosen, doubt = draw(within, across, adjoint, key, lane, g, N, LE, LG)
+        chosen, doubt = draw(within, across, adjoint, key, lane, g, N, LE, LG, ONLY)
         _store_slots(swept.mask, leaves, chosen)
         flagged = flagged | tl.max(tl.where(doubt, 1, 0), axis=1)
     if swept.marginals is not None:
-        a, b = tree.down(within, across, adjoint, g, LE, LG, False)
-        marginals = tree.join(_marginal(x[0], a, left), _marginal(x[1], b, right))
+        a, b = tree.down(within, across, adjoint, g, LE, LG, False, ONLY)
+        marginals = tree.join(_marginal(a, left), _marginal(b, right))
         _store_slots(swept.marginals, leaves, marginals)
         _store_counts(swept.count_probs, posterior, row, g, inside, J, G)
         log_partition = log_root + normaliser
@@ -202,11 +252,12 @@ def backward(
     LG: tl.constexpr,
     BT: tl.constexpr,
     FAST: tl.constexpr,
+    EXACT: tl.constexpr = False,
 ):
     """The derivative of (marginals, posterior) along (u, v): the sweep again, on dual numbers.
 
     ``slopes`` is an :class:`~..engine.Slopes`. The derivation stands at
-    :func:`..torch.engine._second_derivative_block`.
+    :meth:`..torch.sweep._Block.derivative`.
     """
     K: tl.constexpr = J - 1 if J > 1 else 1
     G: tl.constexpr = 1 << LG
@@ -216,15 +267,13 @@ def backward(
 
     shift = from_exact(tl.load(swept.shift + token, mask=token < tokens, other=0.0)[:, None])
     left, right = _dual_coin(x[0], u[0], shift, FAST), _dual_coin(x[1], u[1], shift, FAST)
-    within, across = tree.up(left, right, g, LE, LG, K, True)
-    root = across[LG]
-    coefficients, tangents = _deal(root[: len(root) // 2], g, G), _deal(root[len(root) // 2 :], g, G)
+    ONLY: tl.constexpr = K if EXACT else 0
+    within, across = tree.up(left, right, g, LE, LG, K, True, ONLY)
     posterior = _load_counts(swept.count_probs, row * J, g, inside, 0.0, J, G)
     v = _load_counts(slopes.v, row * J, g, inside, 0.0, J, G) if slopes.v is not None else ()
-    adjoint, d_adjoint, d_posterior = dual_weigh(coefficients, tangents, posterior, v)
+    adjoint, d_posterior = _dual_weigh(across[LG], posterior, v, g, J, G, ONLY)
     _store_counts(slopes.count_probs, d_posterior, row, g, inside, J, G)
-    adjoint = _collect(adjoint, g, K + 1, G) + _collect(d_adjoint, g, K + 1, G)
 
-    a, b = tree.down(within, across, adjoint, g, LE, LG, True)
+    a, b = tree.down(within, across, adjoint, g, LE, LG, True, ONLY)
     d_marginals = tree.join(_dual_marginal(a, left), _dual_marginal(b, right))
     _store_slots(slopes.marginals, leaves, d_marginals)

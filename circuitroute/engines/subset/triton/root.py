@@ -18,6 +18,9 @@ from circuitroute.engines.subset.triton.coins import INFINITY, LN2, LOG2E, LOG_Z
 SMALLEST_COEFFICIENT = tl.constexpr(root.SMALLEST_COEFFICIENT[torch.float32])
 LOG2_SMALLEST = tl.constexpr(math.log2(root.SMALLEST_COEFFICIENT[torch.float32]))
 LOG2_NEGLIGIBLE = tl.constexpr(root.NEGLIGIBLE[torch.float32] / math.log(2))
+WIDE_SMALLEST = tl.constexpr(root.SMALLEST_COEFFICIENT[torch.float64])
+WIDE_LOG_SMALLEST = tl.constexpr(math.log(root.SMALLEST_COEFFICIENT[torch.float64]))
+WIDE_NEGLIGIBLE = tl.constexpr(root.NEGLIGIBLE[torch.float64])
 
 
 @triton.jit
@@ -92,6 +95,35 @@ def weigh(coefficients, phi, g, shift, known, G: tl.constexpr, FAST: tl.constexp
 
 
 @triton.jit
+def is_possible(phi, known, ONLY: tl.constexpr):
+    """Whether evidence and potential, [rows, 1], leave the count ONLY."""
+    forced, undecided, _, _ = known
+    return (phi > -INFINITY) & (forced <= ONLY) & (forced + undecided >= ONLY)
+
+
+@triton.jit
+def weigh_one(coefficient, phi, shift, known, ONLY: tl.constexpr):
+    """(adjoint, log total, underflow) where ONLY is the one allowed count: its posterior is 1.
+
+    ``coefficient`` is its own, the same in all lanes of a row, ``phi`` [rows, 1] its potential.
+    """
+    forced = known[0]
+    coefficient = tl.max(coefficient, axis=1, keep_dims=True)
+    found = coefficient >= SMALLEST_COEFFICIENT
+    coefficient = tl.where(found, coefficient, 1.0)
+    log_total = phi.to(tl.float64) + shift * (ONLY - forced).to(tl.float64) + tl.log2(coefficient).to(tl.float64) * LN2
+    return 1.0 / coefficient, log_total, (found & is_possible(phi, known, ONLY)) == 0
+
+
+@triton.jit
+def dual_weigh_one(coefficient, d_coefficient):
+    """(adjoint, its tangent) likewise; the posterior does not move."""
+    found = coefficient >= SMALLEST_COEFFICIENT
+    adjoint = tl.where(found, 1.0 / tl.where(found, coefficient, 1.0), 0.0)
+    return adjoint, 0.0 - adjoint * (adjoint * d_coefficient)  # the adjoint's square would overflow
+
+
+@triton.jit
 def dual_weigh(coefficients, d_coefficients, posterior, v):
     """(adjoint, its tangent, the posterior's tangent) of the root along v, from the posterior of the forward sweep.
 
@@ -121,6 +153,23 @@ def log_adjoint(phi, count, shift, forced, log_total):
     """The root's adjoint in logarithms, float64."""
     base = phi.to(tl.float64) + shift * (count - forced).to(tl.float64)
     return tl.where(phi > -INFINITY, base - log_total, LOG_ZERO)
+
+
+@triton.jit
+def wide_weigh(coefficients, phi, count, shift, known):
+    """(adjoint, posterior, log total, underflow) of the root, as :func:`circuitroute.engines.root.weigh`, float64."""
+    forced, undecided, _, _ = known
+    weights = log_adjoint(phi, count, shift, forced, 0.0)
+    found = coefficients >= WIDE_SMALLEST
+    coefficients = tl.where(found, coefficients, 1.0)
+    scores = tl.where(found, weights + tl.log(coefficients), LOG_ZERO)
+    top = tl.max(scores, axis=1, keep_dims=True)
+    log_total = top + tl.log(tl.sum(tl.exp(scores - top), axis=1, keep_dims=True))
+    posterior = tl.exp(scores - log_total)
+    possible = (phi > -INFINITY) & (count >= forced) & (count <= forced + undecided)
+    hidden = possible & (found == 0) & (weights + WIDE_LOG_SMALLEST > log_total - WIDE_NEGLIGIBLE)
+    hidden = tl.max(tl.where(hidden, 1, 0), axis=1, keep_dims=True)
+    return tl.where(found, posterior / coefficients, 0.0), posterior, log_total, (hidden > 0) | (top < 0.5 * LOG_ZERO)
 
 
 @triton.jit

@@ -34,9 +34,9 @@ from circuitroute.engines.subset.triton.decision import (
     row_any,
     row_count,
 )
-from circuitroute.engines.subset.triton.root import SMALLEST_COEFFICIENT, allowed_range, dual_weigh, weigh
+from circuitroute.engines.subset.triton.root import SMALLEST_COEFFICIENT, allowed_range, is_possible
 from circuitroute.engines.subset.triton.sampling import draw
-from circuitroute.engines.subset.triton.shift import evidence, solve_shift
+from circuitroute.engines.subset.triton.shift import evidence, solve_coins
 from circuitroute.engines.subset.triton.weights import direct_slopes, log_literals, scale, slopes_of, weights_of
 
 # ---------------------------------------------------------------------------------------------- rows in lanes
@@ -95,9 +95,11 @@ def _invalid(x, phi, G: tl.constexpr):
 
 
 @triton.jit
-def _satisfiable(phi, known, g, G: tl.constexpr):
+def _satisfiable(phi, known, g, G: tl.constexpr, ONLY: tl.constexpr):
     """[BT, 1] bool, whether evidence and potential leave a subset."""
     forced, undecided, _, _ = known
+    if ONLY:
+        return is_possible(phi[0], known, ONLY)
     some = tl.zeros_like(phi[0])
     for c in tl.static_range(len(phi)):
         count = (c * G + g).to(tl.float32)
@@ -159,6 +161,7 @@ def step_forward(
     SAMPLED: tl.constexpr,
     MOMENTS: tl.constexpr,
     FAST: tl.constexpr,
+    EXACT: tl.constexpr = False,
 ):
     """Decide and weigh every row.
 
@@ -170,7 +173,8 @@ def step_forward(
     token, row, g, inside, lane, leaves = registers._place(tokens, LE, LG, BT, N)
     there = token < tokens
     given = registers._load_slots(rows.logits, leaves, -INFINITY)
-    phi = registers._load_counts(rows.potential, row * potential_stride, g, inside, -INFINITY, J, G)
+    ONLY: tl.constexpr = K if EXACT else 0
+    phi = registers._load_potential(rows, row, potential_stride, tokens, g, inside, J, G, ONLY)
     invalid = _invalid(_whole(given), phi, G)
     number, slot = _numbers(lane, LE, N), _slot_numbers(g, K, LG, BT)
     choice = _cleaned(_whole(given))
@@ -182,22 +186,21 @@ def step_forward(
 
     x = _tempered(given, rows, row, inside)
     known = evidence(x)
-    invalid = invalid | (_satisfiable(phi, known, g, G) == 0)
+    invalid = invalid | (_satisfiable(phi, known, g, G, ONLY) == 0)
     flagged = tl.zeros([BT], tl.int32)
     if MOMENTS:
-        shift = solve_shift(x, known, allowed_range(phi, g, G), FAST)
+        shift, coins = solve_coins(x, known, None if EXACT else allowed_range(phi, g, G), FAST, ONLY)
         exact_shift = exact(shift)
-        left, right = coin(x[0], shift, FAST), coin(x[1], shift, FAST)
-        within, across = tree.up(left, right, g, LE, LG, K, False)
-        weights, posterior, log_root, underflow = weigh(
-            registers._deal(across[LG], g, G), phi, g, exact_shift, known, G, FAST
+        left, right = coins
+        within, across = tree.up(left, right, g, LE, LG, K, False, ONLY)
+        adjoint, posterior, log_root, underflow = registers._weigh(
+            across[LG], phi, g, exact_shift, known, J, G, ONLY, FAST
         )
-        adjoint = registers._collect(weights, g, K + 1, G)
         lost = tl.reshape(tl.where(underflow & (invalid == 0), 1, 0), [BT])
         flagged = lost
     if SAMPLED != "none":
         key = tl.load(rows.key + token, mask=there, other=0)[:, None]
-        chosen, doubt = draw(within, across, adjoint, key, lane, g, N, LE, LG)
+        chosen, doubt = draw(within, across, adjoint, key, lane, g, N, LE, LG, ONLY)
         doubtful = tl.max(tl.where(doubt & (invalid == 0), 1, 0), axis=1)
     if SAMPLED != "all":
         at = tl.where(row < tokens, row, 0) * potential_stride
@@ -216,10 +219,12 @@ def step_forward(
     tl.store(decided.invalid + token, tl.reshape(invalid, [BT]), mask=there)
     count = row_count(chosen)
     if MOMENTS:
-        log_partition = tl.where(invalid, float("nan"), log_root + log_normaliser(x, shift, FAST))
+        log_partition = tl.where(invalid, float("nan"), log_root + log_normaliser(x, shift, FAST, coins))
         forced = known[0]
         log_prob = (
-            _at_count(phi, count, g, G).to(tl.float64) - log_root + log_literals(x, tree.split(chosen), shift, FAST)
+            (phi[0] if EXACT else _at_count(phi, count, g, G)).to(tl.float64)
+            - log_root
+            + log_literals(x, tree.split(chosen), shift, FAST, coins)
         )
         log_prob += exact_shift * (count.to(tl.float32) - forced).to(tl.float64)
         log_prob = tl.where(invalid, float("nan"), tl.minimum(log_prob, 0.0))  # rounding may go beyond
@@ -231,8 +236,8 @@ def step_forward(
         tl.store(swept.fallback + token, lost > 0, mask=there)
         registers._append(swept, tl.where(there, flagged, 0), token)
     if COMBINE == "marginal":
-        a, b = tree.down(within, across, adjoint, g, LE, LG, False)
-        marginals = tree.join(registers._marginal(x[0], a, left), registers._marginal(x[1], b, right))
+        a, b = tree.down(within, across, adjoint, g, LE, LG, False, ONLY)
+        marginals = tree.join(registers._marginal(a, left), registers._marginal(b, right))
         marginals = tl.where(along(invalid, marginals), float("nan"), marginals)
         registers._store_slots(swept.marginals, leaves, marginals)
         tl.debug_barrier()  # other lanes read them as weights
@@ -315,6 +320,7 @@ def marginals(
     LG: tl.constexpr,
     BT: tl.constexpr,
     FAST: tl.constexpr,
+    EXACT: tl.constexpr = False,
 ):
     """The marginals, around the shift and the posterior of a step; of rows that underflowed they are not right."""
     K: tl.constexpr = J - 1 if J > 1 else 1
@@ -324,11 +330,15 @@ def marginals(
     there = row < tokens
     shift = from_exact(tl.load(swept.shift + row, mask=there, other=0.0))
     left, right = coin(x[0], shift, FAST), coin(x[1], shift, FAST)
-    within, across = tree.up(left, right, g, LE, LG, K, False)
-    posterior = registers._load_counts(swept.count_probs, row * J, g, inside, 0.0, J, G)
-    adjoint = registers._collect(_adjoint(registers._deal(across[LG], g, G), posterior), g, K + 1, G)
-    a, b = tree.down(within, across, adjoint, g, LE, LG, False)
-    found = tree.join(registers._marginal(x[0], a, left), registers._marginal(x[1], b, right))
+    ONLY: tl.constexpr = K if EXACT else 0
+    within, across = tree.up(left, right, g, LE, LG, K, False, ONLY)
+    if EXACT:
+        adjoint = _adjoint(across[LG], (1.0,))
+    else:
+        posterior = registers._load_counts(swept.count_probs, row * J, g, inside, 0.0, J, G)
+        adjoint = registers._collect(_adjoint(registers._deal(across[LG], g, G), posterior), g, K + 1, G)
+    a, b = tree.down(within, across, adjoint, g, LE, LG, False, ONLY)
+    found = tree.join(registers._marginal(a, left), registers._marginal(b, right))
     wrong = tl.load(invalid + row, mask=there, other=0) != 0
     registers._store_slots(swept.marginals, leaves, tl.where(along(wrong, found), float("nan"), found))
 
@@ -390,6 +400,7 @@ def step_backward(
     SIMPLE: tl.constexpr,
     SWEEPS: tl.constexpr,
     FAST: tl.constexpr,
+    EXACT: tl.constexpr = False,
 ):
     """The gradients of all rows; of those that underflowed, the part of theta, and u for :func:`.memory.backward`.
 
@@ -431,21 +442,18 @@ def step_backward(
         shift = from_exact(tl.load(swept.shift + row, mask=there, other=0.0))
         left = registers._dual_coin(x[0], u_left, shift, FAST)
         right = registers._dual_coin(x[1], u_right, shift, FAST)
-        within, across = tree.up(left, right, g, LE, LG, K, True)
-        root = across[LG]
-        coefficients = registers._deal(root[: len(root) // 2], g, G)
-        tangents = registers._deal(root[len(root) // 2 :], g, G)
+        ONLY: tl.constexpr = K if EXACT else 0
+        within, across = tree.up(left, right, g, LE, LG, K, True, ONLY)
         posterior = registers._load_counts(swept.count_probs, row * J, g, inside, 0.0, J, G)
         v_q = ()
         if upstream.count_probs is not None:
             v_q = registers._load_counts(upstream.count_probs, row * J, g, inside, 0.0, J, G)
-        adjoint, d_adjoint, d_posterior = dual_weigh(coefficients, tangents, posterior, v_q)
+        adjoint, d_posterior = registers._dual_weigh(across[LG], posterior, v_q, g, J, G, ONLY)
         rest, score = direct_slopes(upstream, row, there)
         count = row_count(_chosen(swept, leaves))
         by_potential = _potential_slopes(d_posterior, posterior, rest, score, count, valid, g, G)
         registers._store_counts(slopes.count_probs, by_potential, row, g, inside, J, G)
-        adjoint = registers._collect(adjoint, g, K + 1, G) + registers._collect(d_adjoint, g, K + 1, G)
-        a, b = tree.down(within, across, adjoint, g, LE, LG, True)
+        a, b = tree.down(within, across, adjoint, g, LE, LG, True, ONLY)
         moved = tree.join(registers._dual_marginal(a, left), registers._dual_marginal(b, right))
         m = tree.join(a[1] * left[1], b[1] * right[1])
         by_choice = moved + along(rest, m) * m

@@ -16,6 +16,7 @@ from circuitroute.engines.subset.triton.levels import BLOCK, extent, term
 
 # On the right of a product: the interpreter of triton 3.8 cannot multiply a constant by a tensor.
 MARGIN = tl.constexpr(sampling.MARGIN[torch.float32])
+WIDE_MARGIN = tl.constexpr(sampling.MARGIN[torch.float64])
 
 # ---------------------------------------------------------------------------------------------- uniforms
 
@@ -122,12 +123,30 @@ def _node_uniforms(words, number, lane, LEVEL: tl.constexpr, LE: tl.constexpr, N
 
 
 @triton.jit
-def draw(within, across, adjoint, key, lane, g, N: tl.constexpr, LE: tl.constexpr, LG: tl.constexpr):
-    """Which slots are chosen, and whether that is in doubt: the count, then its split down the tree of :mod:`.tree`."""
+def draw(
+    within,
+    across,
+    adjoint,
+    key,
+    lane,
+    g,
+    N: tl.constexpr,
+    LE: tl.constexpr,
+    LG: tl.constexpr,
+    ONLY: tl.constexpr = 0,
+):
+    """Which slots are chosen, and whether that is in doubt: the count, then its split down the tree of :mod:`.tree`.
+
+    ONLY is the one count that is possible, 0 where there are others.
+    """
     root = across[LG]
-    K: tl.constexpr = len(root) - 1
+    K: tl.constexpr = ONLY if ONLY else len(root) - 1
     words = mixed(key)
-    count, doubt = _invert(_products(root, adjoint), uniform(words, g * 0, tl.float32))
+    if ONLY:
+        count = tl.zeros_like(root[0]).to(tl.int32) + ONLY
+        doubt = count < 0
+    else:
+        count, doubt = _invert(_products(root, adjoint), uniform(words, g * 0, tl.float32))
     index, number = g * 0, g * 0 + 1
     for above in tl.static_range(LG):
         left, right = tree.siblings(across[LG - 1 - above], g, 1 << above)
@@ -156,7 +175,8 @@ def _draw_count(posterior, count, u, K: tl.constexpr):
     cumulative, total = tl.cumsum(posterior, axis=1), tl.sum(posterior, axis=1, keep_dims=True)
     before = count < K
     drawn = tl.sum(tl.sum(((cumulative <= u * total) & before).to(tl.int32), axis=1), axis=0)
-    near = (tl.abs(cumulative - u * total) <= total * MARGIN) & before
+    margin: tl.constexpr = MARGIN if posterior.dtype == tl.float32 else WIDE_MARGIN
+    near = (tl.abs(cumulative - u * total) <= total * margin) & before
     return drawn, tl.max(tl.max(near.to(tl.int32), axis=1), axis=0)
 
 
@@ -173,7 +193,8 @@ def _split_level(TREE, COUNTS, words, number, level, N: tl.constexpr, K: tl.cons
     """Split the counts of level + 1, which stand at COUNTS, between the nodes of ``level``; whether one is in doubt."""
     slots, degree = extent(level, N, K)
     half = slots // 2
-    kind: tl.constexpr = tl.float64 if LOG else tl.float32
+    kind: tl.constexpr = TREE.dtype.element_ty
+    margin: tl.constexpr = MARGIN if kind == tl.float32 else WIDE_MARGIN
     near = 0
     start = 0
     while start < half:
@@ -200,7 +221,7 @@ def _split_level(TREE, COUNTS, words, number, level, N: tl.constexpr, K: tl.cons
         while a < degree:
             cumulative += _share(TREE, left, right, count, a, top, inside, LOG)
             taken += (cumulative <= u * total).to(tl.int32)
-            close = (tl.abs(cumulative - u * total) <= total * MARGIN) & (count > 0)
+            close = (tl.abs(cumulative - u * total) <= total * margin) & (count > 0)
             near = tl.maximum(near, tl.max(close.to(tl.int32), axis=0))
             a += 1
         # The counts of both levels share their memory: everyone has read before anyone writes.

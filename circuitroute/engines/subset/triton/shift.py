@@ -43,26 +43,55 @@ def evidence(x):
 
 
 @triton.jit
-def _expected_count(x, shift, FAST: tl.constexpr):
-    """(F, V): mean and variance of the number of heads."""
-    mean, variance = tl.zeros_like(x[0]), tl.zeros_like(x[0])
+def _coins(x, shift, FAST: tl.constexpr):
+    """A pair (absent, present) for each tensor of ``x``."""
+    out = ()
     for e in tl.static_range(len(x)):
-        absent, present = coin(x[e], shift, FAST)
+        out = out + (coin(x[e], shift, FAST),)
+    return out
+
+
+@triton.jit
+def _no_coins(x):
+    out = ()
+    for e in tl.static_range(len(x)):
+        out = out + ((tl.zeros_like(x[e]), tl.zeros_like(x[e])),)
+    return out
+
+
+@triton.jit
+def _expected_count(coins):
+    """(F, V): mean and variance of the number of heads."""
+    mean, variance = tl.zeros_like(coins[0][0]), tl.zeros_like(coins[0][0])
+    for e in tl.static_range(len(coins)):
+        absent, present = coins[e]
         mean += present
         variance += present * absent
     return row_sum(mean), row_sum(variance)
 
 
 @triton.jit
-def _start(x, known, allowed, FAST: tl.constexpr):
-    """(s, target, whether s is right already): where Newton starts, relative to the largest finite logit."""
-    forced, undecided, top, bottom = known
+def _aim(x, allowed, FAST: tl.constexpr):
+    """(target, whether -tilt has that expected count) of rows with any allowed counts."""
     least, most, tilt = allowed
     target, natural = least, tl.zeros_like(least) > 0.0
     if tl.max(tl.max(most - least, axis=1), axis=0) > 0.0:
-        mean, _ = _expected_count(x, (-tilt, tl.zeros_like(tilt)), FAST)
+        mean, _ = _expected_count(_coins(x, (-tilt, tl.zeros_like(tilt)), FAST))
         target = tl.minimum(tl.maximum(mean, least), most)
         natural = (mean >= least) & (mean <= most) & (most > least)
+    return target, natural
+
+
+@triton.jit
+def _start(x, known, allowed, FAST: tl.constexpr, ONLY: tl.constexpr):
+    """(s, target, whether s is right already): where Newton starts, relative to the largest finite logit."""
+    forced, undecided, top, bottom = known
+    if ONLY:
+        target = tl.zeros_like(top) + ONLY
+        natural, tilt = target < 0.0, tl.zeros_like(top)
+    else:
+        target, natural = _aim(x, allowed, FAST)
+        tilt = allowed[2]
     wanted = target - forced
     none_in, all_in = wanted <= 0.0, wanted >= undecided
     # Everything undecided is out, or in: any shift well past the last logit does.
@@ -76,20 +105,31 @@ def _start(x, known, allowed, FAST: tl.constexpr):
 
 
 @triton.jit
-def solve_shift(x, known, allowed, FAST: tl.constexpr):
-    """The shift (high, low) whose expected count lies in [least, most], as near as possible to -tilt.
+def solve_shift(x, known, allowed, FAST: tl.constexpr, ONLY: tl.constexpr = 0):
+    """The shift alone, see :func:`solve_coins`."""
+    shift, _ = solve_coins(x, known, allowed, FAST, ONLY)
+    return shift
+
+
+@triton.jit
+def solve_coins(x, known, allowed, FAST: tl.constexpr, ONLY: tl.constexpr = 0):
+    """The shift (high, low) whose expected count lies in [least, most], as near as possible to -tilt; and its coins.
 
     Newton's method on log(F / target) from s = logsumexp(theta) - log(target), inside a bracket found on the way.
-    ``known`` is what :func:`evidence` found, ``allowed`` is (least, most, tilt).
+    ``known`` is what :func:`evidence` found, ``allowed`` is (least, most, tilt), or None where ONLY is the one allowed
+    count of all rows. Coins are a pair (absent, present) for each tensor of ``x``.
     """
     top = known[2]
-    s, target, settled = _start(x, known, allowed, FAST)
+    s, target, settled = _start(x, known, allowed, FAST, ONLY)
     settled = settled.to(tl.int32)
     lower, upper, stride = s * 0.0 - INFINITY, s * 0.0 + INFINITY, s * 0.0 + 6.0
-    unsettled = tl.max(tl.max(1 - settled, axis=1), axis=0)
+    shift, coins = _two_floats(top, s), _no_coins(x)
+    unsettled = tl.full([], 1, tl.int32)  # coins are found in the loop alone: it is entered for settled rows, too
     step = 0
     while (unsettled > 0) & (step < MAX_STEPS):
-        mean, variance = _expected_count(x, _two_floats(top, s), FAST)
+        shift = _two_floats(top, s)
+        coins = _coins(x, shift, FAST)
+        mean, variance = _expected_count(coins)
         settled = tl.where(tl.abs(mean - target) <= TOLERANCE, 1, settled)
         above = mean > target
         lower, upper = tl.where(above, s, lower), tl.where(above, upper, s)
@@ -103,4 +143,4 @@ def solve_shift(x, known, allowed, FAST: tl.constexpr):
         stride *= 2.0
         unsettled = tl.max(tl.max(1 - settled, axis=1), axis=0)
         step += 1
-    return _two_floats(top, s)
+    return shift, coins

@@ -133,6 +133,43 @@ def correlate(a, b, DUAL: tl.constexpr):
 
 
 @triton.jit
+def _parent(a, b, K: tl.constexpr, DUAL: tl.constexpr, ONE: tl.constexpr):
+    """a b, truncated at x^K, or with ONE its coefficient K alone."""
+    if not ONE:
+        return multiply(a, b, K, DUAL)
+    elif DUAL:
+        m: tl.constexpr = len(a) // 2
+        n: tl.constexpr = len(b) // 2
+        d_product = _product_at(a[m:], b[:n], K) + _product_at(a[:m], b[n:], K)
+        return _product_at(a[:m], b[:n], K), d_product
+    else:
+        return (_product_at(a, b, K),)
+
+
+@triton.jit
+def _backwards(scale, b, K: tl.constexpr):
+    """scale b[K - j] for each j of b, zero where there is none."""
+    out = ()
+    for j in tl.static_range(len(b)):
+        out = out + (scale * b[K - j] if j <= K and K - j < len(b) else tl.zeros_like(b[0]),)
+    return out
+
+
+@triton.jit
+def _to_child(adjoint, sibling, DUAL: tl.constexpr, ONE: tl.constexpr):
+    """A node's adjoint from its parent's; of that, with ONE not 0, all but coefficient ONE is zero and left out."""
+    if not ONE:
+        return correlate(adjoint, sibling, DUAL)
+    elif DUAL:
+        n: tl.constexpr = len(sibling) // 2
+        value, tangent = sibling[:n], sibling[n:]
+        moved = _add(_backwards(adjoint[1], value, ONE), _backwards(adjoint[0], tangent, ONE))
+        return _backwards(adjoint[0], value, ONE) + moved
+    else:
+        return _backwards(adjoint[0], sibling, ONE)
+
+
+@triton.jit
 def _where(condition, a, b):
     """a or b, by lane."""
     out = ()
@@ -202,32 +239,57 @@ def join(a, b):
 
 
 @triton.jit
-def up(left, right, g, LE: tl.constexpr, LG: tl.constexpr, K: tl.constexpr, DUAL: tl.constexpr):
+def up(
+    left,
+    right,
+    g,
+    LE: tl.constexpr,
+    LG: tl.constexpr,
+    K: tl.constexpr,
+    DUAL: tl.constexpr,
+    ONLY: tl.constexpr = 0,
+):
     """(within, across): the tree above the leaves, which are each lane's ``left`` and ``right`` ones.
 
     ``within`` holds the LE levels of a lane as (left, right), from the leaves up; ``across`` what each lane holds at
-    every level from there to the root, which all lanes hold.
+    every level from there to the root, which all lanes hold. With ONLY, which is 0 or K, the root is coefficient K.
     """
     within = ((left, right),)
-    product = multiply(left, right, K, DUAL)
-    for _ in tl.static_range(LE - 1):
+    product = _parent(left, right, K, DUAL, ONLY if LE + LG == 1 else 0)
+    for level in tl.static_range(LE - 1):
         left, right = _halves(product)
         within = within + ((left, right),)
-        product = multiply(left, right, K, DUAL)
+        product = _parent(left, right, K, DUAL, ONLY if level + 2 == LE + LG else 0)
     across = (product,)
     for level in tl.static_range(LG):
         left, right = siblings(across[level], g, 1 << (LG - 1 - level))
-        across = across + (multiply(left, right, K, DUAL),)
+        across = across + (_parent(left, right, K, DUAL, ONLY if level + 1 == LG else 0),)
     return within, across
 
 
 @triton.jit
-def down(within, across, adjoint, g, LE: tl.constexpr, LG: tl.constexpr, DUAL: tl.constexpr):
-    """Adjoints of the left and the right leaves from the root's: at each node, correlated with the sibling."""
+def down(
+    within,
+    across,
+    adjoint,
+    g,
+    LE: tl.constexpr,
+    LG: tl.constexpr,
+    DUAL: tl.constexpr,
+    ONLY: tl.constexpr = 0,
+):
+    """Adjoints of the left and the right leaves from the root's: at each node, correlated with the sibling.
+
+    With ONLY, the root's is that of coefficient ONLY.
+    """
     for above in tl.static_range(LG):
-        adjoint = correlate(adjoint, _partner(across[LG - 1 - above], g, 1 << above), DUAL)
+        sibling = _partner(across[LG - 1 - above], g, 1 << above)
+        adjoint = _to_child(adjoint, sibling, DUAL, ONLY if above == 0 else 0)
     for above in tl.static_range(LE - 1):
         left, right = within[LE - 1 - above]
-        adjoint = joined(correlate(adjoint, right, DUAL), correlate(adjoint, left, DUAL))
+        a = _to_child(adjoint, right, DUAL, ONLY if LG + above == 0 else 0)
+        b = _to_child(adjoint, left, DUAL, ONLY if LG + above == 0 else 0)
+        adjoint = joined(a, b)
     left, right = within[0]
-    return correlate(adjoint, right, DUAL), correlate(adjoint, left, DUAL)
+    last: tl.constexpr = ONLY if LG + LE == 1 else 0
+    return _to_child(adjoint, right, DUAL, last), _to_child(adjoint, left, DUAL, last)

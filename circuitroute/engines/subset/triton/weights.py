@@ -87,7 +87,7 @@ def slopes_of(theta, chosen, v, known, COMBINE: tl.constexpr, FAST: tl.constexpr
 
 
 @triton.jit
-def log_literals(x, chosen, shift, FAST: tl.constexpr):
+def log_literals(x, chosen, shift, FAST: tl.constexpr, coins=None):
     """[rows, 1] float64, the log probability that coins around ``shift`` fall as chosen; tuples, as in :mod:`.coins`.
 
     The likelier sides first, of which none is below 1/2, then what it costs to be elsewhere: |x - s| each.
@@ -95,7 +95,7 @@ def log_literals(x, chosen, shift, FAST: tl.constexpr):
     high, low = shift
     likelier, away = tl.zeros_like(x[0]) + 1.0, tl.zeros_like(x[0])
     for e in tl.static_range(len(x)):
-        absent, present = coin(x[e], shift, FAST)
+        absent, present = coin(x[e], shift, FAST) if coins is None else coins[e]
         likelier *= tl.maximum(absent, present)
         distance = tl.abs((along(high, x[e]) - x[e]) + along(low, x[e]))
         apart = (chosen[e] != (present > absent)) & (tl.abs(x[e]) < INFINITY)
