@@ -31,7 +31,7 @@ class Apart(Simple):
     """SIMPLE as an estimator of the caller's own, which no engine has fused: the step is composed of its parts."""
 
 
-PARTS = "composed of its parts on the engine numba, as every step was before engines fused them"
+PARTS = "composed of its parts, as before"
 # Of a decision in training; evaluation has the mode alone.
 RULES: dict[str, dict[str, Any]] = {"sample": {}, "mode": {"decide": "mode"}, "cold": {"temperature": 0.25}}
 ENGINES = ("numba", "triton", "torch")
