@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 import circuitroute as cr
+from benchmarks import triton_step
 from benchmarks.rows import append, environment
 from circuitroute.engines.subset import NaiveSubset, TritonSubset
 from circuitroute.engines.subset.triton import engine as fused
@@ -110,6 +111,9 @@ def check(report: Report, title: str, x: Tensor, phi: Tensor, on_cpu: bool = Fal
     pairs = [(found.marginals, again.marginals), (found.mask, again.mask), (found.log_partition, again.log_partition)]
     pairs += [(slopes[name], slopes_again[name]) for name in slopes]
     wrong += [] if all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in pairs) else ["unsteady"]
+    poison(x, x, u, v, key)
+    of_step, wrong_step = triton_step.judge(engine_for(phi), x, phi, key)
+    errors, wrong = errors | of_step, wrong + wrong_step
     shown = " ".join(f"{name} {error:.1e}" for name, error in errors.items())
     listed = int(found.length) if isinstance(found, fused.Sweep) and found.length is not None else 0
     verdict = f"WRONG ({', '.join(wrong)})" if wrong else "right"
