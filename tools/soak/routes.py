@@ -90,11 +90,9 @@ def weights(
         every = torch.sigmoid(finite)
     else:
         every = _softmax(finite)
-    if estimator == "dense":
-        if combine == "normalized":
-            total = torch.where(mask, every, 0.0).sum(-1, keepdim=True)
-            total = torch.where(total > 0, total, 1.0)
-            every = torch.where(mask, every / total, every / total.detach())
+    if estimator == "dense" and combine == "normalized":
+        found = _dense_normalized(mask, finite)
+    elif estimator == "dense":
         found = torch.where(mask, every, every - every.detach())
     else:
         g = z + marginals - marginals.detach() if estimator == "simple" else z
@@ -123,6 +121,17 @@ def _relative(theta: Tensor, mask: Tensor) -> Tensor:
     top = torch.where(mask, plain, -math.inf).amax(-1, keepdim=True)
     top = torch.where(top.isfinite(), top, 0.0).detach()
     return torch.exp((plain - top).clamp(max=MAX_RELATIVE_LOGIT))
+
+
+def _dense_normalized(mask: Tensor, theta: Tensor) -> Tensor:
+    """Over the chosen experts' sum; an unchosen one's gradient is that of its softmax, over the same sum as constant."""
+    relative = _relative(theta, mask)
+    total = torch.where(mask, relative, 0.0).sum(-1, keepdim=True)
+    softmax = _softmax(theta)
+    ratio = torch.where(total > 0, relative / torch.where(total > 0, total, 1.0), softmax)
+    change = torch.where(softmax > 0, softmax, 1.0).log()
+    unchosen = torch.where((softmax > 0) & theta.isfinite(), ratio.detach() * (change - change.detach()), 0.0)
+    return torch.where(mask, ratio, unchosen)
 
 
 def _decision(
