@@ -471,7 +471,7 @@ def _(entry: Entry) -> str | None:
 def _double(entry: Entry, smooth: bool = True) -> Tensor | None:
     if entry.role != "real" or entry.python or (smooth and not entry.smooth):
         return None
-    return entry.make().double()
+    return entry.make() if entry.single else entry.make().double()
 
 
 @column("func.grad")
@@ -582,7 +582,8 @@ def _(entry: Entry) -> str | None:
     stacked = _slices(entry)
     if stacked is None:
         return None
-    close("value", torch.func.vmap(entry.call)(stacked), torch.stack([entry.call(x) for x in stacked]))
+    expected = torch.stack([entry.call(x) for x in stacked])
+    close("value", torch.func.vmap(entry.call)(stacked), expected)
     return "value"
 
 
@@ -611,7 +612,8 @@ def _(entry: Entry) -> str | None:
 def _(entry: Entry) -> str | None:
     if entry.python:
         return None
-    close("value", torch.func.functionalize(entry.call)(entry.make()), entry.call(entry.make()))
+    y0 = entry.call(entry.make())
+    close("value", torch.func.functionalize(entry.call)(entry.make()), y0)
     return "value"
 
 

@@ -38,6 +38,7 @@ class Entry:
         rows: whether the first dimension is one of tokens, of which there may be none.
         python: whether numbers are read out of the tensor, which a trace cannot do.
         checked: whether NaN is refused.
+        single: whether the result is float32 whatever is given.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Entry:
     rows: bool = True
     python: bool = False
     checked: bool = True
+    single: bool = False
 
     def call(self, x: Tensor) -> Tensor:
         """The result."""
@@ -60,8 +62,14 @@ class Entry:
         return self.function(x, self.make())
 
 
+@cache
+def _drawn(shape: tuple[int, ...], seed: int) -> Tensor:
+    # Kept, since nothing is drawn in a transformed function.
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float()
+
+
 def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float()
+    return _drawn(shape, seed).clone()
 
 
 def flat() -> cr.Circuit:
@@ -110,13 +118,15 @@ def _module(name: str) -> nn.Module:
     return made[name]()
 
 
+@cache
+def _placed(name: str, device: str, double: bool) -> nn.Module:
+    found = copy.deepcopy(_module(name)).to(device)
+    return found.double() if double else found
+
+
 def module(name: str, b: Tensor) -> Any:
     """A module where b is, in double precision if b is."""
-    found = _module(name)
-    double = b.dtype == torch.float64
-    if b.device.type != "cpu" or double:
-        found = copy.deepcopy(found).to(b.device)
-    return found.double() if double else found
+    return _placed(name, b.device.type, b.dtype == torch.float64)
 
 
 def _budget(x: Any, b: Tensor) -> cr.Routing:
@@ -173,7 +183,7 @@ def _distributions() -> list[Entry]:
         found.append(
             Entry(
                 f"{kind} log_prob(value)", "value", "mask", lambda: mask(logits()),
-                lambda x, b, circuit=circuit: circuit()(logits().to(b.device)[: len(b)].expand(len(b), E)).log_prob(x), False,
+                lambda x, b, circuit=circuit: circuit()(logits().to(b.device)[: len(b)]).log_prob(x), False,
             )
         )  # fmt: skip
     potential = Entry(
@@ -202,10 +212,10 @@ def _routes() -> list[Entry]:
     found = []
     for kind, circuit in (("flat", flat), ("composed", composed)):
         for combine in ("softmax", "normalized", "sigmoid", "marginal"):
-            found.append(
+            found += [
                 Entry(f"route(logits, {kind}, {combine}).gates", "logits", "real", logits,
                       lambda x, b, c=circuit, how=combine: _of_routing(x, b, c, combine=how).gates)
-            )  # fmt: skip
+            ]  # fmt: skip
         found += [
             Entry(f"route(logits, {kind}, dense).gates", "logits", "real", logits,
                   lambda x, b, c=circuit: _of_routing(x, b, c, estimator="dense").gates),
@@ -252,7 +262,8 @@ def _layers() -> list[Entry]:
         *found,
         Entry("BudgetRouter(hidden).gates", "hidden", "real", hidden, lambda x, b: _budget(x, b).gates, width=H),
         Entry("BudgetRouter.begin(estimates)", "estimates", "real", lambda: randn(T, 2, 4, seed=3),
-              lambda x, b: module("BudgetRouter", b).begin(on(b, randn(len(b), H)), x).messages, width=4, checked=False),
+              lambda x, b: module("BudgetRouter", b).begin(on(b, randn(len(b), H)), x).messages, width=4,
+              checked=False),
         Entry("log_count_polynomial(logits)", "logits", "real", logits,
               lambda x, b: cr.log_count_polynomial(x, 3), width=None, checked=False),
         Entry("calibrate_temperature(hidden)", "hidden", "real", hidden,
@@ -278,6 +289,10 @@ def _soft() -> list[Entry]:
     ]  # fmt: skip
 
 
+def _worth(routing: cr.Routing) -> Tensor:
+    return (routing.gates * on(routing.gates, randn(T, E, seed=9))).sum()
+
+
 def _losses_and_metrics() -> list[Entry]:
     found = [
         Entry(f"losses.{name}(routing)", "logits", "real", logits,
@@ -298,8 +313,7 @@ def _losses_and_metrics() -> list[Entry]:
         Entry("metrics.mode_agreement(routing)", "logits", "real", logits,
               lambda x, b: cr.metrics.mode_agreement(_of_routing(x, b)), False),
         Entry("metrics.swap_oracle(logits)", "logits", "real", logits,
-              lambda x, b: cr.metrics.swap_oracle(lambda r: (r.gates * on(r.gates, randn(T, E, seed=9))).sum(), x, flat(),
-                                               rounds=4).actual, False, rows=False, python=True),
+              lambda x, b: cr.metrics.swap_oracle(_worth, x, flat(), rounds=4).actual, False, rows=False, python=True),
     ]  # fmt: skip
 
 
@@ -313,9 +327,11 @@ def _records() -> list[Entry]:
               lambda: torch.tensor([[[0, 1]], [[3, 2]], [[4, 5]], [[1, 4]]]),
               lambda x, b: cr.RoutingRecord.of_indices(x, E).masks()[0], False, width=None, python=True),
         Entry("replay.mismatch(a)", "a", "bool mask", lambda: mask(logits()),
-              lambda x, b: torch.tensor(cr.replay.mismatch(x, mask(b).roll(1, 0)).slots), False, width=None, python=True),
+              lambda x, b: torch.tensor(cr.replay.mismatch(x, mask(b).roll(1, 0)).slots), False, width=None,
+              python=True),
         Entry("replay.importance_ratio(new_log_prob)", "new_log_prob", "real", lambda: randn(T),
-              lambda x, b: cr.replay.importance_ratio(x, randn(len(b), seed=1).to(b.device)), width=None, checked=False),
+              lambda x, b: cr.replay.importance_ratio(x, randn(len(b), seed=1).to(b.device)), width=None,
+              checked=False, single=True),
         Entry("estimators.score_function_loss(log_prob)", "log_prob", "real", lambda: randn(T),
               lambda x, b: cr.estimators.score_function_loss(x, on(b, randn(len(b), seed=1))), width=None, rows=False,
               checked=False),

@@ -29,9 +29,15 @@ def plain(entry: Entry, dtype: torch.dtype | None = None, grad: bool = True) -> 
     return x.requires_grad_() if grad and entry.smooth else x
 
 
+@functools.cache
+def _weights(shape: tuple[int, ...]) -> Tensor:
+    # Kept, since nothing is drawn in a transformed function.
+    return torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
 def upstream(y: Tensor) -> Tensor:
     """A fixed gradient for a result."""
-    return torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(y)
+    return _weights(tuple(y.shape)).to(y.dtype)
 
 
 def gradient(y: Tensor, x: Tensor, u: Tensor | None = None, create_graph: bool = False) -> Tensor:
@@ -39,8 +45,9 @@ def gradient(y: Tensor, x: Tensor, u: Tensor | None = None, create_graph: bool =
     if not y.requires_grad:
         return torch.zeros_like(x)
     found = torch.autograd.grad(
-        y, x, upstream(y) if u is None else u, create_graph=create_graph, allow_unused=True, materialize_grads=True
-    )
+        y, x, upstream(y) if u is None else u, retain_graph=True, create_graph=create_graph, allow_unused=True,
+        materialize_grads=True,
+    )  # fmt: skip
     return found[0]
 
 
@@ -54,7 +61,11 @@ def close(what: str, found: Any, expected: Tensor, loose: float = 1.0) -> None:
     bound = loose * {torch.float64: 1e-9, torch.float32: 2e-5}.get(expected.dtype, 2e-2)
     a, b = found.detach().double(), expected.detach().double()
     same = torch.isclose(a, b, rtol=bound, atol=bound, equal_nan=True)
-    assert bool(same.all()), f"{what}: off by {float((a - b).abs().nan_to_num(nan=1e9).max()):.3g}: {a.flatten()[:6].tolist()}, {b.flatten()[:6].tolist()}"  # fmt: skip
+    worst, few = (
+        float((a - b).abs().nan_to_num(nan=1e9).max()) if a.numel() else 0.0,
+        (a.flatten()[:6], b.flatten()[:6]),
+    )
+    assert bool(same.all()), f"{what}: off by {worst:.3g}: {few[0].tolist()}, {few[1].tolist()}"
 
 
 def value(entry: Entry, x: Tensor, given: Tensor, expected: Tensor | None = None, loose: float = 1.0) -> str:
@@ -154,9 +165,10 @@ def hessian(entry: Entry, x: Tensor) -> Tensor:
 def scalar(entry: Entry) -> Callable[[Tensor], Tensor]:
     """<u, y> as a function."""
 
+    entry.call(entry.make().double())  # draws all that is drawn
+
     def of(x: Tensor) -> Tensor:
         y = entry.call(x)
-        weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-        return (y * weight.to(y.dtype)).sum()
+        return (y * upstream(y)).sum()
 
     return of

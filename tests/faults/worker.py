@@ -28,14 +28,19 @@ def judge(column: str, entry: str) -> tuple[str | None, str | None]:
         return None, f"{type(error).__name__}: {str(error)[:400]} ({where.filename.split('/')[-1]}:{where.lineno})"
 
 
+def _say(line: dict[str, str | None]) -> None:
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+
+
 def main(cells: list[str]) -> None:
     """Judge these, in this order."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     for cell in cells:
-        print(json.dumps({"begins": cell}), flush=True)
+        _say({"begins": cell})
         seen, wrong = judge(*cell.split(" :: "))
-        print(json.dumps({"cell": cell, "seen": seen, "wrong": wrong}), flush=True)
+        _say({"cell": cell, "seen": seen, "wrong": wrong})
 
 
 if __name__ == "__main__":

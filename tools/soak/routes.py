@@ -124,7 +124,7 @@ def _relative(theta: Tensor, mask: Tensor) -> Tensor:
 
 
 def _dense_normalized(mask: Tensor, theta: Tensor) -> Tensor:
-    """Over the chosen experts' sum; an unchosen one's gradient is that of its softmax, over the same sum as constant."""
+    """Over the chosen experts' sum; an unchosen one's gradient is its softmax's, over the same sum as constant."""
     relative = _relative(theta, mask)
     total = torch.where(mask, relative, 0.0).sum(-1, keepdim=True)
     softmax = _softmax(theta)
