@@ -6,7 +6,8 @@ Legend: T tokens, E experts, H hidden size.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -69,7 +70,7 @@ def _drawn(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
-    return _drawn(shape, seed).clone()
+    return _drawn(tuple(int(size) for size in shape), seed).clone()  # in a trace sizes are no integers
 
 
 def flat() -> cr.Circuit:
@@ -100,33 +101,51 @@ def mask(b: Tensor) -> Tensor:
     return chosen.repeat(-(-tokens // T) if tokens else 1, 1)[:tokens].to(b.device)
 
 
-@cache
-def _module(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    experts = [nn.Linear(H, H) for _ in range(E)]
-    made: dict[str, Callable[[], nn.Module]] = {
-        "Router": lambda: cr.Router(H, E, cr.Exactly(1).over([0, 2, 3]) & cr.AtMost(3)),
-        "ExactKRouter": lambda: cr.ExactKRouter(H, E, 2),
-        "DynamicKRouter": lambda: cr.DynamicKRouter(H, E, 1, 3, combine="normalized", bias=True),
-        "TopKRouter": lambda: cr.TopKRouter(H, E, 2),
-        "SoftTopKRouter": lambda: cr.SoftTopKRouter(H, E, 2.0),
-        "MoE": lambda: cr.MoE(cr.DynamicKRouter(H, E, 1, 3), experts),
-        "MoE, probes": lambda: cr.MoE(cr.DynamicKRouter(H, E, 1, 3), experts, probes=1),
-        "MoE, stacked": lambda: cr.MoE(cr.ExactKRouter(H, E, 2), cr.StackedExperts(E, H, 4)),
-        "BudgetRouter": lambda: cr.BudgetRouter(H, E, 2, cr.Between(1, 3), cr.AtMost(4), per_token=True),
-    }
-    return made[name]()
+def _experts() -> list[nn.Module]:
+    return [nn.Linear(H, H) for _ in range(E)]
+
+
+_MODULES: dict[str, Callable[[], nn.Module]] = {
+    "Router": lambda: cr.Router(H, E, cr.Exactly(1).over([0, 2, 3]) & cr.AtMost(3)),
+    "ExactKRouter": lambda: cr.ExactKRouter(H, E, 2),
+    "DynamicKRouter": lambda: cr.DynamicKRouter(H, E, 1, 3, combine="normalized", bias=True),
+    "TopKRouter": lambda: cr.TopKRouter(H, E, 2),
+    "SoftTopKRouter": lambda: cr.SoftTopKRouter(H, E, 2.0),
+    "MoE": lambda: cr.MoE(cr.DynamicKRouter(H, E, 1, 3), _experts()),
+    "MoE, probes": lambda: cr.MoE(cr.DynamicKRouter(H, E, 1, 3), _experts(), probes=1),
+    "MoE, stacked": lambda: cr.MoE(cr.ExactKRouter(H, E, 2), cr.StackedExperts(E, H, 4)),
+    "BudgetRouter": lambda: cr.BudgetRouter(H, E, 2, cr.Between(1, 3), cr.AtMost(4), per_token=True),
+}
 
 
 @cache
 def _placed(name: str, device: str, double: bool) -> nn.Module:
-    found = copy.deepcopy(_module(name)).to(device)
+    torch.manual_seed(0)
+    found = _MODULES[name]().to(device)
     return found.double() if double else found
 
 
 def module(name: str, b: Tensor) -> Any:
     """A module where b is, in double precision if b is."""
     return _placed(name, b.device.type, b.dtype == torch.float64)
+
+
+@contextmanager
+def frozen() -> Iterator[None]:
+    """Modules whose parameters do not learn, as torch.jit.trace wants those of a function."""
+    found = [
+        parameter
+        for name in _MODULES
+        for parameter in _placed(name, "cpu", False).parameters()
+        if parameter.requires_grad
+    ]
+    for parameter in found:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in found:
+            parameter.requires_grad_()
 
 
 def _budget(x: Any, b: Tensor) -> cr.Routing:
