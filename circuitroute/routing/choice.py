@@ -9,14 +9,13 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, float32, promote_types
-from torch.compiler import is_compiling
 
+from circuitroute._tensors import cannot_look, transformed
 from circuitroute._validate import as_mask, as_number
 from circuitroute.circuit import Compiled, boolean
 from circuitroute.engines.step import SHARE
 from circuitroute.inference.distribution import SubsetDistribution, validating
 from circuitroute.inference.evidence import rows_text
-from circuitroute.inference.rows import cannot_look
 from circuitroute.inference.temperature import as_temperature
 from circuitroute.keys import fold_in, uniform
 from circuitroute.routing.decision import Decision
@@ -68,7 +67,9 @@ class Batch(NamedTuple):
         if isinstance(logits, Tensor) and logits.dim() > 0:
             logits, count_potential, key = _flatten(logits, count_potential, key)
         moved = logits if shift is None else logits + shift.to(logits.device, promote_types(logits.dtype, float32))
-        unchecked = isinstance(moved, Tensor) and moved.is_cuda and not is_compiling() and validating(validate_args)
+        unchecked = (
+            isinstance(moved, Tensor) and moved.is_cuda and not transformed() and validating(validate_args, moved)
+        )
         untempered = SubsetDistribution(circuit, moved, count_potential, False if unchecked else validate_args)
         temperature = temperature_of(temperature, batch)
         given = untempered.logits if shift is None else logits.to(untempered.logits.dtype)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from circuitroute._tensors import cannot_look
 from circuitroute.engines import certainly_finite
 from circuitroute.engines.combine import evidence_softmax, relative
 from circuitroute.engines.step import COMBINES as COMBINES
 from circuitroute.engines.step import Combine as Combine
-from circuitroute.inference.rows import cannot_look
 from circuitroute.routing.decision import Decision
 from circuitroute.routing.estimators import Dense, Estimator, as_estimator
 
