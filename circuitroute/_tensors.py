@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -30,10 +31,9 @@ Backward: TypeAlias = Callable[..., Any]
 
 _functorch: Any = torch._C._functorch
 _Transform: Any = _functorch.TransformType
-# The modes under which tensors have no numbers, or in which operations are recorded rather than done.
-_TRACING: tuple[Any, ...] = tuple(
-    getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL")
-)
+_Mode: Any = torch._C._TorchDispatchModeKey
+# What subclasses that wrap other tensors call the way to a plain one.
+_UNWRAPPERS = ("to_local", "wait", "get_data")
 
 
 def plain(name: str, value: object) -> Tensor:
@@ -49,29 +49,43 @@ def plain(name: str, value: object) -> Tensor:
         raise TypeError(f"{name}={value!r}: expected a tensor, got {type(value).__name__}")
     if is_compiling():
         return value
+    if value.is_nested:
+        raise TypeError(
+            f"{name}: expected a dense tensor, got a nested one; give torch.nested.to_padded_tensor({name}, 0)"
+        )
     if type(value) is not Tensor and type(value) is not Parameter:
         value = _of_subclass(name, value)
     if value.layout is not torch.strided:
-        raise TypeError(f"{name} has layout {value.layout}: expected a dense tensor; give {name}.to_dense()")
+        raise TypeError(f"{name}: expected a dense tensor, got one of layout {value.layout}; give {name}.to_dense()")
     if value.is_quantized:
-        raise TypeError(f"{name} is quantized, {value.dtype}: expected plain numbers; give {name}.dequantize()")
+        raise TypeError(f"{name}: expected plain numbers, got a quantized {value.dtype}; give {name}.dequantize()")
     return value.resolve_neg() if value.is_neg() else value
 
 
 def transformed() -> bool:
     """Whether derivatives are being taken in forward mode, or a transform of torch.func is being applied."""
-    if is_compiling():
-        return _transformed_in_trace()
-    return _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return _transformed_in_trace() if is_compiling() else _transformed()
 
 
 def traced(*tensors: Tensor | None) -> bool:
     """Whether what is done with these tensors is recorded rather than done, or they have no numbers."""
-    if is_compiling() or torch._C._get_tracing_state() is not None:
+    return is_compiling() or recorded(*tensors) or any(x is not None and without_numbers(x) for x in tensors)
+
+
+def recorded(*tensors: Tensor | None) -> bool:
+    """Whether it is recorded, to be done again with other numbers; by anything but torch.compile."""
+    if torch._C._get_tracing_state() is not None:
         return True
-    if torch._C._len_torch_dispatch_stack() and any(map(torch._C._get_dispatch_mode, _TRACING)):
+    if torch._C._len_torch_dispatch_stack() and any(map(torch._C._get_dispatch_mode, (_Mode.PROXY, _Mode.FUNCTIONAL))):
         return True
-    return any(x is not None and (x.is_meta or _without_numbers(x)) for x in tensors)
+    return any(x is not None and torch._is_functional_tensor(x) for x in tensors)
+
+
+def without_numbers(values: Tensor) -> bool:
+    """Whether a tensor, plain otherwise, has a shape only: on the meta device, or under FakeTensorMode."""
+    if values.is_meta or (type(values) is not Tensor and type(values) is not Parameter):
+        return True
+    return bool(torch._C._len_torch_dispatch_stack()) and torch._C._get_dispatch_mode(_Mode.FAKE) is not None
 
 
 def batched() -> bool:
@@ -91,6 +105,11 @@ def tracked(*tensors: Tensor | None) -> bool:
     if transformed():
         return True
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def without_autocast(values: Tensor) -> AbstractContextManager[Any]:
+    """What keeps the dtypes that are asked for, where ``values`` are; the meta device has no autocast."""
+    return nullcontext() if values.is_meta else torch.autocast(values.device.type, enabled=False)
 
 
 def batchable(backward: Backward) -> Backward:
@@ -122,16 +141,23 @@ def batchable(backward: Backward) -> Backward:
     return batched_too
 
 
-def _without_numbers(value: Tensor) -> bool:
-    """Of a tensor that is plain otherwise: it is fake, or records what is done with it."""
-    if type(value) is not Tensor and type(value) is not Parameter:
+def _transformed() -> bool:
+    if forward_ad._current_level >= 0:
         return True
-    return bool(torch._is_functional_tensor(value))
+    levels = _functorch.get_interpreter_stack()
+    if levels is None:
+        return False
+    kinds = {level.key() for level in levels}
+    if _Transform.Functionalize in kinds and len(kinds) > 1:
+        raise NotImplementedError(
+            "torch.func.functionalize together with other transforms of torch.func: circuits take either, not both"
+        )
+    return _Transform.Functionalize not in kinds
 
 
 def _transformed_in_trace() -> bool:
     """The same for torch.compile, which applies transforms while it traces."""
-    return _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return _transformed()
 
 
 # What torch.compiler.assume_constant_result does, without its import of the compiler.
@@ -149,12 +175,12 @@ def _of_subclass(name: str, value: Tensor) -> Tensor:
     if isinstance(value, (UninitializedParameter, UninitializedBuffer)):
         raise TypeError(f"{name} is an {kind.__name__}, without a shape yet: run the lazy module that has it once")
     if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        remedies = [f"{name}.{method}()" for method in ("to_local", "wait", "to_padded_tensor", "get_data") if
-                    hasattr(kind, method)]  # fmt: skip
+        own = (m for m in _UNWRAPPERS if getattr(kind, m, None) is not getattr(Tensor, m, None))
+        remedies = [f"{name}.{method}()" for method in own]
         remedy = f", such as {' or '.join(remedies)}" if remedies else ""
         raise TypeError(
-            f"{name} is a {kind.__module__}.{kind.__qualname__}, which keeps its numbers in its own way: give a plain "
-            f"torch.Tensor{remedy}"
+            f"{name}: expected a plain torch.Tensor, got a {kind.__module__}.{kind.__qualname__}, which keeps its "
+            f"numbers in its own way; give a plain one{remedy}"
         )
     with torch._C.DisableTorchFunctionSubclass():
         return value.as_subclass(Tensor)

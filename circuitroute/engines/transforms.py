@@ -28,7 +28,7 @@ def infer(
     circuit: Compiled, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor | None, counting: bool = False
 ) -> Inference:
     """One sweep, differentiable in any way; see :func:`circuitroute.engines.ops.infer`."""
-    found = Moments.apply(logits_TN, potential, key_T, _Inside(circuit, counting), None)  # type: ignore[no-untyped-call]
+    found = Moments.apply(logits_TN, potential, key_T, Either(circuit, counting), None)  # type: ignore[no-untyped-call]
     return inference_of(found, sampled=key_T is not None)
 
 
@@ -52,11 +52,11 @@ def satisfies(circuit: Compiled, mask: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Inside:
-    """Moments and derivatives of what is left of tensors inside: plain, or still without numbers."""
+class Either:
+    """Moments and derivatives by the engine where tensors are plain, else by operators."""
 
     circuit: Compiled
-    counting: bool
+    counting: bool = False
 
     def _source(self, logits: Tensor) -> Source:
         if traced(logits):

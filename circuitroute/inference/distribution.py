@@ -21,11 +21,12 @@ from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 from torch.nn import functional as F
 
-from circuitroute._tensors import batched, cannot_look, traced, tracked, transformed
+from circuitroute._tensors import batched, cannot_look, traced, tracked, transformed, without_autocast
 from circuitroute._validate import as_mask
 from circuitroute.circuit import Compiled, boolean
 from circuitroute.circuit.graph import enumerate_models, model_count
 from circuitroute.engines import Inference, engine_of, layered_engine, ops, transforms
+from circuitroute.engines.autograd import derivative
 from circuitroute.engines.choice import counting_engine
 from circuitroute.engines.logspace import nan_rows
 from circuitroute.engines.subset.mode import mode as subset_mode
@@ -119,7 +120,7 @@ class SubsetDistribution(Distribution):
             return self._with_nan(transforms.infer(self.circuit, *self.rows.inputs(), key_T))
         if traced(self.logits):
             return self._infer_traced(key_T)
-        with torch.autocast(self.logits.device.type, enabled=False):
+        with without_autocast(self.logits):
             known = None if self.known is None or key_T is not None else self.known
             functions = None if known is None else known.functions()
             if known is not None and (functions is not None or not self.rows.needs_grad()):
@@ -232,21 +233,19 @@ class SubsetDistribution(Distribution):
 
     @property
     def covariance_matrix(self) -> Tensor:
-        """[..., N, N] Cov(z), one sweep per variable; not differentiable."""
-        n = self.circuit.n
-        engine = engine_of(self.circuit, self.logits.device)
-        # Out of inference mode, since autograd is how the columns Cov(z) e_i are computed.
-        with torch.inference_mode(False), torch.enable_grad():
-            logits, potential = self.rows.inputs()
-            logits = logits.detach().clone()
-            potential = None if potential is None else potential.detach().clone()
-            rows = logits.repeat_interleave(n, 0).requires_grad_()
-            if potential is not None and potential.dim() > 1:
-                potential = potential.repeat_interleave(n, 0)
-            marginals = engine.attach(engine.infer(rows.detach(), potential), rows, potential).marginals
-            directions = torch.eye(n, dtype=rows.dtype, device=rows.device).repeat(len(logits), 1)
-            (columns,) = torch.autograd.grad(marginals, rows, directions)
-        empty = self._infer().log_partition.detach().isnan()
+        """[..., N, N] Cov(z), one sweep per variable. Differentiable, slowly: by the naive engine."""
+        n, sweep = self.circuit.n, self._infer()
+        logits, potential = self.rows.inputs()
+        if potential is not None and potential.dim() > 1:
+            potential = potential.repeat_interleave(n, 0)
+        fallback = torch.zeros_like(sweep.shift, dtype=torch.bool) if sweep.fallback is None else sweep.fallback
+        marks = [mark.repeat_interleave(n, 0) for mark in (sweep.shift, fallback)]
+        directions = torch.eye(n, dtype=logits.dtype, device=logits.device).repeat(len(logits), 1)
+        # The columns Cov(z) e_i.
+        columns, _ = derivative(
+            transforms.Either(self.circuit), logits.repeat_interleave(n, 0), potential, marks, [(directions, None)]
+        )
+        empty = sweep.log_partition.detach().isnan()
         covariance = columns.reshape(-1, n, n).masked_fill(empty[:, None, None], math.nan)
         return self._as_batch(covariance)
 
@@ -422,7 +421,7 @@ class SubsetDistribution(Distribution):
             return self.logits.new_zeros(count.shape)
         count = count.clamp(max=potential.shape[-1] - 1)
         if potential.dim() == 1:
-            return potential[count]
+            return potential.take(count)  # which, unlike indexing, never looks at the value of a single count
         shape = torch.broadcast_shapes(count.shape, self._batch_shape)
         table = self._as_batch(potential).expand(*shape, -1)
         return table.gather(-1, count.expand(shape).unsqueeze(-1)).squeeze(-1)

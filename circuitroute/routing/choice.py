@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, float32, promote_types
 
-from circuitroute._tensors import cannot_look, transformed
+from circuitroute._tensors import cannot_look, plain, transformed
 from circuitroute._validate import as_mask, as_number
 from circuitroute.circuit import Compiled, boolean
 from circuitroute.engines.step import SHARE
@@ -63,6 +63,8 @@ class Batch(NamedTuple):
         Args:
             shift: [E], [T, 1] or [T, E]: added to the logits for the choice alone.
         """
+        if isinstance(logits, Tensor):
+            logits = plain("logits", logits)
         batch = logits.shape[:-1] if isinstance(logits, Tensor) else torch.Size()
         if isinstance(logits, Tensor) and logits.dim() > 0:
             logits, count_potential, key = _flatten(logits, count_potential, key)
@@ -160,6 +162,7 @@ def _flatten(
 
 def per_token(name: str, value: Tensor, batch: torch.Size) -> Tensor:
     """[T], or a scalar as it is: ``value`` broadcast to the leading dimensions, unless it is flattened already."""
+    value = plain(name, value)
     if value.dim() == 0 or value.shape == (batch.numel(),):
         return value
     return _expand(name, value, batch).reshape(-1)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from circuitroute._tensors import batchable, cannot_look, traced, transformed
+from circuitroute._tensors import batchable, cannot_look, traced, transformed, without_autocast
 from circuitroute.circuit import Compiled
 from circuitroute.engines import Inference, engine_of
 from circuitroute.engines.step import Inputs, Rule, Slopes, Step, Stepper, Upstream
@@ -108,7 +108,7 @@ def _found(batch: Batch, given: Inputs, rule: Rule, replay: Tensor | RoutingReco
     engine = engine_of(untempered.circuit, given.logits.device)
     if not isinstance(engine, Stepper):
         return None
-    with torch.no_grad(), torch.autocast(given.logits.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(given.logits):
         if replay is not None:
             # What is recorded is checked by looking at it, and so the rest may be looked at, too.
             if batch.unchecked:
@@ -120,7 +120,7 @@ def _found(batch: Batch, given: Inputs, rule: Rule, replay: Tensor | RoutingReco
         if rule.share > 0 and replay is None:
             inputs = inputs._replace(key=untempered.keys(batch.key))
     moments = rule.share > 0 or replay is not None or rule.combine == "marginal" or (rule.simple and _needs_grad(given))
-    with torch.no_grad(), torch.autocast(given.logits.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(given.logits):
         step = engine.step(inputs, rule, moments)
         if batch.unchecked:
             watch(step.invalid, f"{untempered.circuit.constraint!r} over {untempered.circuit.n} experts")
