@@ -22,6 +22,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn import Parameter
@@ -32,6 +33,8 @@ Backward: TypeAlias = Callable[..., Any]
 _functorch: Any = torch._C._functorch
 _Transform: Any = _functorch.TransformType
 _Mode: Any = torch._C._TorchDispatchModeKey
+# For functions that torch.compile is to leave alone.
+untraced: Any = _disable_dynamo
 # What subclasses that wrap other tensors call the way to a plain one.
 _UNWRAPPERS = ("to_local", "wait", "get_data")
 
@@ -156,8 +159,9 @@ def _transformed() -> bool:
 
 
 def _transformed_in_trace() -> bool:
-    """The same for torch.compile, which applies transforms while it traces."""
-    return _transformed()
+    """The same for torch.compile, which applies transforms while it traces; operators know how to be batched."""
+    levels = _functorch.get_interpreter_stack() or ()
+    return forward_ad._current_level >= 0 or any(level.key() != _Transform.Vmap for level in levels)
 
 
 # What torch.compiler.assume_constant_result does, without its import of the compiler.

@@ -40,7 +40,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from circuitroute._tensors import batchable, cannot_look, transformed
+from circuitroute._tensors import batchable, cannot_look, traced, transformed
 from circuitroute.engines.base import Engine, Inference, certainly_finite
 
 # A direction in the space of (logits, potential); None stands for zero.
@@ -271,7 +271,8 @@ def derivative(
     source: Source, logits_TN: Tensor, potential: Tensor | None, marks: Marks, directions: Sequence[Direction]
 ) -> tuple[Tensor, Tensor | None]:
     """D_k along the directions, itself differentiable where derivatives are recorded."""
-    if not (torch.is_grad_enabled() or transformed()):
+    recorded = transformed() or (torch.is_grad_enabled() and not traced(logits_TN))
+    if not recorded:
         return source.derivative(logits_TN, potential, marks, directions)
     flat = [x for pair in directions for x in pair]
     by_logits, by_potential = Derivative.apply(source, logits_TN, potential, *marks, *flat)  # type: ignore[no-untyped-call]
@@ -283,6 +284,8 @@ def derivative(
 
 class Batch:
     """A batch of calls as one on more rows: inputs [B, T, ...] to [B * T, ...], and outputs back.
+
+    What torch.func.vmap says of a call, ``info`` and ``in_dims``, is made one of these.
 
     Args:
         size: B.

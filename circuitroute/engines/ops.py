@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 
 from circuitroute.circuit import Compiled, boolean
 from circuitroute.circuit.compiled import of_handle
-from circuitroute.engines.autograd import Direct, Direction, Marks, inference_of, parts_of
+from circuitroute.engines.autograd import Batch, Direct, Direction, Marks, inference_of, parts_of
 from circuitroute.engines.base import Inference
 from circuitroute.engines.choice import counting_engine, engine_of
 
@@ -208,3 +208,67 @@ def _satisfies(mask: Tensor, circuit: str) -> Tensor:
 @_satisfies.register_fake
 def _(mask: Tensor, circuit: str) -> Tensor:
     return mask.new_empty(mask.shape[:-1], dtype=torch.bool)
+
+
+# ---------------------------------------------------------------------------------------------- batches
+
+# What an operator of torch.func.vmap gives: results, and where the batch is in each.
+Batched = tuple[Any, Any]
+
+
+def _batched_infer(
+    info: Any, in_dims: Any, logits: Tensor, potential: Tensor | None, key: Tensor | None, circuit: str, counting: bool
+) -> Batched:
+    batch, given = _as_rows(info, in_dims, logits, potential, key)
+    found = _infer(*given, circuit, counting)
+    return tuple(map(batch.apart, found)), (0,) * len(found)
+
+
+def _batched_derivative(
+    info: Any,
+    in_dims: Any,
+    logits: Tensor,
+    potential: Tensor | None,
+    shift: Tensor,
+    fallback: Tensor,
+    us: list[Tensor],
+    vs: list[Tensor],
+    circuit: str,
+    counting: bool,
+) -> Batched:
+    batch, given = _as_rows(info, in_dims, logits, potential, shift)
+    lists = ([batch(x, dim) for x, dim in zip(*both, strict=True)] for both in ((us, in_dims[4]), (vs, in_dims[5])))
+    found = _derivative(*given, batch(fallback, in_dims[3]), *lists, circuit, counting)
+    return tuple(map(batch.apart, found)), (0, 0)
+
+
+def _batched_sample(
+    info: Any, in_dims: Any, logits: Tensor, potential: Tensor | None, key: Tensor, circuit: str
+) -> Batched:
+    batch, given = _as_rows(info, in_dims, logits, potential, key)
+    return batch.apart(_sample(*given, circuit)), 0
+
+
+def _batched_mode(info: Any, in_dims: Any, logits: Tensor, potential: Tensor | None, circuit: str) -> Batched:
+    batch, (rows, phi, _) = _as_rows(info, (*in_dims[:2], None), logits, potential, None)
+    return batch.apart(_mode(rows, phi, circuit)), 0
+
+
+def _batched_satisfies(info: Any, in_dims: Any, mask: Tensor, circuit: str) -> Batched:
+    return _satisfies(mask.movedim(in_dims[0], 0), circuit), 0
+
+
+def _as_rows(
+    info: Any, in_dims: Any, logits: Tensor, potential: Tensor | None, by_row: Tensor | None
+) -> tuple[Batch, tuple[Tensor | None, ...]]:
+    """The first three inputs of an operator as more rows."""
+    batch = Batch(info.batch_size, in_dims[0], logits)
+    given = (batch(logits, in_dims[0]), batch(potential, in_dims[1], shared=True), batch(by_row, in_dims[2]))
+    return batch, given
+
+
+_infer.register_vmap(_batched_infer)
+_derivative.register_vmap(_batched_derivative)
+_sample.register_vmap(_batched_sample)
+_mode.register_vmap(_batched_mode)
+_satisfies.register_vmap(_batched_satisfies)

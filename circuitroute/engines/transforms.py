@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from circuitroute._tensors import traced
+from circuitroute._tensors import traced, untraced
 from circuitroute.circuit import Compiled, boolean
 from circuitroute.engines import ops
 from circuitroute.engines.autograd import Batch, Direct, Moments, Source, inference_of
@@ -24,6 +24,7 @@ from circuitroute.engines.ops import Operators
 from circuitroute.engines.subset.mode import mode as subset_mode
 
 
+@untraced  # type: ignore[untyped-decorator]
 def infer(
     circuit: Compiled, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor | None, counting: bool = False
 ) -> Inference:
@@ -32,18 +33,21 @@ def infer(
     return inference_of(found, sampled=key_T is not None)
 
 
+@untraced  # type: ignore[untyped-decorator]
 def sample(circuit: Compiled, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor) -> Tensor:
     """[T, N] bool."""
     found: Tensor = _ByRow.apply(_Sample(circuit), logits_TN, potential, key_T)  # type: ignore[no-untyped-call]
     return found
 
 
+@untraced  # type: ignore[untyped-decorator]
 def mode(circuit: Compiled, logits_TN: Tensor, potential: Tensor | None) -> Tensor:
     """[T, N] bool."""
     found: Tensor = _ByRow.apply(_Mode(circuit), logits_TN, potential, None)  # type: ignore[no-untyped-call]
     return found
 
 
+@untraced  # type: ignore[untyped-decorator]
 def satisfies(circuit: Compiled, mask: Tensor) -> Tensor:
     """[...] bool, of masks [..., N] bool."""
     rows = mask.reshape(-1, mask.shape[-1])

@@ -521,7 +521,8 @@ class SubsetDistribution(Distribution):
 def satisfies(circuit: Compiled, selected: Tensor) -> Tensor:
     """[...] bool, whether masks [..., N] bool are allowed."""
     if transformed():
-        return transforms.satisfies(circuit, selected)
+        found: Tensor = transforms.satisfies(circuit, selected)
+        return found
     return ops.satisfies(circuit, selected) if traced(selected) else boolean.satisfies(circuit, selected)
 
 
