@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from circuitroute._tensors import batched, plain, traced
+
 T = TypeVar("T")
 
 
@@ -51,13 +53,14 @@ def as_number(name: str, value: object) -> float:
 
 def as_mask(name: str, mask: Tensor, n: int) -> Tensor:
     """``mask`` as bool [..., n]; values other than 0 and 1 are refused."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name}={mask!r}: expected a tensor, got {type(mask).__name__}")
+    mask = plain(name, mask)
     if mask.dim() == 0 or mask.shape[-1] != n:
         raise ValueError(f"{name} has shape {tuple(mask.shape)}: its last dimension must be n={n}")
     if mask.dtype == torch.bool:
         return mask
     selected = mask == 1
+    if traced(mask) or batched():  # whose values cannot be looked at
+        return selected
     wrong = ~(selected | (mask == 0))
     if bool(wrong.any()):
         raise ValueError(f"{name} holds {mask[wrong][0].item()}: every value must be 0 or 1")

@@ -326,7 +326,9 @@ def test_unsplit_circuits(case):
     u = logits_of(6, n, 1.0, seed=1)
     ours, theirs = (torch.autograd.grad((m * u).sum(), logits, materialize_grads=True)[0] for m in attached)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
-    counts = fast.count_probs(logits, circuit.max_count), slow.count_probs(logits, circuit.max_count)
+    counters = [engine.counting() for engine in (fast, slow)]
+    found = [engine.infer(logits.detach(), None) for engine in counters]
+    counts = [engine.attach(each, logits, None).count_probs for engine, each in zip(counters, found, strict=True)]
     torch.testing.assert_close(*counts, rtol=0, atol=1e-11)
     v = logits_of(6, circuit.max_count + 1, 1.0, seed=2)
     ours, theirs = (torch.autograd.grad((q * v).sum(), logits, materialize_grads=True)[0] for q in counts)

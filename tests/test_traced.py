@@ -192,8 +192,13 @@ def test_operators_keep_their_promises(name):
     mask = circuit(logits).mode.bool()
     for differentiable in (False, True):
         x = logits.clone().requires_grad_(differentiable)
-        torch.library.opcheck(ops._infer, (x, potential, key, circuit.handle))
-        torch.library.opcheck(ops._infer, (x, potential, None, circuit.handle))
+        for keys, counting in ((key, False), (None, False), (None, True)):
+            torch.library.opcheck(ops._infer, (x, potential, keys, circuit.handle, counting))
+    shift, fallback = torch.zeros(T, dtype=torch.float64), torch.zeros(T, dtype=torch.bool)
+    us, vs = [logits, logits], [torch.zeros(T, circuit.max_count + 1)] * 2
+    for order in (1, 2):
+        given = (logits, potential, shift, fallback, us[:order], vs[:order], circuit.handle, True)
+        torch.library.opcheck(ops._derivative, given)
     if circuit.counts is not None:
         for simple in (False, True):
             x, rule = logits.clone().requires_grad_(simple), Rule("softmax", 1.0, simple)

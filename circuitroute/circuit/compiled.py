@@ -47,6 +47,10 @@ class Compiled(Protocol):
         """The allowed counts of a pure count constraint over all variables, increasing; None otherwise."""
 
     @property
+    def min_count(self) -> int:
+        """The smallest number of variables an allowed subset selects."""
+
+    @property
     def max_count(self) -> int:
         """The largest number of variables any allowed subset selects (K)."""
 

@@ -62,6 +62,21 @@ class Engine(Protocol):
         """
         ...
 
+    def second_derivative(
+        self, logits_TN: Tensor, potential: Tensor | None, inference: Inference, u_TN: Tensor, v_TJ: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """([T, N], [T, J]) the derivative of (marginals, count posterior) along u in the logits and v in the potential.
+
+        Where the circuit has no potential but its root tells counts apart, v is in one of 0; None for the count
+        posterior where there is none. Of the inference, ``shift`` and ``fallback`` are known. See
+        :mod:`circuitroute.engines.autograd`.
+        """
+        ...
+
+    def naive_moments(self, logits_TN: Tensor, potential: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(log Z, marginals, count posterior) by plain autograd, differentiable to any order."""
+        ...
+
     def sample(self, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor) -> Tensor:
         """[T, N] bool, the subset that is a pure function of each row's logits, potential and key."""
         ...
@@ -76,8 +91,8 @@ class LayeredEngine(Engine, Protocol):
         """[T, N] bool, a most probable subset; ties go to the first element of a sum, so all engines agree."""
         ...
 
-    def count_probs(self, logits_TN: Tensor, K: int) -> Tensor:
-        """[T, K + 1] P(|S| = j), differentiable, where :meth:`infer` does not give it; K is the largest count."""
+    def counting(self) -> Engine:
+        """This engine if its moments hold the count posterior, else one of the same circuit whose moments do."""
         ...
 
 

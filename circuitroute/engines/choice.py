@@ -102,6 +102,11 @@ def layered_engine(circuit: Compiled, device: torch.device) -> LayeredEngine:
     return made[name]
 
 
+def counting_engine(circuit: Compiled, device: torch.device) -> Engine:
+    """The engine that runs ``circuit`` on ``device`` with the count posterior among its moments."""
+    return engine_of(circuit, device) if op_of(circuit) == "subset" else layered_engine(circuit, device).counting()
+
+
 def _make_layered(circuit: Compiled, name: str) -> LayeredEngine:
     if name == "naive":
         return NaiveLayered(evaluated(circuit.graph))

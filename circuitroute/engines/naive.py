@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from circuitroute.engines.autograd import naive_second_derivative
+from circuitroute.engines.autograd import naive_derivative
 from circuitroute.engines.base import Inference
 from circuitroute.engines.logspace import as_input, is_zero, log_normaliser, nan_rows
 
@@ -69,13 +69,12 @@ class NaiveEngine(ABC):
             )
         return log_partition, marginals, counts[0] if counts else None
 
+    def naive_moments(self, logits_TN: Tensor, potential: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See :class:`circuitroute.engines.base.Engine`."""
+        return self.moments(logits_TN, potential)
+
     def second_derivative(
         self, logits_TN: Tensor, potential: Tensor | None, inference: Inference, u_TN: Tensor, v_TJ: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """See :class:`circuitroute.engines.autograd.Differentiable`; by autograd, once more."""
-        with torch.enable_grad():
-            logits = logits_TN.detach().requires_grad_()
-            if potential is not None:
-                potential = potential.detach().expand(len(logits), -1).requires_grad_()
-            dm, dq = naive_second_derivative(self.moments, logits, potential, u_TN, v_TJ)
-        return dm.detach(), None if dq is None else dq.detach()
+        """See :class:`circuitroute.engines.base.Engine`; by autograd, once more."""
+        return naive_derivative(self.moments, logits_TN, potential, [(u_TN, v_TJ)])

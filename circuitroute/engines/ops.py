@@ -1,36 +1,69 @@
-"""Engines as torch operators, for programs that are traced: torch.compile, torch.export.
+"""Engines as torch operators: for programs that are traced, and for tensors without numbers.
 
 Legend: T tokens, N variables, J = K + 1 counts (0 where a circuit gives none).
 
-A traced program can neither look into an engine nor branch on values. These operators hide both: ``infer`` is one
-sweep with its gradient, ``sample`` and ``mode`` choose a subset, ``satisfies`` checks one. Tracing sees shapes only. A
-circuit is passed by its :attr:`~circuitroute.Circuit.handle`, so traced programs belong to the process that holds it.
+A traced program (torch.compile, torch.export, torch.jit.trace, make_fx) can neither look into an engine nor branch on
+values, and a fake tensor, or one on the meta device, has none. These operators hide both: ``infer`` is one sweep with
+its gradient, ``sample`` and ``mode`` choose a subset, ``satisfies`` checks one. Tracing sees shapes only. A circuit is
+passed by its :attr:`~circuitroute.Circuit.handle`, so traced programs belong to the process that holds it.
 
-Untraced programs call engines directly, with gradients of any order. Operators have first gradients only (of log Z,
-marginals and count posterior), which is what training needs.
+Operators have first gradients only (of log Z, marginals and count posterior), which is what training needs.
+:mod:`circuitroute.engines.transforms` has all the others.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from circuitroute.circuit import Compiled, boolean
 from circuitroute.circuit.compiled import of_handle
+from circuitroute.engines.autograd import Batch, Direct, Direction, Marks, inference_of, parts_of
 from circuitroute.engines.base import Inference
-from circuitroute.engines.choice import engine_of
+from circuitroute.engines.choice import counting_engine, engine_of
 
-# (log Z, marginals, count posterior, shift, log root, mask, fallback). Annotations are not strings in this file: torch
-# 2.6 makes an operator's schema of them, and would look up the names in a module of its own.
+# As :data:`circuitroute.engines.autograd.Found`. Annotations are not strings in this file: torch 2.6 makes an
+# operator's schema of them, and would look up the names in a module of its own.
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def infer(circuit: Compiled, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor | None) -> Inference:
+@dataclass(frozen=True)
+class Operators:
+    """The values of moments and their derivatives from operators; see :class:`circuitroute.engines.autograd.Source`.
+
+    Args:
+        counting: whether the count posterior must be among the results, whatever the circuit.
+    """
+
+    circuit: Compiled
+    counting: bool = False
+
+    def infer(self, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor | None) -> Inference:
+        """One sweep."""
+        return infer(self.circuit, logits_TN, potential, key_T, self.counting)
+
+    def derivative(
+        self, logits_TN: Tensor, potential: Tensor | None, marks: Marks, directions: Sequence[Direction]
+    ) -> tuple[Tensor, Tensor | None]:
+        """D_k; a list of an operator has no gaps, so what is not there is 0."""
+        J = _counted(self.circuit.handle, logits_TN.device, self.counting)
+        us = [torch.zeros_like(logits_TN) if u is None else u for u, _ in directions]
+        vs = [logits_TN.new_zeros(len(logits_TN), J) if v is None else v for _, v in directions]
+        shift, fallback = marks
+        given = (logits_TN, potential, shift, fallback, us, vs)
+        by_logits, by_potential = _derivative(*given, self.circuit.handle, self.counting)
+        return by_logits, by_potential if J else None
+
+
+def infer(
+    circuit: Compiled, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor | None, counting: bool = False
+) -> Inference:
     """One sweep, differentiable once; see :meth:`circuitroute.engines.base.Engine.infer`."""
-    parts = _infer(logits_TN, potential, key_T, circuit.handle)
-    log_partition, marginals, counts, shift, log_root, mask, fallback = parts
-    posterior, drawn = counts if counts.shape[1] else None, None if key_T is None else mask
-    return Inference(log_partition, marginals, posterior, shift, log_root, drawn, fallback)
+    found = _infer(logits_TN, potential, key_T, circuit.handle, counting)
+    return inference_of(found, sampled=key_T is not None)
 
 
 def sample(circuit: Compiled, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor) -> Tensor:
@@ -45,89 +78,97 @@ def mode(circuit: Compiled, logits_TN: Tensor, potential: Tensor | None) -> Tens
     return found
 
 
-def satisfies(circuit: Compiled, mask_TN: Tensor) -> Tensor:
-    """[T] bool."""
-    found: Tensor = _satisfies(mask_TN, circuit.handle)
+def satisfies(circuit: Compiled, mask: Tensor) -> Tensor:
+    """[...] bool, of masks [..., N] bool."""
+    found: Tensor = _satisfies(mask, circuit.handle)
     return found
 
 
-def _engine(handle: str, device: torch.device) -> Any:
-    return engine_of(of_handle(handle), device)
+def _engine(handle: str, device: torch.device, counting: bool = False) -> Any:
+    circuit = of_handle(handle)
+    return counting_engine(circuit, device) if counting else engine_of(circuit, device)
 
 
-def _counted(handle: str, device: torch.device) -> int:
+def _counted(handle: str, device: torch.device, counting: bool) -> int:
     """J, or 0 where a sweep gives no count posterior."""
-    circuit, engine = of_handle(handle), _engine(handle, device)
-    return circuit.max_count + 1 if circuit.counts is not None or engine.gives_counts else 0
+    circuit = of_handle(handle)
+    given = counting or circuit.counts is not None or _engine(handle, device).gives_counts
+    return circuit.max_count + 1 if given else 0
 
 
 @torch.library.custom_op("circuitroute::infer", mutates_args=())
-def _infer(logits: Tensor, potential: Tensor | None, key: Tensor | None, circuit: str) -> Parts:
-    found = _engine(circuit, logits.device).infer(logits, potential, key)
-    T = len(logits)
-    counts = logits.new_empty(T, 0) if found.count_probs is None else found.count_probs
-    mask = logits.new_empty(0, dtype=torch.bool) if found.mask is None else found.mask
-    fallback = torch.zeros(T, dtype=torch.bool, device=logits.device) if found.fallback is None else found.fallback
-    return found.log_partition, found.marginals, counts, found.shift, found.log_root, mask, fallback
+def _infer(logits: Tensor, potential: Tensor | None, key: Tensor | None, circuit: str, counting: bool) -> Parts:
+    return parts_of(_engine(circuit, logits.device, counting).infer(logits, potential, key))
 
 
 @_infer.register_fake
-def _(logits: Tensor, potential: Tensor | None, key: Tensor | None, circuit: str) -> Parts:
+def _(logits: Tensor, potential: Tensor | None, key: Tensor | None, circuit: str, counting: bool) -> Parts:
+    _refuse_tangents()
     T, N = logits.shape
     row = logits.new_empty(T)
     exact = logits.new_empty(T, dtype=torch.float64)
     mask = logits.new_empty((0,) if key is None else (T, N), dtype=torch.bool)
-    counts = logits.new_empty(T, _counted(circuit, logits.device))
+    counts = logits.new_empty(T, _counted(circuit, logits.device, counting))
     flags = logits.new_empty(T, dtype=torch.bool)
     return row, logits.new_empty(T, N), counts, exact, torch.empty_like(exact), mask, flags
 
 
-@torch.library.custom_op("circuitroute::infer_backward", mutates_args=())
-def _infer_backward(
+def _refuse_tangents() -> None:
+    """Operators have none, and torch would take them for 0."""
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            "forward-mode derivatives of a circuit inside a compiled or traced program: take them outside of it"
+        )
+
+
+@torch.library.custom_op("circuitroute::derivative", mutates_args=())
+def _derivative(
     logits: Tensor,
     potential: Tensor | None,
-    marginals: Tensor,
-    counts: Tensor,
     shift: Tensor,
-    log_root: Tensor,
     fallback: Tensor,
-    w: Tensor,
-    u: Tensor,
-    v: Tensor,
+    us: list[Tensor],
+    vs: list[Tensor],
     circuit: str,
+    counting: bool,
 ) -> tuple[Tensor, Tensor]:
-    posterior = counts if counts.shape[1] else None
-    known = Inference(marginals.new_empty(len(marginals)), marginals, posterior, shift, log_root, None, fallback)
-    leaves = [logits.detach().requires_grad_()]
-    if potential is not None:
-        leaves.append(potential.detach().requires_grad_())
-    with torch.enable_grad():
-        phi = None if potential is None else leaves[1]
-        attached = _engine(circuit, logits.device).attach(known, leaves[0], phi)
-        outputs, upstream = [attached.log_partition, attached.marginals], [w, u]
-        if posterior is not None and attached.count_probs is not None:
-            outputs, upstream = [*outputs, attached.count_probs], [*upstream, v]
-        found = torch.autograd.grad(outputs, leaves, upstream, materialize_grads=True)
-    return found[0], found[1] if potential is not None else logits.new_empty(0)
+    pairs = [(u, v if v.shape[-1] else None) for u, v in zip(us, vs, strict=True)]
+    source = Direct(_engine(circuit, logits.device, counting))
+    by_logits, by_potential = source.derivative(logits, potential, (shift, fallback), pairs)
+    return by_logits, logits.new_empty(len(logits), 0) if by_potential is None else by_potential
 
 
-@_infer_backward.register_fake
-def _(logits: Tensor, potential: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
-    return logits.new_empty(logits.shape), logits.new_empty((0,) if potential is None else potential.shape)
+@_derivative.register_fake
+def _(
+    logits: Tensor,
+    potential: Tensor | None,
+    shift: Tensor,
+    fallback: Tensor,
+    us: list[Tensor],
+    vs: list[Tensor],
+    circuit: str,
+    counting: bool,
+) -> tuple[Tensor, Tensor]:
+    return logits.new_empty(logits.shape), logits.new_empty(logits.shape[0], _counted(circuit, logits.device, counting))
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Parts) -> None:
-    logits, potential, _, circuit = inputs
+    logits, potential, _, circuit, counting = inputs
     _, marginals, counts, shift, log_root, mask, fallback = output
     ctx.mark_non_differentiable(shift, log_root, mask, fallback)
-    ctx.save_for_backward(logits, potential, marginals, counts, shift, log_root, fallback)
-    ctx.circuit = circuit
+    ctx.save_for_backward(logits, potential, marginals, counts, shift, fallback)
+    ctx.circuit, ctx.counting = circuit, counting
 
 
 def _gradients(ctx: Any, w: Tensor, u: Tensor, v: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    logits, potential, *known = ctx.saved_tensors
-    by_logits, by_potential = _infer_backward(logits, potential, *known, w, u, v, ctx.circuit)
-    return by_logits, None if potential is None else by_potential, None, None
+    logits, potential, marginals, counts, shift, fallback = ctx.saved_tensors
+    given = (logits, potential, shift, fallback, [u], [v])
+    by_logits, by_potential = _derivative(*given, ctx.circuit, ctx.counting)
+    by_logits = by_logits + torch.where(torch.isinf(logits), 0.0, w[:, None] * marginals)
+    if potential is None:
+        return by_logits, None, None, None, None
+    by_potential = by_potential + w[:, None] * counts
+    return by_logits, by_potential.sum(0) if potential.dim() == 1 else by_potential, None, None, None
 
 
 _infer.register_autograd(_gradients, setup_context=_remember)
@@ -167,3 +208,67 @@ def _satisfies(mask: Tensor, circuit: str) -> Tensor:
 @_satisfies.register_fake
 def _(mask: Tensor, circuit: str) -> Tensor:
     return mask.new_empty(mask.shape[:-1], dtype=torch.bool)
+
+
+# ---------------------------------------------------------------------------------------------- batches
+
+# What an operator of torch.func.vmap gives: results, and where the batch is in each.
+Batched = tuple[Any, Any]
+
+
+def _batched_infer(
+    info: Any, in_dims: Any, logits: Tensor, potential: Tensor | None, key: Tensor | None, circuit: str, counting: bool
+) -> Batched:
+    batch, given = _as_rows(info, in_dims, logits, potential, key)
+    found = _infer(*given, circuit, counting)
+    return tuple(map(batch.apart, found)), (0,) * len(found)
+
+
+def _batched_derivative(
+    info: Any,
+    in_dims: Any,
+    logits: Tensor,
+    potential: Tensor | None,
+    shift: Tensor,
+    fallback: Tensor,
+    us: list[Tensor],
+    vs: list[Tensor],
+    circuit: str,
+    counting: bool,
+) -> Batched:
+    batch, given = _as_rows(info, in_dims, logits, potential, shift)
+    lists = ([batch(x, dim) for x, dim in zip(*both, strict=True)] for both in ((us, in_dims[4]), (vs, in_dims[5])))
+    found = _derivative(*given, batch(fallback, in_dims[3]), *lists, circuit, counting)
+    return tuple(map(batch.apart, found)), (0, 0)
+
+
+def _batched_sample(
+    info: Any, in_dims: Any, logits: Tensor, potential: Tensor | None, key: Tensor, circuit: str
+) -> Batched:
+    batch, given = _as_rows(info, in_dims, logits, potential, key)
+    return batch.apart(_sample(*given, circuit)), 0
+
+
+def _batched_mode(info: Any, in_dims: Any, logits: Tensor, potential: Tensor | None, circuit: str) -> Batched:
+    batch, (rows, phi, _) = _as_rows(info, (*in_dims[:2], None), logits, potential, None)
+    return batch.apart(_mode(rows, phi, circuit)), 0
+
+
+def _batched_satisfies(info: Any, in_dims: Any, mask: Tensor, circuit: str) -> Batched:
+    return _satisfies(mask.movedim(in_dims[0], 0), circuit), 0
+
+
+def _as_rows(
+    info: Any, in_dims: Any, logits: Tensor, potential: Tensor | None, by_row: Tensor | None
+) -> tuple[Batch, tuple[Tensor | None, ...]]:
+    """The first three inputs of an operator as more rows."""
+    batch = Batch(info.batch_size, in_dims[0], logits)
+    given = (batch(logits, in_dims[0]), batch(potential, in_dims[1], shared=True), batch(by_row, in_dims[2]))
+    return batch, given
+
+
+_infer.register_vmap(_batched_infer)
+_derivative.register_vmap(_batched_derivative)
+_sample.register_vmap(_batched_sample)
+_mode.register_vmap(_batched_mode)
+_satisfies.register_vmap(_batched_satisfies)

@@ -201,7 +201,7 @@ class SweepEngine(ABC):
     def second_derivative(
         self, logits_TN: Tensor, potential: Tensor | None, inference: Inference, u_TN: Tensor, v_TJ: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """See :class:`circuitroute.engines.autograd.Differentiable`."""
+        """See :class:`circuitroute.engines.base.Engine`."""
         rows = Inputs(logits_TN, potential)
         dm, dq = self.derivative(rows, inference.shift, u_TN, v_TJ)
         under = u_TN.new_zeros(0).long() if inference.fallback is None else _marked(inference.fallback)
@@ -215,7 +215,7 @@ class SweepEngine(ABC):
         return dm, dq
 
     def naive_moments(self, logits_TN: Tensor, potential: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """See :class:`circuitroute.engines.autograd.Differentiable`."""
+        """See :class:`circuitroute.engines.base.Engine`."""
         return self.naive.moments(logits_TN, potential)
 
 

@@ -18,18 +18,20 @@ from typing import Any, Protocol
 
 import torch
 from torch import Size, Tensor
-from torch.compiler import is_compiling
 from torch.distributions import Distribution, constraints
 from torch.nn import functional as F
 
+from circuitroute._tensors import batched, cannot_look, traced, tracked, transformed, without_autocast
 from circuitroute._validate import as_mask
 from circuitroute.circuit import Compiled, boolean
 from circuitroute.circuit.graph import enumerate_models, model_count
-from circuitroute.engines import Inference, engine_of, layered_engine, ops
+from circuitroute.engines import Inference, engine_of, layered_engine, ops, transforms
+from circuitroute.engines.autograd import derivative
+from circuitroute.engines.choice import counting_engine
 from circuitroute.engines.logspace import nan_rows
 from circuitroute.engines.subset.mode import mode as subset_mode
 from circuitroute.inference.evidence import condition_logits, rows_text
-from circuitroute.inference.rows import Rows, cannot_look
+from circuitroute.inference.rows import Rows
 from circuitroute.inference.temperature import as_temperature, fits_batch
 from circuitroute.keys import as_key, drawn_keys, fold_in
 
@@ -101,7 +103,7 @@ class SubsetDistribution(Distribution):
         validate_args: bool | None = None,
     ) -> None:
         self.circuit = circuit
-        checked = validating(validate_args)
+        checked = validating(validate_args, logits, count_potential)
         self.rows = Rows.of(circuit, logits, count_potential, checked)
         self.logits, self.count_potential = self.rows.logits, self.rows.count_potential
         self.known: Known | None = None
@@ -114,9 +116,11 @@ class SubsetDistribution(Distribution):
 
     def _infer(self, key_T: Tensor | None = None) -> Inference:
         """The sweep, computed once; with a key it also draws one sample per row, in the same sweep."""
-        if is_compiling():
+        if transformed():
+            return self._with_nan(transforms.infer(self.circuit, *self.rows.inputs(), key_T))
+        if traced(self.logits):
             return self._infer_traced(key_T)
-        with torch.autocast(self.logits.device.type, enabled=False):
+        with without_autocast(self.logits):
             known = None if self.known is None or key_T is not None else self.known
             functions = None if known is None else known.functions()
             if known is not None and (functions is not None or not self.rows.needs_grad()):
@@ -210,29 +214,38 @@ class SubsetDistribution(Distribution):
     def count_probs(self) -> Tensor:
         """[..., K + 1] P(|S| = j). Differentiable; equal to d log Z / d count_potential."""
         probs = self._infer().count_probs
+        return self._as_batch(self._counted() if probs is None else probs)
+
+    def _counted(self) -> Tensor:
+        """[T, J] the count posterior of a circuit whose own sweep does not find it."""
+        logits, potential = self.rows.inputs()
+        if transformed():
+            probs = transforms.infer(self.circuit, logits, potential, None, counting=True).count_probs
+        elif traced(logits):
+            probs = ops.infer(self.circuit, logits, potential, None, counting=True).count_probs
+        else:
+            engine = counting_engine(self.circuit, logits.device)
+            found = engine.infer(logits.detach(), None)
+            probs = (engine.attach(found, logits, None) if self.rows.needs_grad() else found).count_probs
         if probs is None:
-            logits, _ = self.rows.inputs()
-            probs = layered_engine(self.circuit, self.logits.device).count_probs(logits, self.circuit.max_count)
-            probs = probs if self.rows.nan is None else nan_rows(self.rows.nan, probs)
-        return self._as_batch(probs)
+            raise RuntimeError("an engine that counts gives the posterior of the count")  # cannot happen
+        return probs if self.rows.nan is None else nan_rows(self.rows.nan, probs)
 
     @property
     def covariance_matrix(self) -> Tensor:
-        """[..., N, N] Cov(z), one sweep per variable; not differentiable."""
-        n = self.circuit.n
-        engine = engine_of(self.circuit, self.logits.device)
-        # Out of inference mode, since autograd is how the columns Cov(z) e_i are computed.
-        with torch.inference_mode(False), torch.enable_grad():
-            logits, potential = self.rows.inputs()
-            logits = logits.detach().clone()
-            potential = None if potential is None else potential.detach().clone()
-            rows = logits.repeat_interleave(n, 0).requires_grad_()
-            if potential is not None and potential.dim() > 1:
-                potential = potential.repeat_interleave(n, 0)
-            marginals = engine.attach(engine.infer(rows.detach(), potential), rows, potential).marginals
-            directions = torch.eye(n, dtype=rows.dtype, device=rows.device).repeat(len(logits), 1)
-            (columns,) = torch.autograd.grad(marginals, rows, directions)
-        empty = self._infer().log_partition.detach().isnan()
+        """[..., N, N] Cov(z), one sweep per variable. Differentiable, slowly: by the naive engine."""
+        n, sweep = self.circuit.n, self._infer()
+        logits, potential = self.rows.inputs()
+        if potential is not None and potential.dim() > 1:
+            potential = potential.repeat_interleave(n, 0)
+        fallback = torch.zeros_like(sweep.shift, dtype=torch.bool) if sweep.fallback is None else sweep.fallback
+        marks = [mark.repeat_interleave(n, 0) for mark in (sweep.shift, fallback)]
+        directions = torch.eye(n, dtype=logits.dtype, device=logits.device).repeat(len(logits), 1)
+        # The columns Cov(z) e_i.
+        columns, _ = derivative(
+            transforms.Either(self.circuit), logits.repeat_interleave(n, 0), potential, marks, [(directions, None)]
+        )
+        empty = sweep.log_partition.detach().isnan()
         covariance = columns.reshape(-1, n, n).masked_fill(empty[:, None, None], math.nan)
         return self._as_batch(covariance)
 
@@ -285,7 +298,9 @@ class SubsetDistribution(Distribution):
             if copies != 1:
                 logits = logits.repeat(copies, 1)
                 potential = potential if potential is None or potential.dim() == 1 else potential.repeat(copies, 1)
-            if is_compiling():
+            if transformed():
+                mask = transforms.sample(self.circuit, logits, potential, keys)
+            elif traced(logits):
                 mask = ops.sample(self.circuit, logits, potential, keys)
             else:
                 mask = engine_of(self.circuit, logits.device).sample(logits, potential, keys)
@@ -357,8 +372,9 @@ class SubsetDistribution(Distribution):
             if count is not None and potential is not None:
                 other = torch.arange(potential.shape[-1], device=logits.device) != count.reshape(-1, 1)
                 potential = potential.masked_fill(other, -math.inf)
-            if is_compiling():
-                return self._as_batch(ops.mode(self.circuit, logits, potential))
+            if transformed() or traced(logits):
+                found = transforms.mode if transformed() else ops.mode
+                return self._as_batch(found(self.circuit, logits, potential))
             if potential is None:
                 return self._as_batch(layered_engine(self.circuit, self.logits.device).mode(logits))
             return self._as_batch(subset_mode(logits, potential))
@@ -380,8 +396,8 @@ class SubsetDistribution(Distribution):
         known = None if self.known is None else self.known.log_prob(value)
         if known is not None:
             return self._as_batch(known)
-        selected = value == 1 if is_compiling() else as_mask("value", value, self.circuit.n)
-        allowed = ops.satisfies(self.circuit, selected) if is_compiling() else boolean.satisfies(self.circuit, selected)
+        selected = as_mask("value", value, self.circuit.n)
+        allowed = satisfies(self.circuit, selected)
         if self._validate_args and not bool(allowed.all()):
             raise ValueError(f"value does not satisfy {self.circuit.constraint!r} in {rows_text(~allowed)}")
         sweep = self._infer()
@@ -405,7 +421,7 @@ class SubsetDistribution(Distribution):
             return self.logits.new_zeros(count.shape)
         count = count.clamp(max=potential.shape[-1] - 1)
         if potential.dim() == 1:
-            return potential[count]
+            return potential.take(count)  # which, unlike indexing, never looks at the value of a single count
         shape = torch.broadcast_shapes(count.shape, self._batch_shape)
         table = self._as_batch(potential).expand(*shape, -1)
         return table.gather(-1, count.expand(shape).unsqueeze(-1)).squeeze(-1)
@@ -502,9 +518,17 @@ class SubsetDistribution(Distribution):
         return f"SubsetDistribution({self.circuit.constraint!r}, n={self.circuit.n}, batch={tuple(self._batch_shape)})"
 
 
-def validating(validate_args: bool | None) -> bool:
-    """A traced program cannot branch on values: its rows go unchecked, and bad ones are NaN alone."""
-    if is_compiling():
+def satisfies(circuit: Compiled, selected: Tensor) -> Tensor:
+    """[...] bool, whether masks [..., N] bool are allowed."""
+    if transformed():
+        found: Tensor = transforms.satisfies(circuit, selected)
+        return found
+    return ops.satisfies(circuit, selected) if traced(selected) else boolean.satisfies(circuit, selected)
+
+
+def validating(validate_args: bool | None, *values: object) -> bool:
+    """Whether to check values; where they cannot be branched on, rows go unchecked, and bad ones are NaN alone."""
+    if batched() or traced(*(x for x in values if isinstance(x, Tensor))):
         return False
     return bool(Distribution._validate_args) if validate_args is None else validate_args
 
@@ -515,7 +539,7 @@ def _requires_grad(values: Tensor | None) -> bool:
 
 def _with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
     """``value``, with the gradient (of any order) of ``surrogate``."""
-    if not surrogate.requires_grad:
+    if not tracked(surrogate):
         return value
     return value.detach() + (surrogate - surrogate.detach())
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from circuitroute._tensors import batched, plain, traced
 from circuitroute._validate import as_int
 from circuitroute.circuit import Compiled, boolean
 
@@ -59,15 +60,17 @@ def condition_logits(
 ) -> tuple[Tensor, Tensor]:
     """Logits with +inf at ``include`` and -inf at ``exclude``, and which rows [...] contradict their own logits.
 
-    Such rows include what the logits forbid, or exclude what they force; their logits become NaN.
+    Such rows include what the logits forbid, or exclude what they force; their logits become NaN. So do those of rows
+    that include what they exclude, where that cannot be seen and refused.
     """
     chosen = _as_selection("include", include, circuit.n, logits.device)
     banned = _as_selection("exclude", exclude, circuit.n, logits.device)
-    if bool((chosen & banned).any()):
+    unseen = batched() or traced(logits, chosen, banned)  # whose values cannot be branched on
+    if not unseen and bool((chosen & banned).any()):
         both = (chosen & banned).nonzero()[:, -1].unique().tolist()
         raise ValueError(f"include and exclude share the variables {both}")
     result = torch.where(chosen, math.inf, torch.where(banned, -math.inf, logits))
-    lost = ((chosen & (logits == -math.inf)) | (banned & (logits == math.inf))).any(-1)
+    lost = ((chosen & (logits == -math.inf)) | (banned & ((logits == math.inf) | chosen))).any(-1)
     return torch.where(lost.unsqueeze(-1), math.nan, result), lost
 
 
@@ -75,12 +78,16 @@ def _as_selection(name: str, value: Tensor | Iterable[int] | None, n: int, devic
     """[..., N] bool from a mask, from indices, or from nothing."""
     if value is None:
         return torch.zeros(n, dtype=torch.bool, device=device)
+    value = plain(name, value) if isinstance(value, Tensor) else value
+    unseen = isinstance(value, Tensor) and (batched() or traced(value))
     if isinstance(value, Tensor) and (value.dtype == torch.bool or value.dtype.is_floating_point):
         if value.dim() == 0 or value.shape[-1] != n:
             raise ValueError(f"{name} has shape {tuple(value.shape)}: the last dimension of a mask must be n={n}")
-        if not bool(((value == 0) | (value == 1)).all()):
+        if not unseen and not bool(((value == 0) | (value == 1)).all()):
             raise ValueError(f"{name} holds values other than 0 and 1; pass integers to give indices")
         return value.to(device) == 1
+    if isinstance(value, Tensor) and unseen:
+        return (value.reshape(-1, 1).to(device) == torch.arange(n, device=device)).any(0)
     entries = value.reshape(-1).tolist() if isinstance(value, Tensor) else list(value)
     if len(entries) == n and all(isinstance(v, bool) for v in entries):
         return torch.tensor(entries, device=device)

@@ -14,16 +14,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Size, Tensor
-from torch.compiler import is_compiling
 
+from circuitroute._tensors import cannot_look, plain, traced, tracked, transformed
 from circuitroute.circuit import Compiled
 from circuitroute.engines import certainly_finite
 from circuitroute.inference.evidence import rows_text, unsatisfiable_rows
-
-
-def cannot_look(values: Tensor) -> bool:
-    """Whether branching on ``values`` is out of the question: in a traced program, or on a GPU (it would wait)."""
-    return is_compiling() or values.is_cuda
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,19 +126,19 @@ class Rows:
         """[J] or [T, J] log potentials with -inf where the constraint forbids a count."""
         if self.circuit.counts is None:
             return None
-        allowed = _allowed.__wrapped__ if is_compiling() else _allowed  # a tensor of a trace must not outlive it
+        # A tensor of a trace, or of a transform, must not outlive it.
+        allowed = _allowed.__wrapped__ if traced(self.logits) or transformed() else _allowed
         base: Tensor = allowed(self.circuit.counts, self.logits.dtype, self.logits.device)
         if self.count_potential is None:
             return base
         given = self.count_potential
-        if given.dim() > 1 or given.requires_grad:
+        if given.dim() > 1 or tracked(given):
             given = given.expand(*self.batch_shape, -1).reshape(-1, given.shape[-1])
         return torch.where(base == 0.0, given, base)
 
     def needs_grad(self) -> bool:
         """Whether results are to be functions of logits or potential."""
-        inputs = (self.logits, self.count_potential)
-        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+        return tracked(self.logits, self.count_potential)
 
     def as_batch(self, values: Tensor) -> Tensor:
         """[T, ...] as [*batch_shape, ...]."""
@@ -162,7 +157,7 @@ def _nan_rows(logits: Tensor, potential: Tensor | None, batch_shape: Size) -> Te
 def _allowed(counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """[J] a count constraint's potential: 0 where allowed, else -inf. Kept, since sending it to a GPU waits for it."""
     with torch.inference_mode(False):
-        potential = torch.full((max(counts) + 1,), -math.inf, dtype=dtype)
+        potential = torch.full((max(counts) + 1,), -math.inf, dtype=dtype, device="cpu")
         potential[list(counts)] = 0.0
         return potential.to(device)
 
@@ -172,8 +167,7 @@ def _allowed(counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
 
 def _as_logits(logits: Tensor, n: int) -> Tensor:
     """Logits [..., n] in float32, or float64 if they are; any floating dtype is taken."""
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"logits={logits!r}: expected a tensor, got {type(logits).__name__}")
+    logits = plain("logits", logits)
     if not logits.dtype.is_floating_point:
         raise TypeError(f"logits have dtype {logits.dtype}: expected a floating-point dtype")
     if logits.dim() == 0 or logits.shape[-1] != n:
@@ -187,8 +181,7 @@ def _as_potential(potential: Tensor, circuit: Compiled, logits: Tensor) -> Tenso
         raise ValueError(
             f"count_potential is for count constraints over all variables; {circuit.constraint!r} is not one"
         )
-    if not isinstance(potential, Tensor):
-        raise TypeError(f"count_potential={potential!r}: expected a tensor, got {type(potential).__name__}")
+    potential = plain("count_potential", potential)
     J = circuit.max_count + 1
     if potential.dim() == 0 or potential.shape[-1] != J:
         raise ValueError(

@@ -6,9 +6,9 @@ import math
 
 from torch import Size, Tensor
 
+from circuitroute._tensors import cannot_look
 from circuitroute._validate import as_number
 from circuitroute.inference.evidence import rows_text
-from circuitroute.inference.rows import cannot_look
 
 # Below it finite logits might overflow when they are divided, and pass for evidence.
 MIN_TEMPERATURE = 1e-30

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
+from circuitroute._tensors import without_autocast
 from circuitroute.constraints import Constraint
 from circuitroute.integrations.hosted import GROUP_LIMIT, Decider, Weights, refuse_replaced
 from circuitroute.integrations.hosted import begin_step as begin_step
@@ -104,7 +105,7 @@ class CircuitRouter(TopKRouter):
         # Megatron's own method needs a GPU and Transformer Engine.
         wide = torch.float64 if self.config.moe_router_dtype == "fp64" else torch.float32
         bias = None if self.bias is None else self.bias.to(wide)
-        with torch.autocast(input.device.type, enabled=False):
+        with without_autocast(input):
             return F.linear(input.to(wide), self.weight.to(wide), bias)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from circuitroute._tensors import plain
 from circuitroute._validate import as_int
 
 _GOLDEN64 = 0x9E3779B97F4A7C15
@@ -83,6 +84,7 @@ def _part(name: str, value: int | Tensor) -> int | Tensor:
     """An integer tensor as it is, any other integer modulo 2^64."""
     if not isinstance(value, Tensor):
         return as_int(name, value) & _WORD
+    value = plain(name, value)
     if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
         raise TypeError(f"{name} has dtype {value.dtype}: expected an integer tensor")
     return value

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from circuitroute._tensors import without_autocast
 from circuitroute._validate import int_at_least
 from circuitroute.constraints import Constraint
 from circuitroute.inference.temperature import as_temperature
@@ -212,7 +213,7 @@ class BudgetRouter(Budget):
         if hidden is None:
             raise ValueError("hidden=None: with per_token=True the preferences depend on hidden states")
         head = cast(nn.Linear, self.heads[layer])
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden):
             return F.linear(hidden.double(), head.weight.double(), head.bias.double())
 
     def _check_hidden(self, hidden: Tensor) -> None:

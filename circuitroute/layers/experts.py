@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from circuitroute._tensors import batchable, recorded, transformed
 from circuitroute._validate import int_at_least
 
 Activation = Callable[[Tensor], Tensor]
@@ -90,8 +91,16 @@ class StackedExperts(nn.Module):
             raise ValueError(
                 f"loads={list(loads)}: expected {self.num_experts} numbers of rows that add up to {len(rows)}"
             )
+        if transformed() or recorded(rows):
+            return self._by_expert(rows, loads)
         outputs: Tensor = _Grouped.apply(rows, self.up, self.down, list(loads), self.activation)  # type: ignore[no-untyped-call]
         return outputs
+
+    def _by_expert(self, rows: Tensor, loads: Sequence[int]) -> Tensor:
+        """The same in operations that any transform and any tracer knows."""
+        activation = ACTIVATIONS[self.activation] if isinstance(self.activation, str) else self.activation
+        parts = zip(rows.split(list(loads)), self.up, self.down, strict=True)
+        return torch.cat([F.linear(activation(F.linear(part, up)), down) for part, up, down in parts])
 
     def extra_repr(self) -> str:
         """What repr() shows."""
@@ -112,7 +121,7 @@ class _Grouped(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, up: Tensor, down: Tensor, loads: list[int], activation: str | Activation
     ) -> Tensor:
-        if torch.is_autocast_enabled(rows.device.type) and rows.dtype != torch.float64:
+        if not rows.is_meta and torch.is_autocast_enabled(rows.device.type) and rows.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(rows.device.type)
             rows, up, down = rows.to(dtype), up.to(dtype), down.to(dtype)
         inner = _grouped_mm(rows, up.transpose(1, 2), loads)
@@ -125,6 +134,7 @@ class _Grouped(torch.autograd.Function):
         return _grouped_mm(active, down.transpose(1, 2), loads)
 
     @staticmethod
+    @batchable
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         rows, up, down, inner, active = ctx.saved_tensors
@@ -149,6 +159,8 @@ def _through(activation: str | Activation, upstream: Tensor, inner: Tensor) -> T
 
 def _grouped_mm(rows: Tensor, matrices: Tensor, loads: list[int]) -> Tensor:
     """[S, B] the rows [S, A] of each expert times its matrix [E, A, B]."""
+    if transformed():  # which know no results that are given
+        return torch.cat([part @ matrix for part, matrix in zip(rows.split(loads), matrices, strict=True)])
     out = rows.new_empty(len(rows), matrices.shape[-1])
     for part, matrix, result in zip(rows.split(loads), matrices, out.split(loads), strict=True):
         torch.mm(part, matrix, out=result)
@@ -157,6 +169,8 @@ def _grouped_mm(rows: Tensor, matrices: Tensor, loads: list[int]) -> Tensor:
 
 def _grouped_outer(left: Tensor, right: Tensor, loads: list[int]) -> Tensor:
     """[E, A, B] the product left^T right of the rows [S, A] and [S, B] of each expert."""
+    if transformed():
+        return torch.stack([a.t() @ b for a, b in zip(left.split(loads), right.split(loads), strict=True)])
     out = left.new_empty(len(loads), left.shape[-1], right.shape[-1])
     for a, b, result in zip(left.split(loads), right.split(loads), out, strict=True):
         torch.mm(a.t(), b, out=result)

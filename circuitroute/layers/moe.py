@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from circuitroute._tensors import batched, recorded, tracked, transformed, without_numbers
 from circuitroute.keys import drawn_keys
 from circuitroute.layers.experts import StackedExperts
 from circuitroute.layers.routers import LinearRouter
@@ -24,6 +25,7 @@ from circuitroute.routing.probes import (
     as_probe_weights,
     draw_probes,
     every_unchosen,
+    probe_slots,
     with_worth,
 )
 from circuitroute.routing.records import RoutingRecord
@@ -114,16 +116,50 @@ class MoE(nn.Module):
                 f"routing is for {tokens} tokens and {choices} experts, but there are {len(rows)} and "
                 f"{self.num_experts}"
             )
-        token, expert, weight = routing.ragged(by="expert")
-        outputs = self._run(rows.index_select(0, token), expert)
-        # Under autocast the two may differ; the sum is taken in the wider.
-        weighted = outputs * weight.unsqueeze(-1).to(torch.promote_types(outputs.dtype, rows.dtype))
-        combined = torch.zeros_like(rows, dtype=weighted.dtype).index_add(0, token, weighted)
-        if self.training and self.probes and torch.is_grad_enabled() and routing.gates.requires_grad:
+        probed = bool(self.training and self.probes and tracked(routing.gates))
+        if probed and (transformed() or recorded(rows)):
+            raise NotImplementedError(
+                f"probes={self.probes!r} in a traced program, or under a transform of torch.func: there they have no "
+                "gradient; set probes=0, or call eval()"
+            )
+        if batched() or recorded(rows):
+            combined = self._everywhere(rows, routing)
+        else:
+            combined = self._dispatched(rows, routing)
+        if probed:
             if isinstance(probe_key, Tensor):
                 probe_key = per_token("key", probe_key, hidden.shape[:-1])
             combined = self._with_probes(combined, rows, routing, probe_key)
         return combined.to(hidden.dtype).reshape(hidden.shape), routing
+
+    def _dispatched(self, rows: Tensor, routing: Routing) -> Tensor:
+        """[T, H] the weighted sums of what the chosen experts give."""
+        if without_numbers(rows):  # as many experts as a token may have
+            weights, _ = routing.padded()
+            token, loads = self._somewhere(rows, weights.shape[1])
+            weight = weights.reshape(-1)
+        else:
+            token, expert, weight = routing.ragged(by="expert")
+            loads = self._loads(expert)
+        outputs = self._run(rows.index_select(0, token), loads)
+        # Under autocast the two may differ; the sum is taken in the wider.
+        weighted = outputs * weight.unsqueeze(-1).to(torch.promote_types(outputs.dtype, rows.dtype))
+        return torch.zeros_like(rows, dtype=weighted.dtype).index_add(0, token, weighted)
+
+    def _everywhere(self, rows: Tensor, routing: Routing) -> Tensor:
+        """The same where nothing may depend on who was chosen: every expert runs on every token, most in vain."""
+        outputs = self._run(rows.repeat(self.num_experts, 1), [len(rows)] * self.num_experts)
+        outputs = outputs.reshape(self.num_experts, len(rows), -1)
+        gates, chosen = routing.gates.t()[..., None], routing.mask.t()[..., None]
+        weighted = outputs * gates.to(torch.promote_types(outputs.dtype, rows.dtype))
+        # A gate of NaN is a decision that could not be made, which must not pass for 0.
+        return torch.where(chosen | gates.isnan(), weighted, 0.0).sum(0)
+
+    def _somewhere(self, rows: Tensor, each: int) -> tuple[Tensor, list[int]]:
+        """Pairs of tokens without numbers, ``each`` of every token, and loads of experts that add up to as many."""
+        token = torch.arange(len(rows), device=rows.device).repeat_interleave(each)
+        share, rest = divmod(len(token), self.num_experts)
+        return token, [share + (i < rest) for i in range(self.num_experts)]
 
     def _check_alone(
         self, key: Tensor | int | None, replay: Tensor | RoutingRecord | None, options: dict[str, Any]
@@ -137,9 +173,13 @@ class MoE(nn.Module):
                 "it to the router that makes the decision"
             )
 
-    def _run(self, rows: Tensor, expert: Tensor) -> Tensor:
-        """[S, H] the outputs of rows [S, H] that are sorted by expert [S]."""
-        loads = torch.bincount(expert, minlength=self.num_experts).tolist()
+    def _loads(self, expert: Tensor) -> list[int]:
+        """How many pairs [S] each expert has."""
+        loads: list[int] = torch.bincount(expert, minlength=self.num_experts).tolist()
+        return loads
+
+    def _run(self, rows: Tensor, loads: list[int]) -> Tensor:
+        """[S, H] the outputs of rows [S, H] that are sorted by expert, ``loads[e]`` of them for expert e."""
         if isinstance(self.experts, StackedExperts):
             outputs: Tensor = self.experts(rows, loads)
             return outputs
@@ -150,15 +190,21 @@ class MoE(nn.Module):
 
     def _with_probes(self, combined: Tensor, rows: Tensor, routing: Routing, key: Tensor | int | None) -> Tensor:
         """The output, with probes that add 0 to it and their worth to the gradient of the gates."""
-        if self.probes == "all":
-            probes = every_unchosen(routing)
+        if without_numbers(rows):
+            each = probe_slots(routing.untempered.circuit, self.probes)
+            token, loads = self._somewhere(rows, each)
+            gates = routing.gates[:, :each].reshape(-1)
         else:
-            probes = draw_probes(routing, self.probes, key, self.probe_weights)
-        order = probes.expert.argsort(stable=True)
-        token, expert, weight = (part[order] for part in probes)
+            if self.probes == "all":
+                probes = every_unchosen(routing)
+            else:
+                probes = draw_probes(routing, self.probes, key, self.probe_weights)
+            order = probes.expert.argsort(stable=True)
+            token, expert, weight = (part[order] for part in probes)
+            gates, loads = routing.gates[token, expert] * weight, self._loads(expert)
         with torch.no_grad():
-            outputs = self._run(rows.index_select(0, token), expert)
-        return with_worth(combined, routing.gates[token, expert] * weight, outputs, token)
+            outputs = self._run(rows.index_select(0, token), loads)
+        return with_worth(combined, gates, outputs, token)
 
 
 def _several_processes() -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from circuitroute._tensors import without_autocast
 from circuitroute._validate import int_at_least
 from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Between, Constraint, Exactly
@@ -63,7 +64,7 @@ class LogitMap(nn.Module):
             )
         rows = hidden.reshape(-1, self.hidden_size)
         wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-        with torch.autocast(rows.device.type, enabled=False):
+        with without_autocast(rows):
             bias = None if self.bias is None else self.bias.to(wide)
             return F.linear(rows.to(wide), self.weight.to(wide), bias)
 

@@ -11,6 +11,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from circuitroute._tensors import without_autocast
 from circuitroute._validate import as_number, int_at_least
 from circuitroute.inference.evidence import rows_text
 from circuitroute.layers.routers import LinearRouter
@@ -185,7 +186,7 @@ class SoftTopKRouter(LinearRouter):
             mask = self._executed(logits, weights, mass, cap)
         else:
             mask = self._replayed(replay, logits, cap)
-        with torch.autocast(logits.device.type, enabled=False):
+        with without_autocast(logits):
             g = torch.where(mask, weights, 0.0)
             gates = g if self.combine == "marginal" else weigh_by_logits(g, mask, logits, self.combine)
         return SoftRouting(logits, weights, mask, gates, self._slots(cap))
@@ -196,7 +197,7 @@ class SoftTopKRouter(LinearRouter):
         mass = self.k if k is None else k
         if isinstance(mass, Tensor):
             mass = per_token("k", mass, hidden.shape[:-1])
-        with torch.autocast(logits.device.type, enabled=False):
+        with without_autocast(logits):
             return logits, soft_topk(logits, mass, self.alpha), mass
 
     def _cap(self, mass: float | Tensor) -> int | Tensor | None:

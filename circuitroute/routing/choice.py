@@ -9,14 +9,13 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, float32, promote_types
-from torch.compiler import is_compiling
 
+from circuitroute._tensors import cannot_look, plain, transformed
 from circuitroute._validate import as_mask, as_number
 from circuitroute.circuit import Compiled, boolean
 from circuitroute.engines.step import SHARE
 from circuitroute.inference.distribution import SubsetDistribution, validating
 from circuitroute.inference.evidence import rows_text
-from circuitroute.inference.rows import cannot_look
 from circuitroute.inference.temperature import as_temperature
 from circuitroute.keys import fold_in, uniform
 from circuitroute.routing.decision import Decision
@@ -64,11 +63,15 @@ class Batch(NamedTuple):
         Args:
             shift: [E], [T, 1] or [T, E]: added to the logits for the choice alone.
         """
+        if isinstance(logits, Tensor):
+            logits = plain("logits", logits)
         batch = logits.shape[:-1] if isinstance(logits, Tensor) else torch.Size()
         if isinstance(logits, Tensor) and logits.dim() > 0:
             logits, count_potential, key = _flatten(logits, count_potential, key)
         moved = logits if shift is None else logits + shift.to(logits.device, promote_types(logits.dtype, float32))
-        unchecked = isinstance(moved, Tensor) and moved.is_cuda and not is_compiling() and validating(validate_args)
+        unchecked = (
+            isinstance(moved, Tensor) and moved.is_cuda and not transformed() and validating(validate_args, moved)
+        )
         untempered = SubsetDistribution(circuit, moved, count_potential, False if unchecked else validate_args)
         temperature = temperature_of(temperature, batch)
         given = untempered.logits if shift is None else logits.to(untempered.logits.dtype)
@@ -159,6 +162,7 @@ def _flatten(
 
 def per_token(name: str, value: Tensor, batch: torch.Size) -> Tensor:
     """[T], or a scalar as it is: ``value`` broadcast to the leading dimensions, unless it is flattened already."""
+    value = plain(name, value)
     if value.dim() == 0 or value.shape == (batch.numel(),):
         return value
     return _expand(name, value, batch).reshape(-1)

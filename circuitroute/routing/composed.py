@@ -58,7 +58,9 @@ def gradients(
     temperature = inputs.temperature if isinstance(inputs.temperature, Tensor) else None
     candidates = (inputs.logits, None if one else inputs.choice, temperature, inputs.potential)
     leaves = [x for x in candidates if x is not None and x.requires_grad]
-    pairs = zip(results(circuit, inputs, rule, step), upstream, strict=True)
+    with torch.enable_grad():
+        found_again = results(circuit, inputs, rule, step)
+    pairs = zip(found_again, upstream, strict=True)
     known = [(x, g.to(x.dtype)) for x, g in pairs if g is not None and x.requires_grad]
     if not known or not leaves:
         return (None,) * len(candidates)

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from circuitroute._tensors import batched, recorded, without_numbers
 from circuitroute._validate import int_at_least
 from circuitroute.inference.distribution import SubsetDistribution
 
@@ -156,7 +157,14 @@ class Routing:
         slots = largest if width is None else int_at_least("width", width, 1)
         if slots > experts:
             raise ValueError(f"width={slots}: there are only {experts} experts")
-        if slots < largest and self.counts.numel() and int(self.counts.max()) > slots:
+        if slots >= largest or not self.counts.numel() or without_numbers(self.mask):
+            return slots
+        if batched() or recorded(self.mask):
+            raise ValueError(
+                f"width={slots}: in a traced program, or under torch.func.vmap, it cannot be seen whether a token has "
+                f"more experts; give max_count={largest}, or more"
+            )
+        if int(self.counts.max()) > slots:
             raise ValueError(f"width={slots}: a token has {int(self.counts.max())} experts; widen it")
         return slots
 
@@ -171,6 +179,10 @@ class Routing:
         """
         if by not in ("token", "expert"):
             raise ValueError(f"by={by!r}: choose 'token' or 'expert'")
+        if batched() or without_numbers(self.mask):
+            raise NotImplementedError(
+                "ragged(): how long the list is depends on values, which are batched here or not there; use padded()"
+            )
         if by == "token":
             token, expert = self.mask.nonzero(as_tuple=True)
         else:

@@ -9,8 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
+from circuitroute._tensors import batchable, traced, tracked, transformed
 from circuitroute.inference.distribution import SubsetDistribution
 
 
@@ -31,11 +31,10 @@ class Simple:
 
     def __call__(self, mask: Tensor, distribution: SubsetDistribution) -> Tensor:
         """See :class:`Estimator`."""
-        inputs = (distribution.logits, distribution.count_potential)
-        if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
+        if not tracked(distribution.logits, distribution.count_potential):
             return mask
         marginals = distribution.marginals
-        if is_compiling():
+        if traced(marginals) or transformed():
             return mask + (marginals - marginals.detach())
         through: Tensor = _StraightThrough.apply(mask, marginals)  # type: ignore[no-untyped-call]
         return through
@@ -52,6 +51,7 @@ class _StraightThrough(torch.autograd.Function):
         return mask.view_as(mask)
 
     @staticmethod
+    @batchable
     def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor]:
         return None, upstream
 

@@ -34,8 +34,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from circuitroute._tensors import batchable
 from circuitroute._validate import as_number, int_at_least
-from circuitroute.inference.circuit import Circuit
+from circuitroute.circuit import Compiled
 from circuitroute.keys import fold_in, uniform
 from circuitroute.routing.decision import Routing, chosen_first
 from circuitroute.routing.estimators import Dense, Estimator, Score, as_estimator
@@ -127,7 +128,7 @@ def probe_weights(
     return torch.zeros_like(routing.gates).scatter_add(-1, expert.t(), counted.t())
 
 
-def probe_slots(circuit: Circuit, probes: ProbeCount) -> int:
+def probe_slots(circuit: Compiled, probes: ProbeCount) -> int:
     """The most probes that any token may have."""
     unchosen = circuit.n - circuit.min_count
     return unchosen if probes == "all" else min(probes, unchosen)
@@ -213,6 +214,7 @@ class _WithWorth(torch.autograd.Function):
         return combined
 
     @staticmethod
+    @batchable
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         outputs, token = ctx.saved_tensors

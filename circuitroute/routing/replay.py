@@ -17,7 +17,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from circuitroute.inference.rows import cannot_look
+from circuitroute._tensors import cannot_look
 from circuitroute.routing.decision import Routing
 from circuitroute.routing.records import LayerRecord as LayerRecord
 from circuitroute.routing.records import RoutingRecord as RoutingRecord

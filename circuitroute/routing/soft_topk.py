@@ -42,8 +42,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
+from circuitroute._tensors import batchable, plain, traced, transformed
 from circuitroute._validate import as_number
 from circuitroute.inference.evidence import rows_text
 
@@ -81,15 +81,9 @@ def soft_topk(logits: Tensor, k: float | Tensor, alpha: float | Tensor) -> Tenso
     """
     wide = _as_logits(logits)
     k_T, alpha_T = _per_row("k", k, wide), _per_row("alpha", alpha, wide)
-    with torch.no_grad():
-        sorted_TN = _sorted(wide.detach())
-        forced_T, forbidden_T = _evidence(sorted_TN)
-        if not is_compiling():
-            _check_rows(sorted_TN, k_T, alpha_T, forced_T, forbidden_T)
-        origin_T1, threshold_T1 = _threshold(sorted_TN, k_T, alpha_T, forced_T, forbidden_T)
-    if is_compiling():
-        return _traced(wide, k_T, alpha_T, origin_T1, threshold_T1)
-    weights, _ = _SoftTopK.apply(wide, k_T, alpha_T, origin_T1, threshold_T1)  # type: ignore[no-untyped-call]
+    if traced(wide, k_T, alpha_T) and not transformed():
+        return _traced(wide, k_T, alpha_T)
+    weights, _ = _SoftTopK.apply(wide, k_T, alpha_T)  # type: ignore[no-untyped-call]
     result: Tensor = weights
     return result
 
@@ -106,8 +100,7 @@ def laplace_cdf(x: Tensor) -> Tensor:
 
 
 def _as_logits(logits: Tensor) -> Tensor:
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"logits={logits!r}: expected a tensor, got {type(logits).__name__}")
+    logits = plain("logits", logits)
     if not logits.dtype.is_floating_point:
         raise TypeError(f"logits have dtype {logits.dtype}: expected a floating-point dtype")
     if logits.dim() == 0 or logits.shape[-1] == 0:
@@ -119,6 +112,7 @@ def _per_row(name: str, value: float | Tensor, logits: Tensor) -> Tensor:
     """[...] in the dtype of the logits; a number is filled in where they are, without waiting for a GPU."""
     batch = logits.shape[:-1]
     if isinstance(value, Tensor):
+        value = plain(name, value)
         if value.dtype == torch.bool or value.dtype.is_complex:
             raise TypeError(f"{name} has dtype {value.dtype}: expected real numbers")
         try:
@@ -160,9 +154,19 @@ def _first(values: Tensor, where: Tensor) -> float:
 # ---------------------------------------------------------------------------------------------- the threshold
 
 
+@torch.no_grad()
+def _solved(logits_TN: Tensor, k_T: Tensor, alpha_T: Tensor) -> tuple[Tensor, Tensor]:
+    """The threshold of checked rows, see :func:`_threshold`; values that cannot be looked at go unchecked."""
+    sorted_TN = _sorted(logits_TN.detach())
+    forced_T, forbidden_T = _evidence(sorted_TN)
+    if not traced(sorted_TN):
+        _check_rows(sorted_TN, k_T, alpha_T, forced_T, forbidden_T)
+    return _threshold(sorted_TN, k_T, alpha_T, forced_T, forbidden_T)
+
+
 def _sorted(values: Tensor) -> Tensor:
     """[..., N] from the largest down, NaN first."""
-    if values.device.type != "cpu" or is_compiling():
+    if values.device.type != "cpu" or traced(values):
         return values.sort(dim=-1, descending=True).values
     # Ten times as fast as torch's, which also keeps the order's indices.
     return torch.from_numpy(np.sort(values.numpy(), axis=-1)).flip(-1)
@@ -171,7 +175,7 @@ def _sorted(values: Tensor) -> Tensor:
 def _evidence(sorted_TN: Tensor) -> tuple[Tensor, Tensor]:
     """[T] int64 each: how many logits are +inf, how many are -inf."""
     ends = sorted_TN[..., :: max(1, sorted_TN.shape[-1] - 1)]
-    if sorted_TN.device.type == "cpu" and not is_compiling() and not bool(ends.isinf().any()):
+    if sorted_TN.device.type == "cpu" and not traced(sorted_TN) and not bool(ends.isinf().any()):
         none = torch.zeros(sorted_TN.shape[:-1], dtype=torch.int64)
         return none, none
     return (sorted_TN == math.inf).sum(-1), (sorted_TN == -math.inf).sum(-1)
@@ -230,22 +234,30 @@ def _root(upper_T1: Tensor, lower_T1: Tensor, c_T1: Tensor, gap_T1: Tensor) -> T
 
 
 class _SoftTopK(torch.autograd.Function):
-    """The weights and the distances x - b from the threshold; the latter so that the gradient has one itself.
+    """The weights and the distances x - b from the threshold; the latter so that the derivative has one itself.
 
-    Backward is written in differentiable operations on the distances. Being an output, they carry the dependence on the
-    arguments into the second derivative.
+    Both modes are written in differentiable operations on the distances. Being an output, they carry the dependence on
+    the arguments into the second derivative. With t = (dlogits - (x - b) dalpha) / alpha, and w and D those of
+    :func:`_densities`,
+
+        d(x - b) = t - <w, t> + dk / D,    dp = w D (t - <w, t>) + w dk.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, logits_TN: Tensor, k_T: Tensor, alpha_T: Tensor, origin_T1: Tensor, threshold_T1: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        distance_TN = _distances(logits_TN, alpha_T, origin_T1, threshold_T1)
-        ctx.save_for_backward(distance_TN, alpha_T)
-        ctx.set_materialize_grads(False)
+    def forward(logits_TN: Tensor, k_T: Tensor, alpha_T: Tensor) -> tuple[Tensor, Tensor]:
+        distance_TN = _distances(logits_TN, alpha_T, *_solved(logits_TN, k_T, alpha_T))
         return laplace_cdf(distance_TN), distance_TN
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.set_materialize_grads(False)
+        kept = (output[1], inputs[2])
+        ctx.save_for_backward(*kept)
+        if transformed():  # only then is it asked for, and results that are kept so keep themselves alive
+            ctx.save_for_forward(*kept)
+
+    @staticmethod
+    @batchable
     def backward(ctx: Any, to_weights_TN: Tensor | None, to_distance_TN: Tensor | None) -> tuple[Tensor | None, ...]:
         distance_TN, alpha_T = ctx.saved_tensors
         share_TN, total_T1, pinned_T1 = _densities(distance_TN)
@@ -260,10 +272,35 @@ class _SoftTopK(torch.autograd.Function):
             to_logits_TN = _plus(to_distance_TN - share_TN * sum_T1, to_logits_TN)
             to_k_T1 = _plus(torch.where(moves, sum_T1 / torch.where(moves, total_T1, 1.0), 0.0), to_k_T1)
         if to_logits_TN is None or to_k_T1 is None:
-            return None, None, None, None, None
+            return None, None, None
         to_logits_TN = to_logits_TN / alpha_T[..., None]
         to_alpha_T = -(to_logits_TN * distance_TN).sum(-1) if ctx.needs_input_grad[2] else None
-        return to_logits_TN, to_k_T1[..., 0], to_alpha_T, None, None
+        return to_logits_TN, to_k_T1[..., 0], to_alpha_T
+
+    @staticmethod
+    def jvp(ctx: Any, logits_TN: Tensor | None, k_T: Tensor | None, alpha_T: Tensor | None) -> tuple[Tensor, Tensor]:
+        distance_TN, at_alpha_T = ctx.saved_tensors
+        share_TN, total_T1, pinned_T1 = _densities(distance_TN)
+        moved_TN = torch.zeros_like(distance_TN) if logits_TN is None else logits_TN
+        if alpha_T is not None:
+            moved_TN = moved_TN - distance_TN * alpha_T[..., None]
+        moved_TN = moved_TN / at_alpha_T[..., None]
+        moved_TN = moved_TN - (share_TN * moved_TN).sum(-1, keepdim=True)
+        weights_TN = share_TN * total_T1 * moved_TN
+        if k_T is not None:
+            k_T1, moves = k_T[..., None], total_T1 > torch.finfo(total_T1.dtype).tiny
+            weights_TN = weights_TN + torch.where(pinned_T1, 0.0, share_TN * k_T1)
+            moved_TN = moved_TN + torch.where(moves, k_T1 / torch.where(moves, total_T1, 1.0), 0.0)
+        return weights_TN, moved_TN
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        pairs = zip(inputs, in_dims, strict=True)
+        batches = [x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in pairs]
+        found: tuple[Tensor, Tensor] = _SoftTopK.apply(*batches)  # type: ignore[no-untyped-call]
+        return found, (0, 0)
 
 
 def _distances(logits_TN: Tensor, alpha_T: Tensor, origin_T1: Tensor, threshold_T1: Tensor) -> Tensor:
@@ -286,11 +323,11 @@ def _plus(a: Tensor, b: Tensor | None) -> Tensor:
     return a if b is None else a + b
 
 
-def _traced(logits_TN: Tensor, k_T: Tensor, alpha_T: Tensor, origin_T1: Tensor, threshold_T1: Tensor) -> Tensor:
+def _traced(logits_TN: Tensor, k_T: Tensor, alpha_T: Tensor) -> Tensor:
     """The same for a compiler, which knows no second derivatives: a constant, and 0 with the gradient."""
     alpha_T1, limit = alpha_T[..., None], far(logits_TN.dtype)
     with torch.no_grad():
-        distance_TN = _distances(logits_TN, alpha_T, origin_T1, threshold_T1)
+        distance_TN = _distances(logits_TN, alpha_T, *_solved(logits_TN, k_T, alpha_T))
         share_TN, total_T1, pinned_T1 = _densities(distance_TN)
         slope_TN = share_TN * total_T1 / alpha_T1
         in_alpha_TN = -slope_TN * (distance_TN - (share_TN * distance_TN).sum(-1, keepdim=True))

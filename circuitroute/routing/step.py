@@ -18,14 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
+from circuitroute._tensors import batchable, cannot_look, traced, transformed, without_autocast
 from circuitroute.circuit import Compiled
 from circuitroute.engines import Inference, engine_of
 from circuitroute.engines.step import Inputs, Rule, Slopes, Step, Stepper, Upstream
 from circuitroute.inference.distribution import SubsetDistribution
-from circuitroute.inference.rows import cannot_look
-from circuitroute.routing import traced
+from circuitroute.routing import traced as operator
 from circuitroute.routing.choice import Batch, replayed
 from circuitroute.routing.composed import Results, by_input, gradients
 from circuitroute.routing.decision import Pad, Routing
@@ -91,13 +90,13 @@ def routing(
 ) -> Routing | None:
     """The decision with its weights, in one step; None where there is none for this engine, estimator or shape."""
     untempered, crosses = batch.untempered, _CROSSES.get(type(as_estimator(estimator)))
-    if crosses is None or untempered.circuit.counts is None:
+    if crosses is None or untempered.circuit.counts is None or transformed():
         return None
     choice, potential = untempered.rows.given()
     theta = choice if batch.logits is untempered.logits else batch.logits
     given = Inputs(theta, choice, _temperatures(batch.temperature, theta), potential, None)
     rule = Rule(combine, share, crosses)
-    if is_compiling():
+    if traced(*(x for x in given if isinstance(x, Tensor))):
         found = None if replay is not None else _traced(batch, given, rule)
     else:
         found = _found(batch, given, rule, replay)
@@ -109,7 +108,7 @@ def _found(batch: Batch, given: Inputs, rule: Rule, replay: Tensor | RoutingReco
     engine = engine_of(untempered.circuit, given.logits.device)
     if not isinstance(engine, Stepper):
         return None
-    with torch.no_grad(), torch.autocast(given.logits.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(given.logits):
         if replay is not None:
             # What is recorded is checked by looking at it, and so the rest may be looked at, too.
             if batch.unchecked:
@@ -121,7 +120,7 @@ def _found(batch: Batch, given: Inputs, rule: Rule, replay: Tensor | RoutingReco
         if rule.share > 0 and replay is None:
             inputs = inputs._replace(key=untempered.keys(batch.key))
     moments = rule.share > 0 or replay is not None or rule.combine == "marginal" or (rule.simple and _needs_grad(given))
-    with torch.no_grad(), torch.autocast(given.logits.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(given.logits):
         step = engine.step(inputs, rule, moments)
         if batch.unchecked:
             watch(step.invalid, f"{untempered.circuit.constraint!r} over {untempered.circuit.n} experts")
@@ -130,7 +129,7 @@ def _found(batch: Batch, given: Inputs, rule: Rule, replay: Tensor | RoutingReco
 
 def _traced(batch: Batch, given: Inputs, rule: Rule) -> Found:
     keys = batch.untempered.keys(batch.key) if rule.share > 0 else None
-    results, step = traced.step(batch.untempered.circuit, given._replace(key=keys), rule)
+    results, step = operator.step(batch.untempered.circuit, given._replace(key=keys), rule)
     return TracedFound(step, results)
 
 
@@ -183,13 +182,13 @@ class Steps(torch.autograd.Function):
         return tuple(_alias(x, logits) for x in (step.weights, *room, *moments))
 
     @staticmethod
+    @batchable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         taken, wanted = ctx.taken, ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled():
-            again = gradients(
-                taken.circuit, taken.given, taken.rule, taken.step, Upstream(*upstream), create_graph=True
-            )
-            return (*again, None, None)
+        again = torch.is_grad_enabled()
+        if again or transformed():
+            given = (taken.circuit, taken.given, taken.rule, taken.step, Upstream(*upstream))
+            return (*gradients(*given, create_graph=again), None, None)
         slopes = taken.gradient(Upstream(*upstream))
         *found, by_potential = by_input(slopes, taken.inputs, one=taken.given.choice is taken.given.logits)
         if wanted[3] and taken.given.potential.dim() == 1:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from circuitroute._tensors import cannot_look, without_autocast
 from circuitroute.engines import certainly_finite
 from circuitroute.engines.combine import evidence_softmax, relative
 from circuitroute.engines.step import COMBINES as COMBINES
 from circuitroute.engines.step import Combine as Combine
-from circuitroute.inference.rows import cannot_look
 from circuitroute.routing.decision import Decision
 from circuitroute.routing.estimators import Dense, Estimator, as_estimator
 
@@ -28,7 +28,7 @@ def weigh(
         logits: [T, E], what to weigh by, where that is not what was decided on: a host that shifts its logits for the
             choice weighs by the unshifted ones.
     """
-    with torch.autocast(decision.mask.device.type, enabled=False):
+    with without_autocast(decision.mask):
         g = estimated_mask(decision, estimator)
         # Not a property of the decision: torch 2.6 cannot trace those of a named tuple.
         finite = logits is None and decision.untempered.rows.finite

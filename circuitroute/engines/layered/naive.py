@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuitroute.circuit.graph import Graph, NodeKind
+from circuitroute.circuit.graph import Graph, NodeKind, count_range
 from circuitroute.engines.logspace import is_zero, log_coins, log_weights, nan_rows
 from circuitroute.engines.naive import NaiveEngine
 from circuitroute.keys import uniform
@@ -142,6 +142,10 @@ class NaiveLayered(NaiveEngine):
         present = plan.kind == NodeKind.PRESENT
         mask[:, plan.variable[present]] = reached[: len(plan.kind)][present].t()
         return mask
+
+    def counting(self) -> NaiveLayered:
+        """See :class:`circuitroute.engines.base.LayeredEngine`: by the roots of unity, see :meth:`count_probs`."""
+        return self if self.gives_counts else NaiveLayered(self._graph, count_range(self._graph)[1])
 
     def count_probs(self, logits_TN: Tensor, K: int) -> Tensor:
         """[T, K + 1] P(|S| = j) in the dtype of the logits, differentiable; K at least the largest count.

@@ -102,6 +102,6 @@ class PyjuiceLayered(TorchLayered):
     def second_derivative(
         self, logits_TN: Tensor, potential: Tensor | None, inference: Inference, u_TN: Tensor, v_TJ: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """See :class:`circuitroute.engines.autograd.Differentiable`; around the shift of the engine ``torch``."""
+        """See :class:`circuitroute.engines.base.Engine`; around the shift of the engine ``torch``."""
         known = inference if logits_TN.dtype == torch.float64 else super().infer(logits_TN, None)
         return super().second_derivative(logits_TN, None, known, u_TN, v_TJ)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from circuitroute._tensors import without_autocast
 from circuitroute.constraints import ActiveGroups, Constraint, Exactly, Groups
 from circuitroute.integrations.transformers.weights import (
     Weigh,
@@ -43,7 +44,7 @@ def _wide(router: Any, hidden: Tensor) -> Tensor:
 
 def _always_wide(router: Any, hidden: Tensor) -> Tensor:
     """In float32, under autocast too."""
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden):
         return _wide(router, hidden)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from circuitroute._tensors import without_autocast
 from circuitroute.inference.circuit import Circuit
 from circuitroute.inference.distribution import SubsetDistribution
 from circuitroute.integrations.transformers.experts import (
@@ -161,7 +162,7 @@ class Plan:
     def _weigh(self, decision: Decision, rule: Any, logits: Tensor) -> Tensor:
         """[T, E] gates by a family's own rule, from the router's logits without any shift for the choice."""
         estimator = self.session.options.estimator
-        with torch.autocast(logits.device.type, enabled=False):
+        with without_autocast(logits):
             g = estimated_mask(decision, estimator)
             dense = self.family.weighs_unchosen and isinstance(as_estimator(estimator), Dense)
             rule = partial(rule, dense=True) if dense else rule

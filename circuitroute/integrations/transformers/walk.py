@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from circuitroute._tensors import without_autocast
 from circuitroute.layers.budget import Budget, BudgetState
 from circuitroute.routing.decision import Routing
 
@@ -79,7 +80,7 @@ class Walk:
         return routing
 
     def _potential(self, state: BudgetState, logits: Tensor) -> Tensor:
-        with torch.autocast(logits.device.type, enabled=False):
+        with without_autocast(logits):
             return self.budget.potential(state).to(logits.device)
 
     def _next_state(self, position: int, logits: Tensor, training: bool) -> tuple[BudgetState, bool]:

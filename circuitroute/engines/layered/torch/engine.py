@@ -54,27 +54,21 @@ class TorchLayered(SweepEngine):
         """See :class:`circuitroute.engines.sweep.SweepEngine`."""
         return sweep.forward(self._plan(rows.logits.device), rows.logits, self._max_count + 1, key_T, moments)
 
-    def derivative(self, rows: Inputs, shift_T: Tensor, u_TN: Tensor, v_TJ: Tensor | None) -> tuple[Tensor, None]:
-        """See :class:`circuitroute.engines.sweep.SweepEngine`; there is no potential to differentiate by."""
-        return sweep.second_derivative(self._plan(rows.logits.device), rows.logits, shift_T, u_TN, v_TJ), None
+    def derivative(
+        self, rows: Inputs, shift_T: Tensor, u_TN: Tensor, v_TJ: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """See :class:`circuitroute.engines.sweep.SweepEngine`."""
+        plan, J = self._plan(rows.logits.device), self._max_count + 1
+        return sweep.second_derivative(plan, rows.logits, J, shift_T, u_TN, v_TJ)
 
     @torch.no_grad()
     def mode(self, logits_TN: Tensor) -> Tensor:
         """See :class:`circuitroute.engines.base.LayeredEngine`."""
         return sweep.mode(self._plan(logits_TN.device), logits_TN)
 
-    def count_probs(self, logits_TN: Tensor, K: int) -> Tensor:
-        """[T, K + 1] P(|S| = j), differentiable, for circuits whose nodes have no definite counts.
-
-        From the product of the circuit with a counter, which is made on first use.
-        """
-        counter = self._counter
-        probs = counter.infer(logits_TN.detach(), None)
-        if torch.is_grad_enabled() and logits_TN.requires_grad:
-            probs = counter.attach(probs, logits_TN, None)
-        if probs.count_probs is None:
-            raise RuntimeError("nodes split by their count have definite counts")  # cannot happen
-        return probs.count_probs
+    def counting(self) -> TorchLayered:
+        """See :class:`circuitroute.engines.base.LayeredEngine`: of the circuit's product with a counter."""
+        return self if self.gives_counts else self._counter
 
     @cached_property
     def _counter(self) -> TorchLayered:

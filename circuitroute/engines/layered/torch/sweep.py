@@ -38,13 +38,19 @@ def forward(plan: Plan, logits_TN: Tensor, J: int, key_T: Tensor | None, moments
     return sweep
 
 
-def second_derivative(plan: Plan, logits_TN: Tensor, shift_T: Tensor, u_TN: Tensor, v_TJ: Tensor | None) -> Tensor:
-    """The derivative of the marginals along u in the logits and v in a potential on the counts."""
+def second_derivative(
+    plan: Plan, logits_TN: Tensor, J: int, shift_T: Tensor, u_TN: Tensor, v_TJ: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The derivative of (m, q) along u in the logits and v in a potential on the counts; None for q as in forward."""
     dm = torch.empty_like(u_TN)
+    dq = logits_TN.new_zeros(len(u_TN), J) if plan.counts else None
     for part in _blocks(logits_TN, plan):
         block = _Block.up(plan, logits_TN[part], Shift.from_exact(shift_T[part], logits_TN.dtype))
-        dm[part] = block.derivative(u_TN[part].t(), None if v_TJ is None else v_TJ[part].t()).t()
-    return dm
+        dm_NB, dq_JB = block.derivative(u_TN[part].t(), None if v_TJ is None else v_TJ[part].t())
+        dm[part] = dm_NB.t()
+        if dq is not None:
+            dq[part, block.counts] = dq_JB.t()
+    return dm, dq
 
 
 def mode(plan: Plan, logits_TN: Tensor) -> Tensor:
@@ -106,8 +112,8 @@ class _Block(Block):
         tree.down(self.plan.steps, self.rows, adjoints)
         return adjoints[self.plan.present]
 
-    def derivative(self, u_NB: Tensor, v_JB: Tensor | None) -> Tensor:
-        """[N, B] the derivative of the marginals along (u, v): dual numbers through the same circuit.
+    def derivative(self, u_NB: Tensor, v_JB: Tensor | None) -> tuple[Tensor, Tensor]:
+        """([N, B], [J, B]) the derivative of (m, q) along (u, v): dual numbers through the same circuit.
 
         The derivation stands in :meth:`circuitroute.engines.subset.torch.sweep._Block.derivative`.
         """
@@ -116,11 +122,13 @@ class _Block(Block):
         tangents[plan.present] = self.present * torch.where(torch.isinf(self.logits), 0.0, u_NB)
         tree.dual_up(plan.steps, self.rows, tangents)
         slope = torch.zeros_like(adjoint) if v_JB is None or not plan.counts else v_JB[self.counts]
-        d_log_partition = (adjoint * tangents[coefficients] + self.root.probs * slope).sum(0)
+        by_coefficients = adjoint * tangents[coefficients]
+        slope = slope - (by_coefficients + self.root.probs * slope).sum(0)
         adjoints[coefficients] = adjoint
-        moved[coefficients] = adjoint * (slope - d_log_partition)
+        moved[coefficients] = adjoint * slope
         tree.dual_down(plan.steps, self.rows, tangents, adjoints, moved)
-        return (moved[plan.present] * self.present).addcmul_(adjoints[plan.present], tangents[plan.present])
+        dm = (moved[plan.present] * self.present).addcmul_(adjoints[plan.present], tangents[plan.present])
+        return dm, by_coefficients + self.root.probs * slope
 
 
 def _mode_block(plan: Plan, logits_BN: Tensor) -> Tensor:

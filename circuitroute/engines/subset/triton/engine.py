@@ -218,13 +218,13 @@ class TritonSubset:
     def second_derivative(
         self, logits_TN: Tensor, potential: Tensor | None, inference: Inference, u_TN: Tensor, v_TJ: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """See :class:`circuitroute.engines.autograd.Differentiable`."""
+        """See :class:`circuitroute.engines.base.Engine`."""
         if logits_TN.dtype == torch.float64:
             return TorchSubset().second_derivative(logits_TN, potential, inference, u_TN, v_TJ)
         return self._problem(logits_TN, potential).backward(Sweep.listed(inference), u_TN, v_TJ)
 
     def naive_moments(self, logits_TN: Tensor, potential: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """See :class:`circuitroute.engines.autograd.Differentiable`."""
+        """See :class:`circuitroute.engines.base.Engine`."""
         return NaiveSubset().moments(logits_TN, given(potential))
 
     @torch.no_grad()
