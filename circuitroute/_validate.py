@@ -51,9 +51,20 @@ def as_number(name: str, value: object) -> float:
         raise TypeError(f"{name}={value!r}: expected a number, got {type(value).__name__}") from None
 
 
+def as_real(name: str, value: object, *, floating: bool = False) -> Tensor:
+    """``value`` as a plain tensor of real numbers, in floating point where that is asked for."""
+    tensor = plain(name, value)
+    if tensor.is_complex() or (floating and not tensor.dtype.is_floating_point):
+        expected = "a floating-point dtype" if floating else "real numbers"
+        raise TypeError(f"{name} has dtype {tensor.dtype}: expected {expected}")
+    return tensor
+
+
 def as_mask(name: str, mask: Tensor, n: int) -> Tensor:
     """``mask`` as bool [..., n]; values other than 0 and 1 are refused."""
     mask = plain(name, mask)
+    if mask.is_complex():
+        raise TypeError(f"{name} has dtype {mask.dtype}: expected bool, or real numbers that are 0 or 1")
     if mask.dim() == 0 or mask.shape[-1] != n:
         raise ValueError(f"{name} has shape {tuple(mask.shape)}: its last dimension must be n={n}")
     if mask.dtype == torch.bool:

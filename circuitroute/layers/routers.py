@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from circuitroute._tensors import without_autocast
-from circuitroute._validate import int_at_least
+from circuitroute._validate import as_real, int_at_least
 from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Between, Constraint, Exactly
 from circuitroute.inference.circuit import Circuit
@@ -58,7 +58,8 @@ class LogitMap(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, E] float32 logits of hidden states [..., H], for inputs of any dtype, also under autocast."""
-        if hidden.shape[-1] != self.hidden_size:
+        hidden = as_real("hidden", hidden)
+        if hidden.dim() == 0 or hidden.shape[-1] != self.hidden_size:
             raise ValueError(
                 f"hidden has shape {tuple(hidden.shape)}: the last dimension must be hidden_size={self.hidden_size}"
             )

@@ -54,12 +54,14 @@ def _dtype(entry: Entry, dtype: torch.dtype) -> str | None:
         if "MoE" in entry.name and dtype not in (torch.float32, torch.complex64):
             return None  # experts are of one dtype, and say so themselves
         given = entry.make().to(dtype)
+        if entry.argument == "hidden" and entry.python:
+            return None  # integers may leave nothing to calibrate
         if dtype in (torch.bool, torch.uint8, torch.int64, torch.float8_e4m3fn):
             return value_or_refused(entry, given) if may_be_taken(entry, dtype) else refused(entry, given, "float|real")
         if dtype not in FLOATS:
             return refused(entry, given, "float|real")
         y0, y = entry.call(given if dtype == torch.float64 else given.float()), entry.call(given)
-        close("value", y, y0.to(y.dtype))
+        close("value", y.to(given.dtype), y0.to(given.dtype))
         return "value"
     if entry.role in ("mask", "bool mask"):
         if dtype.is_complex or (entry.role == "bool mask" and dtype != torch.bool):
@@ -82,7 +84,7 @@ def may_be_taken(entry: Entry, dtype: torch.dtype) -> bool:
 def value_or_refused(entry: Entry, given: Tensor) -> str:
     """What float32 gives, or a refusal that names the argument."""
     try:
-        y = entry.given(given)
+        y = entry.call(given)
     except judges.REFUSALS:
         return refused(entry, given, "")
     close("value", y, entry.call(given.float()).to(y.dtype))
@@ -648,7 +650,7 @@ def _(entry: Entry) -> str | None:
     with _quietly(), frozen():
         traced = torch.jit.trace(entry.call, entry.make(), check_trace=False)
         close("value", traced(entry.make()), entry.call(entry.make()))
-        for x in _other(entry, rows=True):
+        for x in _other(entry, rows=entry.alone):
             close("value of another", traced(x), entry.call(x))
     return "value"
 

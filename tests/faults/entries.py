@@ -39,6 +39,7 @@ class Entry:
         rows: whether the first dimension is one of tokens, of which there may be none.
         python: whether numbers are read out of the tensor, which a trace cannot do.
         checked: whether NaN is refused.
+        alone: whether the result is made of the argument and of nothing else that has its rows.
         single: whether the result is float32 whatever is given.
     """
 
@@ -53,6 +54,7 @@ class Entry:
     python: bool = False
     checked: bool = True
     single: bool = False
+    alone: bool = False
 
     def call(self, x: Tensor) -> Tensor:
         """The result."""
@@ -191,6 +193,7 @@ def _distributions() -> list[Entry]:
                 Entry(
                     f"{kind} circuit(logits).{name}", "logits", "real", logits,
                     lambda x, b, output=output, circuit=circuit: output(circuit()(x), b), smooth,
+                    alone=name not in ("log_prob", "rsample", "sample"),
                 )
             )  # fmt: skip
         found.append(
@@ -245,7 +248,7 @@ def _routes() -> list[Entry]:
             Entry(f"route(logits, {kind}).padded", "logits", "real", logits,
                   lambda x, b, c=circuit: _of_routing(x, b, c, decide="mode").padded()[0]),
             Entry(f"route(logits, {kind}, evaluation).gates", "logits", "real", logits,
-                  lambda x, b, c=circuit: cr.route(x, c(), training=False).gates),
+                  lambda x, b, c=circuit: cr.route(x, c(), training=False).gates, alone=True),
             Entry(f"route(logits, {kind}, replay).gates", "logits", "real", logits,
                   lambda x, b, c=circuit: cr.route(x, c(), replay=mask(b)).gates),
         ]  # fmt: skip
@@ -284,7 +287,7 @@ def _layers() -> list[Entry]:
               lambda x, b: module("BudgetRouter", b).begin(on(b, randn(len(b), H)), x).messages, width=4,
               checked=False),
         Entry("log_count_polynomial(logits)", "logits", "real", logits,
-              lambda x, b: cr.log_count_polynomial(x, 3), width=None, checked=False),
+              lambda x, b: cr.log_count_polynomial(x, 3), width=None, checked=False, alone=True),
         Entry("calibrate_temperature(hidden)", "hidden", "real", hidden,
               lambda x, b: torch.tensor(copy.deepcopy(module("ExactKRouter", b)).calibrate_temperature(x, 0.75)),
               False, width=H, rows=False, python=True),
@@ -300,7 +303,8 @@ def _layers() -> list[Entry]:
 
 def _soft() -> list[Entry]:
     return [
-        Entry("soft_topk(logits)", "logits", "real", logits, lambda x, b: cr.soft_topk(x, 2.0, 0.5), width=None),
+        Entry("soft_topk(logits)", "logits", "real", logits, lambda x, b: cr.soft_topk(x, 2.0, 0.5), width=None,
+              alone=True),
         Entry("soft_topk(k)", "k", "real", lambda: randn(T).abs() + 0.5,
               lambda x, b: cr.soft_topk(on(b, randn(len(b), E)), x, 0.5), width=None),
         Entry("soft_topk(alpha)", "alpha", "real", lambda: randn(T).abs() + 0.5,
