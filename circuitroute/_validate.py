@@ -54,8 +54,10 @@ def as_number(name: str, value: object) -> float:
 def as_real(name: str, value: object, *, floating: bool = False) -> Tensor:
     """``value`` as a plain tensor of real numbers, in floating point where that is asked for."""
     tensor = plain(name, value)
-    if tensor.is_complex() or (floating and not tensor.dtype.is_floating_point):
-        expected = "a floating-point dtype" if floating else "real numbers"
+    # Those of 8 bits have no arithmetic.
+    odd = floating and not (tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1)
+    if tensor.is_complex() or odd:
+        expected = "a floating-point dtype of 16 bits at least" if floating else "real numbers"
         raise TypeError(f"{name} has dtype {tensor.dtype}: expected {expected}")
     return tensor
 

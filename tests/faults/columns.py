@@ -26,7 +26,7 @@ COLUMNS: dict[str, Column] = {}
 SLOW: set[str] = set()
 
 OPTIONAL = {"include", "key", "temperature", "price", "bias", "count_potential", "replay", "estimates"}
-WRAPPED = r"to_local|full_tensor|plain tensor|unwrap"
+WRAPPED = r"to_local|full_tensor|give a plain one"
 
 
 def column(name: str, slow: bool = False) -> Callable[[Column], Column]:
@@ -237,14 +237,14 @@ def _(entry: Entry) -> str | None:
 def _(entry: Entry) -> str | None:
     if entry.argument in ("include", "indices", "decisions", "a"):
         return None  # a sequence is something else there
-    return refused(entry, entry.make().tolist(), "tensor|number")
+    return refused(entry, entry.make().tolist(), "tensor|number|integer")
 
 
 @column("numpy")
 def _(entry: Entry) -> str | None:
     if entry.argument == "include":
         return None
-    return refused(entry, entry.make().numpy(), "tensor|number|Routing")
+    return refused(entry, entry.make().numpy(), "tensor|number|Routing|integer")
 
 
 @column("None")

@@ -93,7 +93,7 @@ def key(b: Tensor) -> Tensor:
 
 
 def _tokens(b: Tensor) -> int:
-    return int(b.shape[0]) if b.dim() > 1 else T
+    return T if b.dim() == 0 or b.shape == (E,) else int(b.shape[0])
 
 
 def mask(b: Tensor) -> Tensor:
