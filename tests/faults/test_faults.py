@@ -24,6 +24,7 @@ SIZES = "a size is baked into the trace"
 LAYOUTS = ("sparse_coo", "sparse_csr", "mkldnn", "nested jagged", "nested strided")
 COMPLEX = ("dtype complex64", "layout lazily conjugated")
 NUMBERLESS = ("device meta", "FakeTensorMode", "func.vmap", "func.vmap over the last dimension")
+MODES_OF_FX = ("real", "fake", "symbolic")
 REPLAYED = ("route(logits, flat, replay).gates", "route(logits, composed, replay).gates")
 OPEN: dict[str, str] = {
     **{f"layout {x} :: BudgetRouter(hidden).gates": BUDGET for x in LAYOUTS if x != "mkldnn"},
@@ -48,6 +49,16 @@ OPEN: dict[str, str] = {
     **{f"{x} :: {entry}": REPLAY for x in (*NUMBERLESS, "func.vmap of func.grad") for entry in REPLAYED},
     **{f"{x} :: route(replay).gates": REPLAY for x in NUMBERLESS},
     **{f"{x} :: metrics.mode_agreement(routing)": MODES for x in NUMBERLESS},
+    **{f"make_fx {x} :: {entry}": REPLAY for x in MODES_OF_FX for entry in (*REPLAYED, "route(replay).gates")},
+    **{f"make_fx {x} :: metrics.mode_agreement(routing)": MODES for x in MODES_OF_FX},
+    **{
+        f"jit.trace :: {entry}": SIZES
+        for entry in (
+            "flat circuit(logits).covariance_matrix", "composed circuit(logits).covariance_matrix",
+            "log_count_polynomial(logits)",
+        )
+    },
+    "jit.trace :: SoftTopKRouter(hidden).gates": "torch.jit.trace has no scatter of a bool",
     **{f"func.functionalize :: {entry}": REPLAY for entry in (*REPLAYED, "route(replay).gates")},
     **{
         f"func.functionalize :: {entry}": OTHERS
