@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from circuitroute import engines
-from circuitroute.circuit import Graph, boolean, compiled
+from circuitroute._validate import as_mask
+from circuitroute.circuit import Graph, compiled
 from circuitroute.circuit.graph import count_range, model_count
 from circuitroute.circuit.verify.properties import check, widest
 from circuitroute.constraints import Constraint
 from circuitroute.errors import InfeasibleError
-from circuitroute.inference.distribution import SubsetDistribution
+from circuitroute.inference.distribution import SubsetDistribution, satisfies
 from circuitroute.interop import drawing, graphs, polynomial, pyjuice_circuit, storage
 
 
@@ -150,7 +151,7 @@ class Circuit:
         Raises:
             ValueError: the last dimension is not N, or a value is neither 0 nor 1.
         """
-        return boolean.satisfies(self, mask)
+        return satisfies(self, as_mask("mask", mask, self.n))
 
     def check(self) -> None:
         """Verify that the circuit is smooth, decomposable and deterministic.
