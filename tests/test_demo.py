@@ -513,3 +513,12 @@ def test_figures_refuse_what_they_cannot_draw(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not all 0"):
         figures.executed_histogram({"a": [0, 0]}, path)
     assert not path.exists()
+
+
+@pytest.mark.parametrize("kind", [np.int64, torch.tensor], ids=["numpy", "torch"])
+def test_a_config_of_any_integers_is_that_of_plain_ones(kind: Any) -> None:
+    given = DemoConfig(steps=kind(3), seed=kind(5), k=kind(2), routers=np.array(["top-k"]), passes=np.True_)
+    plain = DemoConfig(steps=3, seed=5, k=2, routers=("top-k",), passes=True)
+    assert json.dumps(given.to_json()) == json.dumps(plain.to_json())
+    assert repr(given) == repr(plain)
+    assert hash(given) == hash(plain)

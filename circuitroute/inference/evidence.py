@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from circuitroute._validate import as_int
+from circuitroute._validate import as_int, as_items
 from circuitroute.circuit import Compiled, boolean
 
 
@@ -81,7 +83,7 @@ def _as_selection(name: str, value: Tensor | Iterable[int] | None, n: int, devic
         if not bool(((value == 0) | (value == 1)).all()):
             raise ValueError(f"{name} holds values other than 0 and 1; pass integers to give indices")
         return value.to(device) == 1
-    entries = value.reshape(-1).tolist() if isinstance(value, Tensor) else list(value)
+    entries: list[Any] = value.reshape(-1).tolist() if isinstance(value, Tensor) else _listed(name, value)
     if len(entries) == n and all(isinstance(v, bool) for v in entries):
         return torch.tensor(entries, device=device)
     selection = torch.zeros(n, dtype=torch.bool, device=device)
@@ -91,3 +93,9 @@ def _as_selection(name: str, value: Tensor | Iterable[int] | None, n: int, devic
             raise ValueError(f"{name} holds index {index}: indices must lie in 0..{n - 1}")
         selection[index] = True
     return selection
+
+
+def _listed(name: str, values: Iterable[int]) -> list[Any]:
+    """The entries of a collection, NumPy's numbers and bools as Python's."""
+    items = as_items(name, values, "a mask or a sequence of variable indices")
+    return [item.item() if isinstance(item, (np.generic, Tensor)) else item for item in items]

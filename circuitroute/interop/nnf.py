@@ -83,7 +83,8 @@ def _variables(file: TextFile, nnf: _Nnf, n: int | None) -> int:
         if nnf.variables == 0:
             raise ValueError(f"n=None: {file.path} mentions no variables; give their number n")
         return nnf.variables
-    if int_at_least("n", n, 1) < nnf.variables:
+    n = int_at_least("n", n, 1)
+    if n < nnf.variables:
         raise ValueError(f"n={n}: {file.path} has {nnf.variables} variables; leave out n or give a larger one")
     return n
 

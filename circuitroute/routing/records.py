@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from circuitroute._files import replace_file, sealed, unsealed
-from circuitroute._validate import as_number, int_at_least
+from circuitroute._validate import as_items, as_number, int_at_least, one_of
 from circuitroute.errors import CircuitFileError
 from circuitroute.inference.evidence import rows_text
 from circuitroute.routing.decision import Routing
@@ -55,6 +55,10 @@ class LayerRecord:
     experts: int
     form: Form
     data: Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "experts", int_at_least("experts", self.experts, 1))
+        object.__setattr__(self, "form", one_of("form", self.form, get_args(Form)))
 
     @staticmethod
     def of(mask: Tensor) -> LayerRecord:
@@ -159,7 +163,8 @@ class RoutingRecord:
             if indices.dim() != 3:
                 raise ValueError(f"indices has shape {tuple(indices.shape)}: expected [tokens, layers, slots]")
             indices = list(indices.unbind(1))
-        sizes = [num_experts] * len(indices) if isinstance(num_experts, int) else list(num_experts)
+        several = isinstance(num_experts, Iterable) and getattr(num_experts, "ndim", 1) > 0
+        sizes: list[Any] = as_items("num_experts", num_experts, "E") if several else [num_experts] * len(indices)
         if len(sizes) != len(indices):
             raise ValueError(f"num_experts has {len(sizes)} entries: expected one per layer, {len(indices)}")
         masks = [
