@@ -15,6 +15,9 @@ their own, and literals on the edges; nodes may be used before they are declared
     1 2 -1 3 0          from node 1 to node 2, with the literals -1 and 3
 
 Variables are counted from 1 in both, from 0 here.
+
+The parts of an and-node should share no variables. d4's first version writes a literal again below the and-node that
+has it, which is correct and changes nothing: such parts are taken apart (:meth:`Builder.separated`).
 """
 
 from __future__ import annotations
@@ -243,11 +246,14 @@ def _conjunction(
                 return None
             factors.append(builder.node(value, child))
         factors += [builder.literal(abs(literal) - 1, literal > 0) for literal in literals]
-    shared = builder.overlap(factors)
+    separated = builder.separated(factors) if builder.overlap(factors) else factors
+    if separated is None:
+        return None
+    shared = builder.overlap(separated)
     if shared:
         names = listed(v + 1 for v in members(shared))
         raise CircuitPropertyError(
             f"not decomposable: {_label(file, nnf.nodes[i])} multiplies parts that share the variables {names} "
             "(as the file counts them)"
         )
-    return builder.conjunction(factors, i)
+    return builder.conjunction(separated, i)

@@ -29,12 +29,19 @@ def test_a_false_circuit_is_infeasible(nnf, sdd):
         sdd("sdd 1\nF 0\n")
 
 
+# If the first variable then the second, and if the first then the third: two decisions of one variable.
+TWO_DECISIONS = "nnf 11 12 3\nL 1\nL -1\nL 2\nL 3\nA 2 0 2\nA 1 1\nA 2 0 3\nA 1 1\nO 1 2 4 5\nO 1 2 6 7\n"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("nnf 3 2 2\nL 1\nL -1\nA 2 0 1\n", r"not decomposable: node 2 of .*\(line 4\) .* variables \[1\]"),
-        ("nnf 2 2 2\nL 2\nA 2 0 0\n", r"not decomposable: node 1 .* variables \[2\]"),
-        ("o 7 0\nt 9 0\n7 9 2 -3 3 0\n", r"not decomposable: node 7 of .*\(line 1\) .* variables \[3\]"),
+        (f"{TWO_DECISIONS}A 2 8 9\n", r"not decomposable: node 10 of .*\(line 12\) .* variables \[1\]"),
+        (f"{TWO_DECISIONS}A 2 8 8\n", r"not decomposable: node 10 .* variables \[1, 2\]"),
+        (
+            "a 7 0\no 8 0\nt 9 0\n7 8 2 0\n7 8 0\n8 9 1 0\n8 9 -1 3 0\n",
+            r"not decomposable: node 7 of .*\(line 1\) .* variables \[1, 3\]",
+        ),
         ("nnf 3 2 2\nL 1\nL 2\nO 0 2 0 1\n", r"not deterministic: two elements of node 2 of .*\(line 4\) can both"),
         ("nnf 2 2 2\nL 1\nO 1 2 0 0\n", "not deterministic: two elements of node 1 of"),
         ("nnf 3 2 1\nL 1\nA 0\nO 1 2 0 1\n", "not deterministic: two elements of node 2 of"),
