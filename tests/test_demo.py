@@ -367,6 +367,19 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_link_stays_and_so_do_permissions(tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    link.symlink_to("target")
+    for data in (b"old", b"new"):
+        checkpoint.write_bytes(link, data)
+        assert link.is_symlink()
+        assert target.read_bytes() == data
+    target.chmod(0o600)
+    checkpoint.write_bytes(link, b"newer")
+    assert target.stat().st_mode & 0o777 == 0o600
+    assert sorted(tmp_path.iterdir()) == [link, target]
+
+
 # The command, from end to end
 
 

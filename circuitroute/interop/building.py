@@ -56,6 +56,7 @@ class Builder:
         self._products: dict[Pair, int] = {}
         self._free: dict[int, int] = {}
         self._units: list[Units] = []
+        self._bared: dict[int, int] = {}
         self._conditioned: dict[tuple[int, Units], int | None] = {}
         self._add(NodeKind.TRUE, -1, (), 0, -1)
 
@@ -167,11 +168,32 @@ class Builder:
         if self._kind[node] != NodeKind.SUM:
             wrong = about[0] if self._kind[node] == NodeKind.PRESENT else about[1]
             return None if wrong else TRUE
-        pairs = zip(parts[::2], parts[1::2], strict=True)
-        alive = [(a, b) for a, b in pairs if a is not None and b is not None]
-        if len(alive) > 1:
-            return self.sum(alive, self.origin[node])
-        return self.product(*alive[0], self.origin[node]) if alive else None
+        pairs, origin = zip(parts[::2], parts[1::2], strict=True), self.origin[node]
+        # What only elements that died mention need not be mentioned any more: the sum is made smooth anew.
+        alive = [
+            self.product(self._bare(a), self._bare(b), origin) for a, b in pairs if a is not None and b is not None
+        ]
+        value = self.disjunction(alive, origin)
+        return None if value is None else self.node(value, origin)
+
+    def _bare(self, top: int) -> int:
+        """A node without those factors that smoothing made, which leave their variables free."""
+        waiting = [top]
+        while waiting:
+            node = waiting.pop()
+            if node in self._bared:
+                continue
+            pairs = self._elements[node]
+            if self._free.get(self.scope[node]) == node:
+                self._bared[node] = TRUE
+            elif len(pairs) != 1:
+                self._bared[node] = node
+            elif missing := [child for child in pairs[0] if child not in self._bared]:
+                waiting += [node, *missing]
+            else:
+                left, right = (self._bared[child] for child in pairs[0])
+                self._bared[node] = self.product(left, right, self.origin[node])
+        return self._bared[top]
 
     def conjunction(self, factors: Sequence[int], origin: int) -> int | Pair:
         """The product of any number of nodes: a balanced tree of products of two, the topmost left open."""

@@ -41,7 +41,7 @@ _Value: TypeAlias = tuple[int, int | None] | None
 def read(path: str | os.PathLike[str], vtree: str | os.PathLike[str], max_nodes: int) -> Parts:
     """The parts of the circuit in an SDD, made smooth and verified; see :func:`circuitroute.read_sdd`."""
     max_nodes = int_at_least("max_nodes", max_nodes, 1)
-    file, tree_file = TextFile(path), TextFile(vtree)
+    file, tree_file = TextFile(path), TextFile(vtree, "vtree")
     reader, value = _read_nodes(file, _read_vtree(tree_file), max_nodes)
     if value is None:
         raise InfeasibleError(f"{file.path}: the circuit is false, no subset satisfies it")

@@ -13,7 +13,6 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -21,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from circuitroute._files import replace_file, sealed, unsealed
+from circuitroute._files import as_path, replace_file, sealed, unsealed
 from circuitroute._validate import as_items, as_number, int_at_least, one_of
 from circuitroute.errors import CircuitFileError
 from circuitroute.inference.evidence import rows_text
@@ -308,7 +307,7 @@ class RoutingRecord:
             FileNotFoundError: there is no such file.
             CircuitFileError: the file is damaged, of another kind, or of a newer version; names the path.
         """
-        source = Path(path)
+        source = as_path("path", path)
         try:
             return _record(_unsealed(source.read_bytes()))
         except (ValueError, KeyError, TypeError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile) as error:

@@ -219,7 +219,7 @@ def repeated(text, rng):
     return "\n".join([f"nnf {len(nodes)} 0 {n}", *nodes]) + "\n"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.integers(0, 2**32))
 def test_what_is_implied_may_be_repeated(tmp_path_factory, seed):
     """Every circuit stays readable, and means the same."""
