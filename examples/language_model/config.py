@@ -56,7 +56,7 @@ def require(condition: bool, message: str, argument: str) -> None:
 
 def plain(value: Any) -> Any:
     """A number or flag as Python's own: JSON, in which configurations are kept, knows none of NumPy's or torch's."""
-    if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0):
+    if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) > 0:
         return tuple(map(plain, value))
     return value.item() if hasattr(value, "item") else value
 
