@@ -120,7 +120,9 @@ def test_an_end_from_outside_is_no_traceback(
 
 def test_output_that_nobody_reads(tmp_path: Path) -> None:
     (tmp_path / "rules.py").write_text("import circuitroute as cr\nrule = cr.Exactly(2)\n")
-    command = f"{sys.executable} -m circuitroute.cli.main explain {tmp_path}/rules.py:rule -n 4 --json; echo code $? >&2"
+    command = (
+        f"{sys.executable} -m circuitroute.cli.main explain {tmp_path}/rules.py:rule -n 4 --json; echo code $? >&2"
+    )
     done = subprocess.run(
         ["bash", "-c", f"({command}) | true"],
         cwd=ROOT,

@@ -1,5 +1,8 @@
 """Circuits from other compilers' files: every refusal, and what comes out."""
 
+import bz2
+import gzip
+import lzma
 import math
 
 import numpy as np
@@ -244,3 +247,37 @@ def test_an_imported_circuit_does_what_circuits_do(nnf):
     assert torch.equal(mine.sample((50,)).sum(-1), torch.ones(50, 2))
     routing = cr.route(logits, circuit, key=3)
     assert routing.counts.tolist() == [1, 1]
+
+
+# ---------------------------------------------------------------------------------------------- texts of other systems
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", " \t\n", "\n\nc a comment\n \n"], ids=repr)
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"], ids=["plain", "marked"])
+def test_line_ends_and_byte_order_marks(nnf, sdd, start, end):
+    for text in (ONE_OF_THREE_C2D, ONE_OF_THREE_D4):
+        assert nnf(start + text.replace("\n", end).encode()).model_count() == 3
+    given = (start + text.replace("\n", end).encode() for text in (TWO_PAIRS_SDD, BALANCED))
+    assert sdd(*given).model_count() == 7
+
+
+def test_lines_keep_their_numbers_whatever_ends_them(nnf):
+    for end in ("\n", "\r\n", "\r"):
+        with pytest.raises(cr.CircuitFileError, match="line 3: found 'X 1'"):
+            nnf(end.join(["nnf 2 0 1", "L 1", "X 1", ""]))
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (gzip.compress(ONE_OF_THREE_C2D.encode()), r"a file that gzip compressed \(unpack it first\)"),
+        (bz2.compress(ONE_OF_THREE_C2D.encode()), r"a file that bzip2 compressed \(unpack it first\)"),
+        (lzma.compress(ONE_OF_THREE_C2D.encode()), r"a file that xz compressed \(unpack it first\)"),
+        (ONE_OF_THREE_C2D.encode("utf-16"), "text in UTF-16"),
+        (b"\xef\xbb\xbf", "an empty file"),
+        ("nnf 1 0 1\nL 1\n" * 2, "line 3: found 'nnf 1 0 1', expected L literal"),
+    ],
+)
+def test_what_has_to_be_unpacked_first_is_named(nnf, data, kind):
+    with pytest.raises(cr.CircuitFileError, match=kind):
+        nnf(data)
