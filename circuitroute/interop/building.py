@@ -82,6 +82,10 @@ class Builder:
             self._literals[key] = self._add(kind, variable, (), 1 << variable, -1)
         return self._literals[key]
 
+    def is_literal(self, node: int) -> bool:
+        """Whether a node is a literal."""
+        return self._kind[node] in (NodeKind.ABSENT, NodeKind.PRESENT)
+
     def product(self, left: int, right: int, origin: int) -> int:
         """The product of two nodes, as a node: a sum of one element."""
         if TRUE in (left, right):

@@ -238,22 +238,28 @@ def _conjunction(
     """The product of the parts, or None if one is false."""
     if len(parts) == 1 and parts[0][0] is not None and not parts[0][1]:
         return values[parts[0][0]]
-    factors: list[int] = []
-    for child, literals in parts:
+    children: list[int] = []
+    for child, _ in parts:
         if child is not None:
             value = values[child]
             if value is None:
                 return None
-            factors.append(builder.node(value, child))
-        factors += [builder.literal(abs(literal) - 1, literal > 0) for literal in literals]
-    separated = builder.separated(factors) if builder.overlap(factors) else factors
-    if separated is None:
-        return None
-    shared = builder.overlap(separated)
+            children.append(builder.node(value, child))
+    on_edges = {builder.literal(abs(literal) - 1, literal > 0) for _, literals in parts for literal in literals}
+    factors = [*children, *sorted(on_edges)]
+    # Opposite literals of one node, or a part that it has twice, are no habit of a compiler but a mistake.
+    shared = builder.overlap([*filter(builder.is_literal, {*children, *on_edges})])
+    if len({child for child, _ in parts}) < len(parts) and builder.overlap(children):
+        shared |= builder.overlap(children)
+    if not shared and builder.overlap(factors):
+        separated = builder.separated(factors)
+        if separated is None:
+            return None
+        factors, shared = separated, builder.overlap(separated)
     if shared:
         names = listed(v + 1 for v in members(shared))
         raise CircuitPropertyError(
             f"not decomposable: {_label(file, nnf.nodes[i])} multiplies parts that share the variables {names} "
             "(as the file counts them)"
         )
-    return builder.conjunction(separated, i)
+    return builder.conjunction(factors, i)

@@ -39,6 +39,9 @@ TWO_DECISIONS = "nnf 11 12 3\nL 1\nL -1\nL 2\nL 3\nA 2 0 2\nA 1 1\nA 2 0 3\nA 1 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("nnf 3 2 2\nL 1\nL -1\nA 2 0 1\n", r"not decomposable: node 2 of .*\(line 4\) .* variables \[1\]"),
+        ("nnf 2 2 2\nL 2\nA 2 0 0\n", r"not decomposable: node 1 .* variables \[2\]"),
+        ("o 7 0\nt 9 0\n7 9 2 -3 3 0\n", r"not decomposable: node 7 of .*\(line 1\) .* variables \[3\]"),
         (f"{TWO_DECISIONS}A 2 8 9\n", r"not decomposable: node 10 of .*\(line 12\) .* variables \[1\]"),
         (f"{TWO_DECISIONS}A 2 8 8\n", r"not decomposable: node 10 .* variables \[1, 2\]"),
         (
