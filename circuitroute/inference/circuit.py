@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from circuitroute import engines
-from circuitroute._validate import as_mask
+from circuitroute._validate import as_int, as_mask, plain_word
 from circuitroute.circuit import Graph, compiled
 from circuitroute.circuit.graph import count_range, model_count
 from circuitroute.circuit.verify.properties import check, widest
@@ -52,8 +52,8 @@ class Circuit:
     ) -> None:
         self._graph = graph
         self._constraint = constraint
-        self._counts = None if counts is None else tuple(sorted(counts))
-        self._engine = engine
+        self._counts = None if counts is None else tuple(sorted(as_int("counts", count) for count in counts))
+        self._engine = plain_word(engine)
         self._known_range = (self._counts[0], self._counts[-1]) if self._counts else None
         self._handle = compiled.name(self)
         if self._counts == ():
