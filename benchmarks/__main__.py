@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from benchmarks import registry, rows
 from benchmarks.registry import UnavailableError
 from benchmarks.runner import run_case
@@ -25,6 +27,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m benchmar
     except ValueError as error:
         parser.error(str(error))
     out = options.out or ROWS / f"{options.device}-{op.name}.jsonl"
+    try:
+        rows.prepare(out)
+    except OSError as error:
+        parser.error(f"argument --out: cannot write {str(out)!r}: {error.strerror}")
     for case in cases:
         title = " ".join(f"{name}={value}" for name, value in case.describe().items())
         print(f"timing {op.name} {title}", flush=True)
@@ -52,7 +58,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--providers", type=_names, help="only these, by name, separated by commas")
     parser.add_argument("--threads", type=_positive, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--repeats", type=_positive, default=20, help="timed rounds (default: 20)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--device", type=_device, default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--out", type=Path, help="the JSONL file to append to (default: benchmarks/rows/...)")
     for op in ops.values():
         op.add_arguments(parser)
@@ -61,6 +67,15 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
+
+
+def _device(text: str) -> str:
+    """The name of a device that is there."""
+    try:
+        torch.empty(1, device=torch.device(text)).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not usable here: {str(error).splitlines()[0]}") from None
+    return text
 
 
 def _positive(text: str) -> int:

@@ -80,6 +80,17 @@ def notes(rows: Sequence[Row]) -> list[str]:
     return list(found)
 
 
+def prepare(path: Path) -> None:
+    """Make sure that rows can be appended to a file, before any time is spent on them; nothing is written.
+
+    Raises:
+        OSError: they cannot.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        path.open("ab").close()
+
+
 def append(path: Path, rows: Sequence[Row]) -> None:
     """Append the rows in one write, so that two runs never share a line and none is left in halves."""
     path.parent.mkdir(parents=True, exist_ok=True)

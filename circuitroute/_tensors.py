@@ -28,7 +28,8 @@ from torch.compiler import is_compiling
 from torch.nn import Parameter
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-Backward: TypeAlias = Callable[..., Any]
+# A static method of torch.autograd.Function.
+Static: TypeAlias = Callable[..., Any]
 
 _functorch: Any = torch._C._functorch
 _Transform: Any = _functorch.TransformType
@@ -115,7 +116,7 @@ def without_autocast(values: Tensor) -> AbstractContextManager[Any]:
     return nullcontext() if values.is_meta else torch.autocast(values.device.type, enabled=False)
 
 
-def batchable(backward: Backward) -> Backward:
+def batchable(backward: Static) -> Static:
     """A ``backward`` of torch.autograd.Function that also takes batches of gradients (``is_grads_batched``).
 
     Those come in wrappers of their own kind, older than torch.func.vmap, for which functions have no rules: so they
@@ -142,6 +143,35 @@ def batchable(backward: Backward) -> Backward:
         return tuple(None if x is None else torch._add_batch_dim(next(results), 0, level) for x in found)
 
     return batched_too
+
+
+def nestable(jvp: Static) -> Static:
+    """A ``jvp`` of torch.autograd.Function that also has a derivative in forward mode.
+
+    torch switches forward mode off around it, and so would take tangents of tangents for 0. What is kept is free of the
+    tangents that are handed in here, so there is nothing to switch off.
+    """
+
+    @functools.wraps(jvp)
+    def nested_too(ctx: Any, *tangents: Any) -> Any:
+        with forward_ad._set_fwd_grad_enabled(True):
+            return jvp(_Kept(ctx), *tangents)
+
+    return nested_too
+
+
+class _Kept:
+    """A context whose tensors have no tangents of their own."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor | None, ...]:
+        return tuple(None if x is None else forward_ad.unpack_dual(x).primal for x in self._ctx.saved_tensors)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
 
 
 def _transformed() -> bool:

@@ -28,7 +28,8 @@ MODULES = sorted(path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.
 # nothing of one another, and imports point to lower floors only, inside functions too; a room has no circle.
 # "circuitroute" itself is the facade; what stands on it uses the library as anyone would.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("_files", "_validate", "errors"),
+    ("_files", "_tensors", "errors"),
+    ("_validate",),
     ("keys", "plots"),
     ("constraints",),
     ("circuit",),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import circuitroute as cr
 from circuitroute.cli.main import main
@@ -72,6 +74,66 @@ def test_bad_arguments(
     assert f"error: argument {option}" in message
     assert says in message
     assert not out.exists(), "a refused command leaves nothing behind"
+
+
+@pytest.mark.parametrize("name", ["cuda:7", "banana", "cpu:x", "meta", ""])
+@pytest.mark.parametrize("command", ["demo", "bench"])
+def test_a_device_that_is_not_there(
+    command: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "--out", str(tmp_path / "out"), "--device", name]) == 2
+    message = capsys.readouterr().err
+    assert f"error: argument --device: {name!r} is not usable here" in message
+    assert "Traceback" not in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize("command", ["demo", "bench"])
+def test_no_cuda(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--out", str(tmp_path / "out"), "--device", "cuda"]) == 2
+    assert "error: argument --device: 'cuda' is not usable here" in capsys.readouterr().err
+
+
+def test_rows_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Said before anything is timed."""
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path, tmp_path / "file" / "rows.jsonl"):
+        assert main(["bench", "--out", str(out)]) == 2
+        shown = capsys.readouterr()
+        assert f"error: argument --out: cannot write {str(out)!r}" in shown.err
+        assert "timing" not in shown.out
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (BrokenPipeError(), 141)])
+def test_an_end_from_outside_is_no_traceback(
+    error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("circuitroute.cli.explain.command._facts", fail)
+    assert main(["explain", "any:thing", "-n", "4"]) == code
+    assert capsys.readouterr().err == ("circuitroute: interrupted\n" if code == 130 else "")
+
+
+def test_output_that_nobody_reads(tmp_path: Path) -> None:
+    (tmp_path / "rules.py").write_text("import circuitroute as cr\nrule = cr.Exactly(2)\n")
+    command = (
+        f"{sys.executable} -m circuitroute.cli.main explain {tmp_path}/rules.py:rule -n 4 --json; echo code $? >&2"
+    )
+    done = subprocess.run(
+        ["bash", "-c", f"({command}) | true"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env=dict(os.environ),
+    )
+    assert done.stderr.splitlines()[-1] == "code 141"
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
 
 
 def test_text_too_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -367,6 +367,19 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_link_stays_and_so_do_permissions(tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    link.symlink_to("target")
+    for data in (b"old", b"new"):
+        checkpoint.write_bytes(link, data)
+        assert link.is_symlink()
+        assert target.read_bytes() == data
+    target.chmod(0o600)
+    checkpoint.write_bytes(link, b"newer")
+    assert target.stat().st_mode & 0o777 == 0o600
+    assert sorted(tmp_path.iterdir()) == [link, target]
+
+
 # The command, from end to end
 
 
@@ -513,3 +526,12 @@ def test_figures_refuse_what_they_cannot_draw(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not all 0"):
         figures.executed_histogram({"a": [0, 0]}, path)
     assert not path.exists()
+
+
+@pytest.mark.parametrize("kind", [np.int64, torch.tensor], ids=["numpy", "torch"])
+def test_a_config_of_any_integers_is_that_of_plain_ones(kind: Any) -> None:
+    given = DemoConfig(steps=kind(3), seed=kind(5), k=kind(2), routers=np.array(["top-k"]), passes=np.True_)
+    plain = DemoConfig(steps=3, seed=5, k=2, routers=("top-k",), passes=True)
+    assert json.dumps(given.to_json()) == json.dumps(plain.to_json())
+    assert repr(given) == repr(plain)
+    assert hash(given) == hash(plain)

@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import re
+import stat
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -404,3 +406,210 @@ def test_the_facade_and_the_method_are_the_same_thing(tmp_path):
     circuit.save(Path(tmp_path / "b"))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert isinstance(cr.load(tmp_path / "a"), Circuit)
+
+
+# ---------------------------------------------------------------------------------------------- where a file is written
+
+
+class Named:
+    """A path of another kind."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __fspath__(self):
+        return os.fspath(self.path)
+
+
+def _record(path, marker):
+    cr.RoutingRecord.of(torch.ones(marker, 3, dtype=torch.bool)).save(path)
+
+
+def _drawn(path, marker):
+    pytest.importorskip("matplotlib")
+    cr.compile(cr.Exactly(1), marker).draw(path)
+
+
+def _exported(path, marker):
+    from circuitroute.integrations import serving
+
+    serving.export(serving.routing_function(cr.Exactly(1), marker), path, topk=1, renormalize=False)
+
+
+# What writes files: (path, a number that makes a difference).
+WRITERS = {
+    "circuit.svg": _drawn,
+    "a.circuit": lambda path, marker: cr.compile(cr.Exactly(1), marker).save(path),
+    "a.npz": _record,
+    "a.pt2": _exported,
+}
+EACH = pytest.mark.parametrize("name", WRITERS)
+
+
+def _entries(folder):
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+@EACH
+@pytest.mark.parametrize("relative", [True, False], ids=["relative", "absolute"])
+def test_a_link_stays_and_its_target_is_written(tmp_path, name, relative):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "files").mkdir()
+    target, link = tmp_path / "files" / name, tmp_path / "links" / name
+    link.symlink_to(Path("..", "files", name) if relative else target)
+    for marker in (2, 3):  # dangling at first
+        WRITERS[name](link, marker)
+        assert link.is_symlink()
+        assert not target.is_symlink()
+        assert target.read_bytes() == link.read_bytes()
+    # A link to a link, and the folder a link too.
+    (tmp_path / "folder").symlink_to(tmp_path / "links")
+    (tmp_path / f"b{name}").symlink_to(Path("folder", name))
+    before = target.read_bytes()
+    WRITERS[name](tmp_path / f"b{name}", 4)
+    assert target.read_bytes() != before
+    assert (tmp_path / f"b{name}").is_symlink()
+    assert _entries(tmp_path / "files") == _entries(tmp_path / "links") == [name]
+    assert _entries(tmp_path) == sorted(["files", "links", "folder", f"b{name}"])
+
+
+@EACH
+def test_links_that_lead_nowhere_are_refused_by_name(tmp_path, name):
+    (tmp_path / name).symlink_to(tmp_path / name)
+    with pytest.raises(OSError, match=r"symbolic links|Too many levels") as caught:
+        WRITERS[name](tmp_path / name, 2)
+    assert caught.value.filename == str(tmp_path / name)
+    (tmp_path / f"b{name}").symlink_to(tmp_path / "missing" / name)
+    with pytest.raises(FileNotFoundError) as caught:
+        WRITERS[name](tmp_path / f"b{name}", 2)
+    assert caught.value.filename == str(tmp_path / f"b{name}")
+    assert _entries(tmp_path) == sorted([name, f"b{name}"])
+
+
+@EACH
+def test_permissions_are_kept_and_new_files_have_the_usual_ones(tmp_path, name):
+    path, usual = tmp_path / name, tmp_path / "usual"
+    usual.touch()
+    WRITERS[name](path, 2)
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(usual.stat().st_mode)
+    for mode in (0o600, 0o664, 0o777, 0o640):
+        path.chmod(mode)
+        WRITERS[name](path, 3)
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
+@EACH
+def test_directories_are_refused_by_name(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        WRITERS[name](tmp_path / name, 2)
+    assert caught.value.filename == str(tmp_path / name)
+    (tmp_path / f"b{name}").symlink_to(tmp_path / name)
+    with pytest.raises(IsADirectoryError):
+        WRITERS[name](tmp_path / f"b{name}", 2)
+    assert _entries(tmp_path) == sorted([name, f"b{name}"])
+    assert _entries(tmp_path / name) == []
+
+
+@EACH
+def test_files_that_may_not_be_written_are_left_alone(tmp_path, name, monkeypatch):
+    path = tmp_path / name
+    path.write_bytes(b"mine")
+    path.chmod(0o444)
+    access = os.access
+    # What the superuser may do says nothing about others.
+    monkeypatch.setattr(os, "access", lambda at, how: bool(os.stat(at).st_mode & 0o222) and access(at, how))
+    with pytest.raises(PermissionError) as caught:
+        WRITERS[name](path, 2)
+    assert caught.value.filename == str(path)
+    assert path.read_bytes() == b"mine"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o444
+    assert _entries(tmp_path) == [name]
+
+
+@EACH
+def test_a_file_below_a_file_is_refused_by_name(tmp_path, name):
+    (tmp_path / "file").write_bytes(b"mine")
+    with pytest.raises(NotADirectoryError) as caught:
+        WRITERS[name](tmp_path / "file" / name, 2)
+    assert caught.value.filename == str(tmp_path / "file" / name)
+    assert (tmp_path / "file").read_bytes() == b"mine"
+    assert _entries(tmp_path) == ["file"]
+
+
+@EACH
+@pytest.mark.parametrize("kind", [str, os.fsencode, Named, lambda path: Named(os.fsencode(path))])
+def test_paths_of_any_kind(tmp_path, name, kind):
+    WRITERS[name](kind(tmp_path / name), 2)
+    assert _entries(tmp_path) == [name]
+
+
+@EACH
+def test_what_is_no_path_is_refused(tmp_path, name):
+    with (tmp_path / "open").open("wb") as file:
+        for wrong, message in ((file, "give its name, not the open file"), (3, "got int"), (None, "got NoneType")):
+            if wrong is None and name == "a.pt2":
+                continue  # where it means that no file is written
+            with pytest.raises(
+                TypeError, match=rf"path=.*: expected a path \(str, bytes or os.PathLike\), .*{message}"
+            ):
+                WRITERS[name](wrong, 2)
+    for wrong in ("", b"", "a\0b"):
+        with pytest.raises(ValueError, match=r"path=.*: expected the path of a file"):
+            WRITERS[name](wrong, 2)
+    assert (tmp_path / "open").read_bytes() == b""
+    with pytest.raises(TypeError, match=r"path=.*: expected a path"):
+        cr.load(3)
+    with pytest.raises(TypeError, match=r"path=.*: expected a path"):
+        cr.RoutingRecord.load(None)
+    with pytest.raises(TypeError, match=r"path=.*: expected a path"):
+        cr.read_nnf(3)
+    (tmp_path / "a.sdd").write_text("sdd 1\nT 0\n")
+    with pytest.raises(TypeError, match=r"vtree=.*: expected a path"):
+        cr.read_sdd(os.fsencode(tmp_path / "a.sdd"), 3)
+
+
+def test_a_name_may_be_as_long_as_names_can_be(tmp_path):
+    name = "a" * os.pathconf(tmp_path, "PC_NAME_MAX")
+    cr.compile(cr.Exactly(1), 3).save(tmp_path / name)
+    assert cr.load(tmp_path / name).n == 3
+
+
+def test_other_hard_links_keep_what_the_file_held_before(tmp_path):
+    """The price of replacing a file in one step; said in the documentation."""
+    cr.compile(cr.Exactly(1), 3).save(tmp_path / "a")
+    (tmp_path / "b").hardlink_to(tmp_path / "a")
+    cr.compile(cr.Exactly(1), 4).save(tmp_path / "a")
+    assert (cr.load(tmp_path / "a").n, cr.load(tmp_path / "b").n) == (4, 3)
+
+
+def test_a_pipe_is_written_to(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    found = []
+    reader = threading.Thread(target=lambda: found.append((tmp_path / "pipe").read_bytes()))
+    reader.start()
+    cr.compile(cr.Exactly(1), 3).save(tmp_path / "pipe")
+    reader.join()
+    (tmp_path / "copy").write_bytes(found[0])
+    assert cr.load(tmp_path / "copy").n == 3
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_of_many_writers_one_wins_whole(tmp_path):
+    link, target = tmp_path / "link", tmp_path / "target"
+    link.symlink_to("target")
+    circuits = [cr.compile(cr.Exactly(1), n) for n in range(3, 9)]
+
+    def write(circuit):
+        for _ in range(10):
+            circuit.save(link)
+            assert cr.load(link).n in range(3, 9)
+
+    threads = [threading.Thread(target=write, args=(circuit,)) for circuit in circuits]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert cr.load(target).n in range(3, 9)
+    assert link.is_symlink()
+    assert _entries(tmp_path) == ["link", "target"]

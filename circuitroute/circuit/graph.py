@@ -19,6 +19,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from circuitroute._validate import as_int
+
 IntArray: TypeAlias = npt.NDArray[np.int64]
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -85,6 +87,7 @@ class Graph:
         )
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "n", as_int("n", self.n))
         for array in (self.kind, self.variable, self.first, self.left, self.right):
             array.setflags(write=False)
 
@@ -167,7 +170,12 @@ class DeferredGraph(Graph):
     """
 
     def __init__(self, n: int, num_nodes: int, num_edges: int, build: Callable[[], Graph]) -> None:
-        for name, value in (("n", n), ("_nodes", num_nodes), ("_edges", num_edges), ("_build", build)):
+        sizes = {
+            "n": as_int("n", n),
+            "_nodes": as_int("num_nodes", num_nodes),
+            "_edges": as_int("num_edges", num_edges),
+        }
+        for name, value in {**sizes, "_build": build}.items():
             object.__setattr__(self, name, value)  # the class is frozen
 
     @property

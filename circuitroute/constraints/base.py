@@ -128,7 +128,7 @@ class _Composed(Constraint):
         return combined.parts[0] if len(combined.parts) == 1 else combined
 
     def over(self, indices: Iterable[int]) -> Constraint:
-        chosen = list(indices)
+        chosen = index_tuple("indices", indices)
         return self.of(*(part.over(chosen) for part in self.parts))
 
     def __repr__(self) -> str:

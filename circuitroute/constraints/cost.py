@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from circuitroute._validate import int_at_least
+from circuitroute._validate import as_items, int_at_least
 from circuitroute.constraints.base import Constraint, State
 
 
@@ -27,9 +27,8 @@ class Cost(Constraint):
     at_least: int
 
     def __init__(self, costs: Iterable[int], at_most: int | None = None, at_least: int | None = None) -> None:
-        if isinstance(costs, (str, bytes)) or not isinstance(costs, Iterable):
-            raise TypeError(f"costs={costs!r}: expected a sequence of integers, one per variable")
-        values = tuple(int_at_least(f"costs[{i}]", c, 0) for i, c in enumerate(costs))
+        items = as_items("costs", costs, "a sequence of integers, one per variable")
+        values = tuple(int_at_least(f"costs[{i}]", c, 0) for i, c in enumerate(items))
         if not values:
             raise ValueError("costs=(): give one cost per variable")
         if at_most is None and at_least is None:

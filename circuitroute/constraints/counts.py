@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from circuitroute._validate import index_tuple, int_at_least
+from circuitroute._validate import as_items, index_tuple, int_at_least
 from circuitroute.constraints.base import Constraint, Over, State
 
 
@@ -117,9 +117,8 @@ class CountIn(Count):
     counts: frozenset[int]
 
     def __init__(self, counts: Iterable[int]) -> None:
-        if isinstance(counts, (str, bytes)) or not isinstance(counts, Iterable):
-            raise TypeError(f"counts={counts!r}: expected a set of integers such as {{2, 4, 8}}")
-        values = frozenset(int_at_least("counts", c, 0) for c in counts)
+        items = as_items("counts", counts, "a set of integers such as {2, 4, 8}")
+        values = frozenset(int_at_least("counts", c, 0) for c in items)
         if not values:
             raise ValueError("counts=set(): give at least one allowed count")
         object.__setattr__(self, "counts", values)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from circuitroute._validate import as_int, index_tuple, int_at_least
+from circuitroute._validate import index_tuple, int_at_least
 from circuitroute.constraints.base import Constraint
 from circuitroute.constraints.counts import Count
 
@@ -24,12 +24,12 @@ class Groups:
     groups: int | tuple[tuple[int, ...], ...]
 
     def __init__(self, groups: int | Iterable[Iterable[int]]) -> None:
-        if isinstance(groups, Iterable):
+        if isinstance(groups, Iterable) and getattr(groups, "ndim", 1) > 0:  # not a tensor that is one number
             given = tuple(tuple(sorted(index_tuple(f"groups[{i}]", g))) for i, g in enumerate(groups))
             _check_partition(given)
             object.__setattr__(self, "groups", given)
         else:
-            object.__setattr__(self, "groups", int_at_least("groups", as_int("groups", groups), 1))
+            object.__setattr__(self, "groups", int_at_least("groups", groups, 1))
 
     @property
     def count(self) -> int:

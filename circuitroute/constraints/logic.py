@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from circuitroute._validate import index_tuple, int_at_least
 from circuitroute.constraints.base import Constraint
 from circuitroute.constraints.formula import Formula, Writer
@@ -53,8 +55,8 @@ class Logic(Constraint):
     formula: Formula
 
     def __init__(self, expr: Any) -> None:
-        if isinstance(expr, bool):
-            expr = str(expr)
+        if isinstance(expr, (bool, np.bool_)):
+            expr = str(bool(expr))
         object.__setattr__(self, "formula", read(expr) if isinstance(expr, str) else _from_sympy(expr))
 
     @classmethod

@@ -40,7 +40,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from circuitroute._tensors import batchable, cannot_look, traced, transformed
+from circuitroute._tensors import batchable, cannot_look, nestable, traced, transformed
 from circuitroute.engines.base import Engine, Inference, certainly_finite
 
 # A direction in the space of (logits, potential); None stands for zero.
@@ -183,6 +183,7 @@ class Moments(torch.autograd.Function):
         return *_wanted(ctx.needs_input_grad[:2], by_logits, by_potential, potential), None, None, None
 
     @staticmethod
+    @nestable
     def jvp(ctx: Any, x_TN: Tensor | None, phi: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         """(<grad F, x'>, D_1(x'))."""
         logits, potential, marginals, counts, *marks = ctx.saved_tensors
@@ -241,6 +242,7 @@ class Derivative(torch.autograd.Function):
         return None, *_wanted(of_point, by_logits, by_potential, potential), None, None, *by_directions
 
     @staticmethod
+    @nestable
     def jvp(ctx: Any, _: None, x_TN: Tensor | None, phi: Tensor | None, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
         """D_(k+1) along x', and D_k along the tangents of the directions."""
         logits, potential, *kept = ctx.saved_tensors

@@ -7,8 +7,8 @@ values, and a fake tensor, or one on the meta device, has none. These operators 
 its gradient, ``sample`` and ``mode`` choose a subset, ``satisfies`` checks one. Tracing sees shapes only. A circuit is
 passed by its :attr:`~circuitroute.Circuit.handle`, so traced programs belong to the process that holds it.
 
-Operators have first gradients only (of log Z, marginals and count posterior), which is what training needs.
-:mod:`circuitroute.engines.transforms` has all the others.
+Operators have gradients, of any order where the tracer takes them, and know how to be batched. Forward mode is for
+:mod:`circuitroute.engines.transforms`.
 """
 
 from collections.abc import Sequence
@@ -172,6 +172,34 @@ def _gradients(ctx: Any, w: Tensor, u: Tensor, v: Tensor, *_: Tensor) -> tuple[T
 
 
 _infer.register_autograd(_gradients, setup_context=_remember)
+
+
+def _remember_directions(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, potential, shift, fallback, us, vs, ctx.circuit, ctx.counting = inputs
+    ctx.save_for_backward(logits, potential, shift, fallback, *us, *vs)
+
+
+def _next_derivative(ctx: Any, a: Tensor, b: Tensor) -> tuple[Any, ...]:
+    """As :class:`circuitroute.engines.autograd.Derivative` has it."""
+    logits, potential, shift, fallback, *flat = ctx.saved_tensors
+    half = len(flat) // 2
+    us, vs = flat[:half], flat[half:]
+
+    def along(us: list[Tensor], vs: list[Tensor]) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = _derivative(
+            logits, potential, shift, fallback, us, vs, ctx.circuit, ctx.counting
+        )
+        return found
+
+    by_logits, by_potential = along([*us, a], [*vs, b])
+    if potential is not None and potential.dim() == 1:
+        by_potential = by_potential.sum(0)
+    by_directions = [along([*us[:i], a, *us[i + 1 :]], [*vs[:i], b, *vs[i + 1 :]]) for i in range(half)]
+    by_us, by_vs = [u for u, _ in by_directions], [v for _, v in by_directions]
+    return by_logits, None if potential is None else by_potential, None, None, by_us, by_vs, None, None
+
+
+_derivative.register_autograd(_next_derivative, setup_context=_remember_directions)
 
 
 @torch.library.custom_op("circuitroute::sample", mutates_args=())

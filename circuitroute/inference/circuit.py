@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from circuitroute import engines
-from circuitroute.circuit import Graph, boolean, compiled
+from circuitroute._validate import as_int, as_mask, plain_word
+from circuitroute.circuit import Graph, compiled
 from circuitroute.circuit.graph import count_range, model_count
 from circuitroute.circuit.verify.properties import check, widest
 from circuitroute.constraints import Constraint
 from circuitroute.errors import InfeasibleError
-from circuitroute.inference.distribution import SubsetDistribution
+from circuitroute.inference.distribution import SubsetDistribution, satisfies
 from circuitroute.interop import drawing, graphs, polynomial, pyjuice_circuit, storage
 
 
@@ -51,8 +52,8 @@ class Circuit:
     ) -> None:
         self._graph = graph
         self._constraint = constraint
-        self._counts = None if counts is None else tuple(sorted(counts))
-        self._engine = engine
+        self._counts = None if counts is None else tuple(sorted(as_int("counts", count) for count in counts))
+        self._engine = plain_word(engine)
         self._known_range = (self._counts[0], self._counts[-1]) if self._counts else None
         self._handle = compiled.name(self)
         if self._counts == ():
@@ -150,7 +151,7 @@ class Circuit:
         Raises:
             ValueError: the last dimension is not N, or a value is neither 0 nor 1.
         """
-        return boolean.satisfies(self, mask)
+        return satisfies(self, as_mask("mask", mask, self.n))
 
     def check(self) -> None:
         """Verify that the circuit is smooth, decomposable and deterministic.

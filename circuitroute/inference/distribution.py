@@ -51,7 +51,7 @@ class AllowedSubsets(constraints.Constraint):
     def check(self, value: Tensor) -> Tensor:
         """[...] whether each mask is 0/1 and allowed."""
         binary = ((value == 0) | (value == 1)).all(-1)
-        return boolean.satisfies(self.circuit, value == 1) & binary
+        return satisfies(self.circuit, value == 1) & binary
 
     def __repr__(self) -> str:
         return f"AllowedSubsets({self.circuit.constraint!r}, n={self.circuit.n})"
@@ -421,7 +421,8 @@ class SubsetDistribution(Distribution):
             return self.logits.new_zeros(count.shape)
         count = count.clamp(max=potential.shape[-1] - 1)
         if potential.dim() == 1:
-            return potential.take(count)  # which, unlike indexing, never looks at the value of a single count
+            # Indexing would look at the value of a single count.
+            return potential.index_select(0, count.reshape(-1)).reshape(count.shape)
         shape = torch.broadcast_shapes(count.shape, self._batch_shape)
         table = self._as_batch(potential).expand(*shape, -1)
         return table.gather(-1, count.expand(shape).unsqueeze(-1)).squeeze(-1)

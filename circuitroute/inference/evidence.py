@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from circuitroute._tensors import batched, plain, traced
-from circuitroute._validate import as_int
+from circuitroute._validate import as_int, as_items
 from circuitroute.circuit import Compiled, boolean
 
 
@@ -88,7 +90,7 @@ def _as_selection(name: str, value: Tensor | Iterable[int] | None, n: int, devic
         return value.to(device) == 1
     if isinstance(value, Tensor) and unseen:
         return (value.reshape(-1, 1).to(device) == torch.arange(n, device=device)).any(0)
-    entries = value.reshape(-1).tolist() if isinstance(value, Tensor) else list(value)
+    entries: list[Any] = value.reshape(-1).tolist() if isinstance(value, Tensor) else _listed(name, value)
     if len(entries) == n and all(isinstance(v, bool) for v in entries):
         return torch.tensor(entries, device=device)
     selection = torch.zeros(n, dtype=torch.bool, device=device)
@@ -98,3 +100,9 @@ def _as_selection(name: str, value: Tensor | Iterable[int] | None, n: int, devic
             raise ValueError(f"{name} holds index {index}: indices must lie in 0..{n - 1}")
         selection[index] = True
     return selection
+
+
+def _listed(name: str, values: Iterable[int]) -> list[Any]:
+    """The entries of a collection, NumPy's numbers and bools as Python's."""
+    items = as_items(name, values, "a mask or a sequence of variable indices")
+    return [item.item() if isinstance(item, (np.generic, Tensor)) else item for item in items]

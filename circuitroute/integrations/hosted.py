@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from circuitroute._validate import as_int, as_number, int_at_least
+from circuitroute._validate import as_int, as_number, int_at_least, plain_option
 from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Constraint
 from circuitroute.inference.temperature import as_temperature
@@ -69,7 +69,8 @@ class Decider:
         self.circuit = compile_constraint(constraint, int_at_least("num_experts", num_experts, 1))
         self.estimator = as_estimator(estimator)
         as_share(decide, estimator)
-        self.decide, self.temperature = decide, as_temperature(as_number("temperature", temperature))
+        self.decide: Any = plain_option("decide", decide)
+        self.temperature = as_temperature(as_number("temperature", temperature))
         self.seed = None if seed is None else as_int("seed", seed)
         self.slots = max(1, self.circuit.max_count)
         self.fixed_count = self.circuit.min_count == self.circuit.max_count

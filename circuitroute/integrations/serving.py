@@ -25,7 +25,7 @@ from torch.export import Dim, ExportedProgram
 
 from circuitroute._files import replace_file
 from circuitroute._tensors import plain
-from circuitroute._validate import int_at_least, one_of
+from circuitroute._validate import as_flag, as_number, int_at_least, one_of
 from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Constraint
 from circuitroute.engines import layered_engine, ops
@@ -76,15 +76,14 @@ def routing_function(
     circuit = constraint if isinstance(constraint, Circuit) else compile_constraint(constraint, experts)
     if circuit.n != experts:
         raise ValueError(f"constraint is a circuit over {circuit.n} variables: num_experts={experts}")
-    one_of("combine", combine, get_args(ServedCombine))
-    one_of("score", score, get_args(Score))
-    if not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
-        raise ValueError(f"scaling={scaling!r}: expected a finite number")
+    combine = one_of("combine", combine, get_args(ServedCombine))
+    score = one_of("score", score, get_args(Score))
+    factor = _as_scaling(scaling)
     if bias is not None:
         bias = _as_bias(bias, circuit.n)
     # Of a tensor, since torch 2.6 does not tell of a default set by "with".
     place = torch.empty(0).device if device is None else torch.device(device)
-    return RoutingFunction(circuit, combine, score, bias, float(scaling)).to(place)
+    return RoutingFunction(circuit, combine, score, bias, factor).to(place)
 
 
 class RoutingFunction(nn.Module):
@@ -135,7 +134,7 @@ class RoutingFunction(nn.Module):
         Raises:
             TypeError, ValueError: shapes, dtypes or devices that do not fit, or ``topk`` is too small.
         """
-        self._check(hidden_states, gating_output, topk)
+        topk = self._check(hidden_states, gating_output, topk)
         logits = gating_output.detach().to(torch.float32)
         score = torch.sigmoid(logits) if self.score == "sigmoid" else logits
         if self.bias_bits is not None:
@@ -188,7 +187,8 @@ class RoutingFunction(nn.Module):
         chosen = chosen.clamp(max=torch.finfo(torch.float32).max)
         return torch.softmax(torch.where(used, chosen, -math.inf), -1)
 
-    def _check(self, hidden_states: Tensor, gating_output: Tensor, topk: int) -> None:
+    def _check(self, hidden_states: Tensor, gating_output: Tensor, topk: int) -> int:
+        """``topk``, as a plain integer."""
         if not is_compiling():
             _check_tensors(hidden_states, gating_output, self.circuit.n)
             for table in self.buffers():
@@ -197,7 +197,7 @@ class RoutingFunction(nn.Module):
                         f"gating_output is on {gating_output.device} and the routing function on {table.device}: move "
                         f"it there with .to({str(gating_output.device)!r}), once"
                     )
-            int_at_least("topk", topk, 1)
+            topk = int_at_least("topk", topk, 1)
         if topk < self.largest:
             raise ValueError(
                 f"topk={topk}: {self.rule} chooses up to {self.largest} experts per token; give the "
@@ -205,6 +205,7 @@ class RoutingFunction(nn.Module):
             )
         if topk > self.circuit.n:
             raise ValueError(f"topk={topk}: there are only {self.circuit.n} experts")
+        return topk
 
     def extra_repr(self) -> str:
         """What repr() shows."""
@@ -239,6 +240,7 @@ def export(
     """
     if not function.portable:
         raise ValueError(_not_portable(function.circuit))
+    topk, renormalize = int_at_least("topk", topk, 1), as_flag("renormalize", renormalize)
     device = next((table.device for table in function.buffers()), None)
     # torch 2.6 refuses an open range, for a guard against the largest integer.
     tokens, hidden_size = Dim("tokens", max=2**31), Dim("hidden_size", max=2**31)
@@ -264,6 +266,16 @@ def export(
         torch.export.save(program, content)
         replace_file(path, content.getvalue())
     return program
+
+
+def _as_scaling(scaling: object) -> float:
+    try:
+        factor = as_number("scaling", scaling)
+    except TypeError:
+        factor = math.nan
+    if not math.isfinite(factor):
+        raise ValueError(f"scaling={scaling!r}: expected a finite number")
+    return factor
 
 
 def _as_bias(bias: Tensor, num_experts: int) -> Tensor:

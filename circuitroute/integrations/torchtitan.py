@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from circuitroute._validate import plain_word
 from circuitroute.constraints import Constraint
 from circuitroute.integrations.hosted import GROUP_LIMIT, Decider, one_per_layer, refuse_replaced
 from circuitroute.integrations.hosted import begin_step as begin_step
@@ -35,6 +36,7 @@ from circuitroute.routing.probes import (
     as_probe_count,
     as_probe_weights,
     padded_with_probes,
+    plain_probe_weights,
     probe_slots,
     probe_weights,
     refuse_idle_probes,
@@ -93,7 +95,8 @@ class CircuitRouter(TokenChoiceTopKRouter):
             decide=config.decide,
             temperature=config.temperature,
         )
-        self.probes, self.probe_weights = config.probes, config.probe_weights
+        self.probes = as_probe_count(config.probes)
+        self.probe_weights = plain_probe_weights(config.probe_weights)
         needed = _slots(self.decider, config.probes, config.probe_weights)
         if config.top_k != needed:
             raise ValueError(
@@ -198,8 +201,10 @@ def circuit_moe(
     refuse_replaced(config.router, REPLACED)
     decider = Decider(constraint, config.num_experts, **options)  # bad options raise here, before anything is built
     slots = _slots(decider, probes, probe_weights)
-    probing = {"probes": probes, "probe_weights": probe_weights}
-    router = derive(config.router, CircuitRouter.Config, top_k=slots, constraint=constraint, **probing, **options)
+    probing = {"probes": as_probe_count(probes), "probe_weights": plain_probe_weights(probe_weights)}
+    # As the decider has them, plain: configs are printed and written to files.
+    kept = {name: getattr(decider, name) if name != "estimator" else plain_word(options[name]) for name in options}
+    router = derive(config.router, CircuitRouter.Config, top_k=slots, constraint=constraint, **probing, **kept)
     experts = config.routed_experts
     dispatcher = derive(experts.token_dispatcher, type(experts.token_dispatcher), top_k=slots)
     routed = derive(experts, type(experts), token_dispatcher=dispatcher)

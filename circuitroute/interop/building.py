@@ -6,14 +6,18 @@ was made for (an element of a sum needs none).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import operator
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 from circuitroute.circuit.graph import Graph, NodeKind
-from circuitroute.circuit.verify.bitsets import Pool
+from circuitroute.circuit.verify.bitsets import Pool, members
 from circuitroute.errors import CircuitTooLargeError
 
 Pair: TypeAlias = tuple[int, int]
+# The variables that are absent, and those that are present, as bit sets.
+Units: TypeAlias = tuple[int, int]
 Value: TypeAlias = int | Pair | None
 
 MAX_VARIABLES = 1 << 16
@@ -51,6 +55,9 @@ class Builder:
         self._literals: dict[Pair, int] = {}
         self._products: dict[Pair, int] = {}
         self._free: dict[int, int] = {}
+        self._units: list[Units] = []
+        self._bared: dict[int, int] = {}
+        self._conditioned: dict[tuple[int, Units], int | None] = {}
         self._add(NodeKind.TRUE, -1, (), 0, -1)
 
     def _add(self, kind: NodeKind, variable: int, elements: Sequence[Pair], scope: int, origin: int) -> int:
@@ -75,6 +82,10 @@ class Builder:
             self._literals[key] = self._add(kind, variable, (), 1 << variable, -1)
         return self._literals[key]
 
+    def is_literal(self, node: int) -> bool:
+        """Whether a node is a literal."""
+        return self._kind[node] in (NodeKind.ABSENT, NodeKind.PRESENT)
+
     def product(self, left: int, right: int, origin: int) -> int:
         """The product of two nodes, as a node: a sum of one element."""
         if TRUE in (left, right):
@@ -96,6 +107,97 @@ class Builder:
             shared |= seen & self.scope[factor]
             seen |= self.scope[factor]
         return shared
+
+    def separated(self, factors: Sequence[int]) -> list[int] | None:
+        """Factors of the same product, where a variable that one of them decides and others share is in one alone.
+
+        Some compilers write a literal x again below the and-node that it is a part of. Since x and x is x, and
+        x and f is x and (f given x), it is kept once and the others are conditioned on it. What factors share otherwise
+        they still share; None if they contradict each other.
+        """
+        rest, decided = list(factors), []
+        while shared := self.overlap(rest):
+            units = [self._units_of(factor) for factor in rest]
+            absent, present = (_union(found[i] for found in units) & shared for i in (0, 1))
+            if absent & present:
+                return None
+            if not absent | present:
+                break
+            decided += [self.literal(variable, False) for variable in members(absent)]
+            decided += [self.literal(variable, True) for variable in members(present)]
+            given = [self._given(factor, (absent, present)) for factor in rest]
+            rest = [factor for factor in given if factor is not None and factor != TRUE]
+            if None in given:
+                return None
+        return [*decided, *rest]
+
+    def _units_of(self, node: int) -> Units:
+        """The literals that a node implies because they are factors of all its elements."""
+        for i in range(len(self._units), node + 1):
+            if self._kind[i] == NodeKind.SUM:
+                pairs = [(self._units[a], self._units[b]) for a, b in self._elements[i]]
+                found = [(a[0] | b[0], a[1] | b[1]) for a, b in pairs]
+                absent, present = found[0]
+                for other in found[1:]:
+                    absent, present = absent & other[0], present & other[1]
+            else:
+                absent = self.scope[i] if self._kind[i] == NodeKind.ABSENT else 0
+                present = self.scope[i] if self._kind[i] == NodeKind.PRESENT else 0
+            self._units.append((self._pool.shared(absent), self._pool.shared(present)))
+        return self._units[node]
+
+    def _given(self, top: int, units: Units) -> int | None:
+        """What is left of a node where some literals are true, without their variables; None if that is false."""
+        waiting = [(top, self._about(top, units))]
+        while waiting:
+            node, about = waiting[-1]
+            pairs = self._elements[node] if about[0] | about[1] else ()
+            parts = [(child, self._about(child, about)) for pair in pairs for child in pair]
+            missing = [part for part in parts if part not in self._conditioned]
+            waiting += missing
+            if not missing:
+                waiting.pop()
+                if (node, about) not in self._conditioned:
+                    self._conditioned[node, about] = self._remainder(node, about, [self._conditioned[p] for p in parts])
+        return self._conditioned[top, self._about(top, units)]
+
+    def _about(self, node: int, units: Units) -> Units:
+        """Those of the literals whose variables are below a node."""
+        return units[0] & self.scope[node], units[1] & self.scope[node]
+
+    def _remainder(self, node: int, about: Units, parts: Sequence[int | None]) -> int | None:
+        """A node given literals, some of which are about it, from what is left of its elements' factors."""
+        if not about[0] | about[1]:
+            return node
+        if self._kind[node] != NodeKind.SUM:
+            wrong = about[0] if self._kind[node] == NodeKind.PRESENT else about[1]
+            return None if wrong else TRUE
+        pairs, origin = zip(parts[::2], parts[1::2], strict=True), self.origin[node]
+        # What only elements that died mention need not be mentioned any more: the sum is made smooth anew.
+        alive = [
+            self.product(self._bare(a), self._bare(b), origin) for a, b in pairs if a is not None and b is not None
+        ]
+        value = self.disjunction(alive, origin)
+        return None if value is None else self.node(value, origin)
+
+    def _bare(self, top: int) -> int:
+        """A node without those factors that smoothing made, which leave their variables free."""
+        waiting = [top]
+        while waiting:
+            node = waiting.pop()
+            if node in self._bared:
+                continue
+            pairs = self._elements[node]
+            if self._free.get(self.scope[node]) == node:
+                self._bared[node] = TRUE
+            elif len(pairs) != 1:
+                self._bared[node] = node
+            elif missing := [child for child in pairs[0] if child not in self._bared]:
+                waiting += [node, *missing]
+            else:
+                left, right = (self._bared[child] for child in pairs[0])
+                self._bared[node] = self.product(left, right, self.origin[node])
+        return self._bared[top]
 
     def conjunction(self, factors: Sequence[int], origin: int) -> int | Pair:
         """The product of any number of nodes: a balanced tree of products of two, the topmost left open."""
@@ -173,3 +275,7 @@ class Builder:
                         found.add(child)
                         waiting.append(child)
         return sorted(found)
+
+
+def _union(sets: Iterable[int]) -> int:
+    return functools.reduce(operator.or_, sets, 0)

@@ -9,6 +9,7 @@ structures, 1981); lines across several rows bend in each.
 
 from __future__ import annotations
 
+import io
 import os
 from importlib import import_module
 from itertools import groupby, pairwise
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from circuitroute._files import as_path, replace_file
 from circuitroute.circuit import Compiled
 from circuitroute.circuit.verify.properties import node_scopes
 from circuitroute.interop.graphs import to_networkx
@@ -35,10 +37,11 @@ def draw(circuit: Compiled, path: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: another suffix than .png, .svg, .pdf, or more than 400 nodes and products.
         ImportError: matplotlib is not installed.
+        OSError: the file cannot be written; what was there before is left as it was.
     """
-    target, graph = Path(path), circuit.graph
+    target, graph = as_path("path", path), circuit.graph
     if target.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"path={str(path)!r}: a circuit is drawn to a file ending in {', '.join(SUFFIXES)}")
+        raise ValueError(f"path={str(target)!r}: a circuit is drawn to a file ending in {', '.join(SUFFIXES)}")
     if graph.num_nodes + graph.num_edges > MAX_ITEMS:
         raise ValueError(
             f"{circuit.constraint!r} over {circuit.n} variables has {graph.num_nodes} nodes and {graph.num_edges} "
@@ -46,7 +49,9 @@ def draw(circuit: Compiled, path: str | os.PathLike[str]) -> Path:
             "look at it with `circuitroute explain` or circuit.to_networkx()"
         )
     view, rows = layout(circuit)
-    _paint(view, rows).savefig(target, dpi=DPI, format=target.suffix[1:].lower())
+    content = io.BytesIO()
+    _paint(view, rows).savefig(content, dpi=DPI, format=target.suffix[1:].lower())
+    replace_file(target, content.getvalue())
     return target
 
 

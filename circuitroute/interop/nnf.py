@@ -15,6 +15,9 @@ their own, and literals on the edges; nodes may be used before they are declared
     1 2 -1 3 0          from node 1 to node 2, with the literals -1 and 3
 
 Variables are counted from 1 in both, from 0 here.
+
+The parts of an and-node should share no variables. d4's first version writes a literal again below the and-node that
+has it, which is correct and changes nothing: such parts are taken apart (:meth:`Builder.separated`).
 """
 
 from __future__ import annotations
@@ -83,7 +86,8 @@ def _variables(file: TextFile, nnf: _Nnf, n: int | None) -> int:
         if nnf.variables == 0:
             raise ValueError(f"n=None: {file.path} mentions no variables; give their number n")
         return nnf.variables
-    if int_at_least("n", n, 1) < nnf.variables:
+    n = int_at_least("n", n, 1)
+    if n < nnf.variables:
         raise ValueError(f"n={n}: {file.path} has {nnf.variables} variables; leave out n or give a larger one")
     return n
 
@@ -234,15 +238,24 @@ def _conjunction(
     """The product of the parts, or None if one is false."""
     if len(parts) == 1 and parts[0][0] is not None and not parts[0][1]:
         return values[parts[0][0]]
-    factors: list[int] = []
-    for child, literals in parts:
+    children: list[int] = []
+    for child, _ in parts:
         if child is not None:
             value = values[child]
             if value is None:
                 return None
-            factors.append(builder.node(value, child))
-        factors += [builder.literal(abs(literal) - 1, literal > 0) for literal in literals]
-    shared = builder.overlap(factors)
+            children.append(builder.node(value, child))
+    on_edges = {builder.literal(abs(literal) - 1, literal > 0) for _, literals in parts for literal in literals}
+    factors = [*children, *sorted(on_edges)]
+    # Opposite literals of one node, or a part that it has twice, are no habit of a compiler but a mistake.
+    shared = builder.overlap([*filter(builder.is_literal, {*children, *on_edges})])
+    if len({child for child, _ in parts}) < len(parts) and builder.overlap(children):
+        shared |= builder.overlap(children)
+    if not shared and builder.overlap(factors):
+        separated = builder.separated(factors)
+        if separated is None:
+            return None
+        factors, shared = separated, builder.overlap(separated)
     if shared:
         names = listed(v + 1 for v in members(shared))
         raise CircuitPropertyError(

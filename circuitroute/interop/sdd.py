@@ -10,6 +10,11 @@ An SDD file has a node per line, children first, the last one being the root; it
     D 0 1 2 1 2 3 4                 id vtree count (prime sub)...
 
 Lines that start with ``c`` are comments, ``T id`` is true. Variables are counted from 1 in files, from 0 here.
+
+Which vtree node is meant by a number in an SDD file: libsdd numbers the nodes of a vtree anew when it reads one, from
+left to right (an inner node between its halves), and writes these positions, whatever ids the vtree's file uses; other
+tools write the ids themselves. Both are tried, libsdd's first. Which one it is decides only what is refused as not
+fitting: the meaning of an SDD depends on its literals alone.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from typing import TypeAlias
 from circuitroute._validate import int_at_least
 from circuitroute.circuit import Parts
 from circuitroute.circuit.verify.properties import check
-from circuitroute.errors import InfeasibleError
+from circuitroute.errors import CircuitFileError, InfeasibleError
 from circuitroute.interop.building import TRUE, Builder
 from circuitroute.interop.imported import Imported
 from circuitroute.interop.text import Line, TextFile
@@ -36,13 +41,11 @@ _Value: TypeAlias = tuple[int, int | None] | None
 def read(path: str | os.PathLike[str], vtree: str | os.PathLike[str], max_nodes: int) -> Parts:
     """The parts of the circuit in an SDD, made smooth and verified; see :func:`circuitroute.read_sdd`."""
     max_nodes = int_at_least("max_nodes", max_nodes, 1)
-    file, tree_file = TextFile(path), TextFile(vtree)
-    tree = _read_vtree(tree_file)
-    reader = _Reader(file, tree, Builder(tree.variables, max_nodes, str(file.path)))
-    value = reader.read()
+    file, tree_file = TextFile(path), TextFile(vtree, "vtree")
+    reader, value = _read_nodes(file, _read_vtree(tree_file), max_nodes)
     if value is None:
         raise InfeasibleError(f"{file.path}: the circuit is false, no subset satisfies it")
-    graph, origin = reader.builder.finish(reader.lifted(value, tree.root), -1)
+    graph, origin = reader.builder.finish(reader.lifted(value, reader.tree.root), -1)
     check(graph, lambda i: f"node {origin[i]} of {file.path}")
     return Parts(graph, Imported("sdd", hashlib.sha256(file.data + tree_file.data).hexdigest()))
 
@@ -69,6 +72,20 @@ class _Vtree:
         """Whether ``other`` is ``node`` or lies below it."""
         start, stop = self.span[node]
         return start <= self.span[other][0] and self.span[other][1] <= stop
+
+    def in_order(self) -> _Vtree:
+        """The same tree, its nodes numbered from left to right, an inner node between its halves."""
+        # Leaves are at 0, 2, 4, ..., and an inner node is just before the first leaf of its right half.
+        number = {node: 2 * self.span[node][0] for node in self.variable}
+        number |= {node: 2 * self.span[right][0] - 1 for node, (_, right) in self.halves.items()}
+        return _Vtree(
+            self.path,
+            {number[node]: variable for node, variable in self.variable.items()},
+            {number[node]: (number[left], number[right]) for node, (left, right) in self.halves.items()},
+            {number[node]: number[parent] for node, parent in self.parent.items()},
+            number[self.root],
+            {number[node]: span for node, span in self.span.items()},
+        )
 
 
 def _sized(file: TextFile, kind: str) -> tuple[list[Line], Line]:
@@ -131,13 +148,31 @@ def _number_leaves(tree: _Vtree) -> None:
 # ---------------------------------------------------------------------------------------------- the diagram
 
 
+def _read_nodes(file: TextFile, tree: _Vtree, max_nodes: int) -> tuple[_Reader, _Value]:
+    """The value of the last node, by the numbering of vtree nodes that fits; see the head of this file."""
+    positions = tree.in_order()
+    refused: list[CircuitFileError] = []
+    for numbered in (positions,) if positions == tree else (positions, tree):
+        reader = _Reader(file, numbered, Builder(tree.variables, max_nodes, str(file.path)))
+        try:
+            return reader, reader.read()
+        except CircuitFileError as error:
+            refused.append(error)
+    if len(set(map(str, refused))) == 1:  # whatever the numbering
+        raise refused[0]
+    raise CircuitFileError(
+        f"{file.path} does not fit {tree.path} (is it this SDD's vtree?), neither with nodes numbered from left to "
+        f"right, as libsdd writes them ({refused[0]}), nor with the ids of that file ({refused[1]})"
+    )
+
+
 class _Reader:
     """Reads nodes in the order of the file; every node is made smooth over its place in the vtree."""
 
     def __init__(self, file: TextFile, tree: _Vtree, builder: Builder) -> None:
         self.builder = builder
         self._file = file
-        self._tree = tree
+        self.tree = tree
         self._values: dict[int, _Value] = {}
         self._free: dict[int, int] = {}
         self._lifted: dict[tuple[int, int], int] = {}
@@ -165,19 +200,19 @@ class _Reader:
         raise self._file.error(line.number, b" ".join(line.words), _SDD)
 
     def _literal(self, line: Line, place: int, literal: int) -> _Value:
-        variable = self._tree.variable.get(place)
+        variable = self.tree.variable.get(place)
         if variable != abs(literal) - 1 or literal == 0:
             expected = f"a literal of vtree node {place}" + (
-                f", {variable + 1} or -{variable + 1}" if variable is not None else f", a leaf of {self._tree.path}"
+                f", {variable + 1} or -{variable + 1}" if variable is not None else f", a leaf of {self.tree.path}"
             )
             raise self._file.error(line.number, f"literal {literal}", expected)
         return self.builder.literal(variable, literal > 0), place
 
     def _decision(self, line: Line, node: int, place: int, parts: list[int]) -> _Value:
-        if place not in self._tree.halves:
-            expected = f"an inner node of {self._tree.path} (is it this SDD's vtree?)"
+        if place not in self.tree.halves:
+            expected = f"an inner node of {self.tree.path} (is it this SDD's vtree?)"
             raise self._file.error(line.number, f"vtree node {place}", expected)
-        left, right = self._tree.halves[place]
+        left, right = self.tree.halves[place]
         elements = []
         for prime, sub in zip(parts[::2], parts[1::2], strict=True):
             a, b = self._child(line, prime, left), self._child(line, sub, right)
@@ -190,8 +225,8 @@ class _Reader:
         if child not in self._values:
             raise self._file.error(line.number, f"node {child}", "a node before it")
         value = self._values[child]
-        if value is not None and value[1] is not None and not self._tree.contains(half, value[1]):
-            expected = f"a node at or below vtree node {half} of {self._tree.path} (is it this SDD's vtree?)"
+        if value is not None and value[1] is not None and not self.tree.contains(half, value[1]):
+            expected = f"a node at or below vtree node {half} of {self.tree.path} (is it this SDD's vtree?)"
             raise self._file.error(line.number, f"node {child}, at vtree node {value[1]}", expected)
         return value
 
@@ -201,9 +236,9 @@ class _Reader:
         if place is None:
             return self._all_free(target)
         while place != target:
-            parent = self._tree.parent[place]
+            parent = self.tree.parent[place]
             if (node, parent) not in self._lifted:
-                left, right = self._tree.halves[parent]
+                left, right = self.tree.halves[parent]
                 pair = (node, self._all_free(right)) if place == left else (self._all_free(left), node)
                 self._lifted[node, parent] = self.builder.product(*pair, self.builder.origin[node])
             node, place = self._lifted[node, parent], parent
@@ -214,9 +249,9 @@ class _Reader:
         waiting = [] if target in self._free else [target]
         while waiting:
             place = waiting[-1]
-            if place in self._tree.variable:
-                self._free[place] = self.builder.free(1 << self._tree.variable[place])
-            halves = self._tree.halves.get(place, ())
+            if place in self.tree.variable:
+                self._free[place] = self.builder.free(1 << self.tree.variable[place])
+            halves = self.tree.halves.get(place, ())
             missing = [half for half in halves if half not in self._free]
             waiting += missing
             if not missing:

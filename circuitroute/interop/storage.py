@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from circuitroute._files import replace_file, sealed, unsealed
+from circuitroute._files import as_path, replace_file, sealed, unsealed
 from circuitroute.circuit import Compiled, Graph, NodeKind, Parts
 from circuitroute.circuit.graph import count_range, model_count
 from circuitroute.circuit.verify.conflicts import UnverifiedError
@@ -94,7 +94,7 @@ def _content(circuit: Compiled) -> bytes:
 
 def read(path: str | os.PathLike[str]) -> Parts:
     """The parts of a circuit that :func:`save` wrote, verified; see :func:`circuitroute.load`."""
-    source = Path(path)
+    source = as_path("path", path)
     lines = _verified_lines(source, source.read_bytes())
     header = _header(source, lines[1])
     try:

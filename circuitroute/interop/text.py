@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
+from circuitroute._files import as_path
 from circuitroute.errors import CircuitFileError
 
 MAX_DIGITS = 18
@@ -27,10 +28,13 @@ class Line(NamedTuple):
 
 
 class TextFile:
-    """The lines of a file, without empty ones and comments (lines that start with the word ``c``)."""
+    """The lines of a file, without empty ones and comments (lines that start with the word ``c``).
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    Lines may end as on any system, and the mark with which some editors begin UTF-8 is passed over.
+    """
+
+    def __init__(self, path: str | bytes | os.PathLike[str], name: str = "path") -> None:
+        self.path = as_path(name, path)
         self.data = self.path.read_bytes()
 
     @property
@@ -40,7 +44,7 @@ class TextFile:
 
     def lines(self) -> Iterator[Line]:
         """The lines in order."""
-        for number, line in enumerate(self.data.split(b"\n"), start=1):
+        for number, line in enumerate(self.data.removeprefix(BOM_UTF8).splitlines(), start=1):
             words = line.split()
             if words and words[0] != b"c":
                 yield Line(number, words)
@@ -84,6 +88,12 @@ _BEGINNINGS = (
     (b"sdd ", "an SDD (read it with cr.read_sdd)"),
     (b"vtree ", "a vtree (give it to cr.read_sdd, beside its SDD)"),
     (b"p cnf", "a CNF (compile it to a circuit first, with c2d, d4 or libsdd)"),
+    (b"\x1f\x8b", "a file that gzip compressed (unpack it first)"),
+    (b"BZh", "a file that bzip2 compressed (unpack it first)"),
+    (b"\xfd7zXZ\x00", "a file that xz compressed (unpack it first)"),
+    (b"\x28\xb5\x2f\xfd", "a file that zstd compressed (unpack it first)"),
+    (BOM_UTF16_LE, "text in UTF-16 (save it as ASCII or UTF-8)"),
+    (BOM_UTF16_BE, "text in UTF-16 (save it as ASCII or UTF-8)"),
     (b"PK\x03\x04", "a zip archive, such as torch.save writes"),
     (b"\x80", "a Python pickle"),
 )
@@ -91,6 +101,7 @@ _BEGINNINGS = (
 
 def kind_of(data: bytes) -> str:
     """A description of what a file looks like."""
+    data = data.removeprefix(BOM_UTF8)
     if not data.strip():
         return "an empty file"
     start = next((line for line in data[:4096].splitlines() if line.strip() and line.split()[0] != b"c"), b"")

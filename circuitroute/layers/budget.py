@@ -98,9 +98,9 @@ class Budget(nn.Module):
         self.num_experts = int_at_least("num_experts", num_experts, 1)
         self.per_layer = _per_layer(per_layer, self.layers)
         self.total = total
-        circuits = [compile_constraint(constraint, num_experts) for constraint in self.per_layer]
+        circuits = [compile_constraint(constraint, self.num_experts) for constraint in self.per_layer]
         allowed = [_allowed_counts(f"per_layer[{i}]", circuit) for i, circuit in enumerate(circuits)]
-        totals = _allowed_totals(total, self.per_layer, allowed, self.layers * num_experts)
+        totals = _allowed_totals(total, self.per_layer, allowed, self.layers * self.num_experts)
         self._widths = tuple(circuit.max_count + 1 for circuit in circuits)
         J = max(self._widths)
         self.preferences = nn.Parameter(torch.empty(self.layers, J, device=device))

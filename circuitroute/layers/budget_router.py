@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from circuitroute._tensors import without_autocast
-from circuitroute._validate import int_at_least
+from circuitroute._validate import as_flag, int_at_least, plain_option, plain_word
 from circuitroute.constraints import Constraint
 from circuitroute.inference.temperature import as_temperature
 from circuitroute.layers.budget import Budget, BudgetState
@@ -116,17 +116,18 @@ class BudgetRouter(Budget):
         super().__init__(num_experts, layers, per_layer, total, device=device)
         self.hidden_size = int_at_least("hidden_size", hidden_size, 1)
         self.routers = nn.ModuleList(
-            BudgetLayer(hidden_size, num_experts, constraint, bias=bias, device=device, dtype=dtype)
+            BudgetLayer(self.hidden_size, self.num_experts, constraint, bias=bias, device=device, dtype=dtype)
             for constraint in self.per_layer
         )
-        self.combine, self.estimator = as_combine(combine), estimator
-        self.decide, self.temperature = decide, temperature
         # What is wrong is refused here, not in the first forward.
         choice.as_share(decide, estimator)
-        as_temperature(temperature)
+        self.combine, self.estimator = as_combine(combine), plain_word(estimator)
+        self.decide: Any = plain_option("decide", decide)
+        self.temperature = as_temperature(temperature)
         J = self.preferences.shape[1]
         self.heads = nn.ModuleList(
-            nn.Linear(hidden_size, J, device=device, dtype=dtype) for _ in range(self.layers if per_token else 0)
+            nn.Linear(self.hidden_size, J, device=device, dtype=dtype)
+            for _ in range(self.layers if as_flag("per_token", per_token) else 0)
         )
         self.reset_parameters()
 

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from circuitroute._tensors import batchable, recorded, transformed
-from circuitroute._validate import int_at_least
+from circuitroute._validate import int_at_least, plain_word
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -69,7 +69,7 @@ class StackedExperts(nn.Module):
         self.inner_size = int_at_least("inner_size", inner_size, 1)
         if isinstance(activation, str) and activation not in ACTIVATIONS:
             raise ValueError(f"activation={activation!r}: choose one of {', '.join(ACTIVATIONS)}, or give a function")
-        self.activation = activation
+        self.activation: str | Activation = plain_word(activation)
         E, H, inner = self.num_experts, self.hidden_size, self.inner_size
         self.up = nn.Parameter(torch.empty(E, inner, H, device=device, dtype=dtype))
         self.down = nn.Parameter(torch.empty(E, H, inner, device=device, dtype=dtype))

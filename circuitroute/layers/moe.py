@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from circuitroute._tensors import batched, plain, recorded, tracked, transformed, without_numbers
+from circuitroute._validate import as_flag
 from circuitroute.keys import drawn_keys
 from circuitroute.layers.experts import StackedExperts
 from circuitroute.layers.routers import LinearRouter
@@ -25,6 +26,7 @@ from circuitroute.routing.probes import (
     as_probe_weights,
     draw_probes,
     every_unchosen,
+    plain_probe_weights,
     probe_slots,
     with_worth,
 )
@@ -71,9 +73,9 @@ class MoE(nn.Module):
         self.experts = experts if isinstance(experts, (nn.ModuleList, StackedExperts)) else nn.ModuleList(experts)
         self.num_experts = self.experts.num_experts if isinstance(self.experts, StackedExperts) else len(self.experts)
         self.probes = as_probe_count(probes)
-        self.probe_weights = probe_weights
         as_probe_weights(probe_weights)
-        self.call_idle = call_idle
+        self.probe_weights: ProbeWeights = plain_probe_weights(probe_weights)
+        self.call_idle = None if call_idle is None else as_flag("call_idle", call_idle)
         if router is not None and self.num_experts != router.num_experts:
             raise ValueError(f"there are {self.num_experts} experts, but the router chooses among {router.num_experts}")
 

@@ -9,13 +9,14 @@ checkpointing, must decide the same. :class:`SoftTopKRouter` is the one that dec
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from circuitroute._tensors import without_autocast
-from circuitroute._validate import as_real, int_at_least
+from circuitroute._validate import as_flag, as_real, int_at_least, plain_option, plain_word
 from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Between, Constraint, Exactly
 from circuitroute.inference.circuit import Circuit
@@ -48,7 +49,8 @@ class LogitMap(nn.Module):
         self.hidden_size = int_at_least("hidden_size", hidden_size, 1)
         self.num_experts = int_at_least("num_experts", num_experts, 1)
         self.weight = nn.Parameter(torch.empty(self.num_experts, self.hidden_size, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(self.num_experts, device=device, dtype=dtype)) if bias else None
+        biased = as_flag("bias", bias)
+        self.bias = nn.Parameter(torch.empty(self.num_experts, device=device, dtype=dtype)) if biased else None
 
     def reset_parameters(self) -> None:
         """Draw the weight as torch.nn.Linear does; the bias starts at zero."""
@@ -126,11 +128,11 @@ class Router(LinearRouter):
     ) -> None:
         super().__init__(hidden_size, num_experts, combine=combine, bias=bias, device=device, dtype=dtype)
         self.circuit = as_circuit(constraint, self.num_experts)
-        self.estimator = estimator
-        self.decide, self.temperature = decide, temperature
         # What is wrong is refused here, not in the first forward.
         as_share(decide, estimator)
-        as_temperature(temperature)
+        self.estimator: str | Estimator = plain_word(estimator)
+        self.decide: Any = plain_option("decide", decide)
+        self.temperature = as_temperature(temperature)
         self.reset_parameters()
 
     def forward(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from circuitroute._tensors import without_autocast
-from circuitroute._validate import as_number, int_at_least
+from circuitroute._validate import as_flag, as_number, int_at_least
 from circuitroute.inference.evidence import rows_text
 from circuitroute.layers.routers import LinearRouter
 from circuitroute.routing.choice import per_token, recorded_mask
@@ -88,10 +88,10 @@ class SoftTopKRouter(LinearRouter):
         self.k = _within("k", k, 0, self.num_experts)
         self.max_experts = None if max_experts is None else int_at_least("max_experts", max_experts, 1)
         if self.max_experts is not None and self.max_experts > self.num_experts:
-            raise ValueError(f"max_experts={max_experts}: there are only num_experts={self.num_experts}")
+            raise ValueError(f"max_experts={self.max_experts}: there are only num_experts={self.num_experts}")
         self.cap_factor = None if cap_factor is None else _positive_number("cap_factor", cap_factor)
-        self.relative_threshold = relative_threshold
-        self.initial_threshold = _within("threshold", threshold, 0, math.inf if relative_threshold else 1)
+        self.relative_threshold = as_flag("relative_threshold", relative_threshold)
+        self.initial_threshold = _within("threshold", threshold, 0, math.inf if self.relative_threshold else 1)
         self.register_buffer("threshold", torch.empty((), device=device, dtype=dtype))
         self._set_alpha(alpha)
         self.reset_parameters()
@@ -195,8 +195,7 @@ class SoftTopKRouter(LinearRouter):
         """Logits [T, E], soft weights [T, E], and the soft mass, a number or a tensor, scalar or [T]."""
         logits = self.logits(hidden)
         mass = self.k if k is None else k
-        if isinstance(mass, Tensor):
-            mass = per_token("k", mass, hidden.shape[:-1])
+        mass = per_token("k", mass, hidden.shape[:-1]) if isinstance(mass, Tensor) else as_number("k", mass)
         with without_autocast(logits):
             return logits, soft_topk(logits, mass, self.alpha), mass
 

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, float32, promote_types
 
-from circuitroute._tensors import cannot_look, plain, transformed
+from circuitroute._tensors import batched, cannot_look, plain, traced, transformed
 from circuitroute._validate import as_mask, as_number
 from circuitroute.circuit import Compiled, boolean
 from circuitroute.engines.step import SHARE
@@ -201,7 +201,8 @@ def replayed(batch: Batch, replay: Tensor | RoutingRecord, invalid: Tensor | Non
     """
     distribution = batch.untempered
     mask = recorded_mask(replay, distribution.logits, batch.temperature)
-    if mask.is_cuda and not batch.unchecked:  # nobody wants values checked, for which the host would wait
+    # Nobody wants values checked, for which the host would wait; or they cannot be.
+    if (mask.is_cuda and not batch.unchecked) or batched() or traced(mask):
         return mask
     allowed = boolean.satisfies(distribution.circuit, mask)
     if not distribution.rows.finite:

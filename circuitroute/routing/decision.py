@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from circuitroute._tensors import batched, recorded, without_numbers
-from circuitroute._validate import int_at_least
+from circuitroute._validate import as_number, int_at_least
 from circuitroute.inference.distribution import SubsetDistribution
 
 Pad: TypeAlias = Literal["distinct", "sentinel", "minus_one"]
@@ -78,7 +78,7 @@ class Routing:
         self._logits = self._untempered.logits if logits is None else logits
         self.mask = mask
         self._gates = gates
-        self.temperature = temperature
+        self.temperature = temperature if isinstance(temperature, Tensor) else as_number("temperature", temperature)
 
     @property
     def gates(self) -> Tensor:
@@ -208,7 +208,7 @@ class SoftRouting(Routing):
     def __init__(self, logits: Tensor, marginals: Tensor, mask: Tensor, gates: Tensor, max_count: int) -> None:
         self._logits = logits
         self._marginals = marginals
-        self._max_count = max_count
+        self._max_count = int_at_least("max_count", max_count, 0)
         self.mask = mask
         self._gates = gates
         self.temperature = 1.0

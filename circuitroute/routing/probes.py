@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from circuitroute._tensors import batchable
-from circuitroute._validate import as_number, int_at_least
+from circuitroute._validate import as_number, int_at_least, plain_option
 from circuitroute.circuit import Compiled
 from circuitroute.keys import fold_in, uniform
 from circuitroute.routing.decision import Routing, chosen_first
@@ -90,6 +90,11 @@ def as_probe_weights(weights: ProbeWeights) -> float:
     if not cap > 0:
         raise ValueError(f"probe_weights={cap}: a cap must be positive")
     return cap
+
+
+def plain_probe_weights(weights: ProbeWeights) -> Any:
+    """``weights`` as plain Python has it: a str, or a float; what is wrong with it is for :func:`as_probe_weights`."""
+    return plain_option("probe_weights", weights)
 
 
 @torch.no_grad()

@@ -13,7 +13,6 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -21,9 +20,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from circuitroute._files import replace_file, sealed, unsealed
+from circuitroute._files import as_path, replace_file, sealed, unsealed
 from circuitroute._tensors import plain
-from circuitroute._validate import as_number, int_at_least
+from circuitroute._validate import as_items, as_number, int_at_least, one_of
 from circuitroute.errors import CircuitFileError
 from circuitroute.inference.evidence import rows_text
 from circuitroute.routing.decision import Routing
@@ -56,6 +55,10 @@ class LayerRecord:
     experts: int
     form: Form
     data: Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "experts", int_at_least("experts", self.experts, 1))
+        object.__setattr__(self, "form", one_of("form", self.form, get_args(Form)))
 
     @staticmethod
     def of(mask: Tensor) -> LayerRecord:
@@ -157,7 +160,8 @@ class RoutingRecord:
             TypeError, ValueError: tensors of other shapes or dtypes, or an expert that is named twice in one token.
         """
         indices = _by_layer(indices)
-        sizes = [num_experts] * len(indices) if isinstance(num_experts, int) else list(num_experts)
+        several = isinstance(num_experts, Iterable) and getattr(num_experts, "ndim", 1) > 0
+        sizes: list[Any] = as_items("num_experts", num_experts, "E") if several else [num_experts] * len(indices)
         if len(sizes) != len(indices):
             raise ValueError(f"num_experts has {len(sizes)} entries: expected one per layer, {len(indices)}")
         masks = [
@@ -301,7 +305,7 @@ class RoutingRecord:
             FileNotFoundError: there is no such file.
             CircuitFileError: the file is damaged, of another kind, or of a newer version; names the path.
         """
-        source = Path(path)
+        source = as_path("path", path)
         try:
             return _record(_unsealed(source.read_bytes()))
         except (ValueError, KeyError, TypeError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile) as error:

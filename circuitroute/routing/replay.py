@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from circuitroute._tensors import cannot_look
-from circuitroute._validate import as_real
+from circuitroute._validate import as_number, as_real
 from circuitroute.routing.decision import Routing
 from circuitroute.routing.records import LayerRecord as LayerRecord
 from circuitroute.routing.records import RoutingRecord as RoutingRecord
@@ -104,7 +104,7 @@ def importance_ratio(new_log_prob: Tensor, old_log_prob: Tensor, *, clip: tuple[
         raise ValueError("old_log_prob is not finite somewhere: no policy makes a decision of probability 0")
     difference = new_log_prob.double() - old
     if clip is not None:
-        low, high = clip
+        low, high = (as_number(f"clip[{i}]", bound) for i, bound in enumerate(clip))
         if not 0 <= low < high:
             raise ValueError(f"clip={clip!r}: expected (low, high) with 0 <= low < high")
         difference = difference.clamp(math.log(low) if low > 0 else -math.inf, math.log(high))

@@ -43,7 +43,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuitroute._tensors import batchable, plain, traced, transformed
+from circuitroute._tensors import batchable, nestable, plain, traced, transformed
 from circuitroute._validate import as_number
 from circuitroute.inference.evidence import rows_text
 
@@ -278,6 +278,7 @@ class _SoftTopK(torch.autograd.Function):
         return to_logits_TN, to_k_T1[..., 0], to_alpha_T
 
     @staticmethod
+    @nestable
     def jvp(ctx: Any, logits_TN: Tensor | None, k_T: Tensor | None, alpha_T: Tensor | None) -> tuple[Tensor, Tensor]:
         distance_TN, at_alpha_T = ctx.saved_tensors
         share_TN, total_T1, pinned_T1 = _densities(distance_TN)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from circuitroute._tensors import cannot_look, without_autocast
+from circuitroute._validate import one_of
 from circuitroute.engines import certainly_finite
 from circuitroute.engines.combine import evidence_softmax, relative
 from circuitroute.engines.step import COMBINES as COMBINES
@@ -52,9 +53,7 @@ def estimated_mask(decision: Decision, estimator: str | Estimator) -> Tensor:
 
 def as_combine(combine: Combine) -> Combine:
     """``combine``, or a ValueError that lists the known ones."""
-    if combine not in COMBINES:
-        raise ValueError(f"combine={combine!r}: choose one of {', '.join(map(repr, COMBINES))}")
-    return combine
+    return one_of("combine", combine, COMBINES)
 
 
 def weigh_by_logits(g: Tensor, mask: Tensor, logits: Tensor, combine: Combine, finite: bool = False) -> Tensor:

@@ -51,7 +51,8 @@ class Case:
     def __post_init__(self) -> None:
         if not isinstance(self.constraint, Constraint):
             raise TypeError(f"constraint={self.constraint!r}: expected a circuitroute Constraint")
-        if int_at_least("n", self.n, 1) > MAX_N:
+        object.__setattr__(self, "n", int_at_least("n", self.n, 1))
+        if self.n > MAX_N:
             raise ValueError(f"n={self.n}: must be at most {MAX_N}, since all 2^n worlds are enumerated")
         if not callable(self.allows):
             raise TypeError(f"allows={self.allows!r}: expected a function of the frozenset of selected variables")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,15 @@ CHECKPOINT_FORMAT = 2  # format 1 kept its state in a JSON file beside the tenso
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replaces `path` in one step: a reader sees the old file or the new one, never a part."""
+    """Replaces `path` in one step: a reader sees the old file or the new one, never a part.
+
+    A link stays one, to the new file; the permissions stay too."""
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
+            if path.exists():
+                shutil.copymode(path, temporary)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -54,6 +54,19 @@ def require(condition: bool, message: str, argument: str) -> None:
         raise DemoError(message, argument)
 
 
+def plain(value: Any) -> Any:
+    """A number or flag as Python's own: JSON, in which configurations are kept, knows none of NumPy's or torch's."""
+    if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) > 0:
+        return tuple(map(plain, value))
+    return value.item() if hasattr(value, "item") else value
+
+
+def keep_plain(config: Any) -> None:
+    """Make all fields of a frozen dataclass plain."""
+    for field in dataclasses.fields(config):
+        object.__setattr__(config, field.name, plain(getattr(config, field.name)))
+
+
 def require_at_least(least: int, value: int, argument: str) -> None:
     require(value >= least, f"must be at least {least}, got {value}", argument)
 
@@ -99,6 +112,7 @@ class DemoConfig:
     pretrained_steps: int = 0  # of the run with top-k on Python that the weights come from; 0: drawn at random
 
     def __post_init__(self) -> None:
+        keep_plain(self)
         for name in ("steps", "layers", "experts", "k", "batch_size"):
             require_at_least(1, getattr(self, name), name)
         require_at_least(0, self.seed, "seed")

@@ -5,6 +5,7 @@ Shapes: L layers, E experts, K the largest count, P points.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from .checkpoint import write_bytes
 
 # Okabe and Ito's colours, distinct under every common colour blindness; markers for print.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
@@ -283,10 +286,11 @@ def save(figure: Any, path: str | os.PathLike[str]) -> Path:
     """As SVG if the path ends in .svg, otherwise as PNG."""
     import matplotlib
 
-    target = Path(path)
+    target, content = Path(path), io.BytesIO()
     if target.suffix.lower() != ".svg":
-        figure.savefig(target, dpi=150, format="png")
-        return target
-    with matplotlib.rc_context({"svg.hashsalt": "circuitroute"}):
-        figure.savefig(target, format="svg", metadata={"Date": None})  # the same figure is the same file
+        figure.savefig(content, dpi=150, format="png")
+    else:
+        with matplotlib.rc_context({"svg.hashsalt": "circuitroute"}):
+            figure.savefig(content, format="svg", metadata={"Date": None})  # the same figure is the same file
+    write_bytes(target, content.getvalue())
     return target

@@ -204,7 +204,7 @@ def _device(name: str) -> torch.device:
     """Raises DemoError where it is not usable."""
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()  # "meta" has no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise DemoError(f"{name!r} is not usable here: {str(error).splitlines()[0]}", "device") from None
     return device

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -89,6 +90,27 @@ def test_a_copy_is_a_model_of_its_own() -> None:
     assert isinstance(router_of(model), CircuitRouting)
     assert twin.config._experts_implementation == "grouped_mm"
     assert model.config._experts_implementation == "circuitroute"
+
+
+@pytest.mark.parametrize("integer", [np.int64, torch.tensor], ids=["numpy", "torch"])
+@pytest.mark.parametrize("number", [np.float32, np.float64, torch.tensor], ids=["float32", "float64", "torch"])
+def test_settings_of_any_numbers_are_saved(integer: Any, number: Any, tmp_path: Path) -> None:
+    model = tiny("OLMoE")
+    options = {"seed": integer(7), "probes": integer(1), "decide": number(0.5), "temperature": number(0.25)}
+    handle = adapter.patch(
+        model, {np.int64(0): cr.Between(integer(1), integer(3))}, probe_weights=number(4.0), **options
+    )
+    model.save_pretrained(tmp_path)
+    kept = adapter.load(tmp_path).config.circuitroute
+    assert kept == model.config.circuitroute
+    expected = {"seed": 7, "probes": 1, "decide": 0.5, "temperature": 0.25, "probe_weights": 4.0}
+    assert {name: (kept[name], type(kept[name])) for name in expected} == {
+        name: (value, type(value)) for name, value in expected.items()
+    }
+    handle.temperature, handle.probes = number(0.5), integer(2)
+    assert json.loads(json.dumps(model.config.circuitroute))["temperature"] == 0.5
+    handle.set_step(np.int64(3), np.int64(4))
+    assert (type(handle._session.step), type(handle._session.token_offset)) == (int, int)
 
 
 def test_a_copied_router_stays_with_its_model() -> None:

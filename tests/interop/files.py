@@ -111,10 +111,15 @@ def libsdd(pysdd, cnf, n, kind, seed):
     """(manager, node) of a CNF over a vtree of that kind with its variables shuffled."""
     order = random.Random(seed).sample(range(1, n + 1), n)
     manager = pysdd.SddManager.from_vtree(pysdd.Vtree(var_count=n, var_order=order, vtree_type=kind))
+    return manager, conjoined(manager, cnf)
+
+
+def conjoined(manager, cnf):
+    """The node of a CNF."""
     formula = manager.true()
     for clause in cnf:
         union = manager.false()
         for literal in clause:
             union = union | manager.literal(literal)
         formula = formula & union
-    return manager, formula
+    return formula

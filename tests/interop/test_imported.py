@@ -1,5 +1,8 @@
 """Circuits from other compilers' files: every refusal, and what comes out."""
 
+import bz2
+import gzip
+import lzma
 import math
 
 import numpy as np
@@ -29,12 +32,22 @@ def test_a_false_circuit_is_infeasible(nnf, sdd):
         sdd("sdd 1\nF 0\n")
 
 
+# If the first variable then the second, and if the first then the third: two decisions of one variable.
+TWO_DECISIONS = "nnf 11 12 3\nL 1\nL -1\nL 2\nL 3\nA 2 0 2\nA 1 1\nA 2 0 3\nA 1 1\nO 1 2 4 5\nO 1 2 6 7\n"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("nnf 3 2 2\nL 1\nL -1\nA 2 0 1\n", r"not decomposable: node 2 of .*\(line 4\) .* variables \[1\]"),
         ("nnf 2 2 2\nL 2\nA 2 0 0\n", r"not decomposable: node 1 .* variables \[2\]"),
         ("o 7 0\nt 9 0\n7 9 2 -3 3 0\n", r"not decomposable: node 7 of .*\(line 1\) .* variables \[3\]"),
+        (f"{TWO_DECISIONS}A 2 8 9\n", r"not decomposable: node 10 of .*\(line 12\) .* variables \[1\]"),
+        (f"{TWO_DECISIONS}A 2 8 8\n", r"not decomposable: node 10 .* variables \[1, 2\]"),
+        (
+            "a 7 0\no 8 0\nt 9 0\n7 8 2 0\n7 8 0\n8 9 1 0\n8 9 -1 3 0\n",
+            r"not decomposable: node 7 of .*\(line 1\) .* variables \[1, 3\]",
+        ),
         ("nnf 3 2 2\nL 1\nL 2\nO 0 2 0 1\n", r"not deterministic: two elements of node 2 of .*\(line 4\) can both"),
         ("nnf 2 2 2\nL 1\nO 1 2 0 0\n", "not deterministic: two elements of node 1 of"),
         ("nnf 3 2 1\nL 1\nA 0\nO 1 2 0 1\n", "not deterministic: two elements of node 2 of"),
@@ -237,3 +250,37 @@ def test_an_imported_circuit_does_what_circuits_do(nnf):
     assert torch.equal(mine.sample((50,)).sum(-1), torch.ones(50, 2))
     routing = cr.route(logits, circuit, key=3)
     assert routing.counts.tolist() == [1, 1]
+
+
+# ---------------------------------------------------------------------------------------------- texts of other systems
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", " \t\n", "\n\nc a comment\n \n"], ids=repr)
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"], ids=["plain", "marked"])
+def test_line_ends_and_byte_order_marks(nnf, sdd, start, end):
+    for text in (ONE_OF_THREE_C2D, ONE_OF_THREE_D4):
+        assert nnf(start + text.replace("\n", end).encode()).model_count() == 3
+    given = (start + text.replace("\n", end).encode() for text in (TWO_PAIRS_SDD, BALANCED))
+    assert sdd(*given).model_count() == 7
+
+
+def test_lines_keep_their_numbers_whatever_ends_them(nnf):
+    for end in ("\n", "\r\n", "\r"):
+        with pytest.raises(cr.CircuitFileError, match="line 3: found 'X 1'"):
+            nnf(end.join(["nnf 2 0 1", "L 1", "X 1", ""]))
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (gzip.compress(ONE_OF_THREE_C2D.encode()), r"a file that gzip compressed \(unpack it first\)"),
+        (bz2.compress(ONE_OF_THREE_C2D.encode()), r"a file that bzip2 compressed \(unpack it first\)"),
+        (lzma.compress(ONE_OF_THREE_C2D.encode()), r"a file that xz compressed \(unpack it first\)"),
+        (ONE_OF_THREE_C2D.encode("utf-16"), "text in UTF-16"),
+        (b"\xef\xbb\xbf", "an empty file"),
+        ("nnf 1 0 1\nL 1\n" * 2, "line 3: found 'nnf 1 0 1', expected L literal"),
+    ],
+)
+def test_what_has_to_be_unpacked_first_is_named(nnf, data, kind):
+    with pytest.raises(cr.CircuitFileError, match=kind):
+        nnf(data)

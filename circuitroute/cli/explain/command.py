@@ -63,6 +63,8 @@ def run(options: argparse.Namespace, command: str) -> int:
             print_tables(facts)
     except (cr.CircuitRouteError, ValueError, TypeError) as error:
         return _fail(str(error), 2)
+    except BrokenPipeError:
+        raise  # nothing to be said, and nobody to say it to
     except (ImportError, OSError) as error:
         return _fail(str(error), 1)
     return 0

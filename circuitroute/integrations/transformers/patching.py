@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from circuitroute._validate import as_int
 from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Constraint
 from circuitroute.integrations.hosted import one_per_layer
@@ -22,8 +23,8 @@ from circuitroute.layers.budget import Budget
 from circuitroute.layers.budget_router import BudgetRouter
 from circuitroute.routing.choice import Decide
 from circuitroute.routing.estimators import Estimator
-from circuitroute.routing.probes import ProbeCount, ProbeWeights
-from circuitroute.routing.weights import Combine
+from circuitroute.routing.probes import ProbeCount, ProbeWeights, plain_probe_weights
+from circuitroute.routing.weights import Combine, as_combine
 
 
 def patch(
@@ -82,6 +83,9 @@ def patch(
         ImportError: transformers is missing or too old.
     """
     transformers()
+    seed = None if seed is None else as_int("seed", seed)
+    combine = None if combine is None else as_combine(combine)
+    probe_weights = plain_probe_weights(probe_weights)
     options = Options(combine, estimator, padding, eval, seed, decide, temperature, probes, probe_weights)
     if next(patched_routers(model), None) is not None:
         raise ValueError(f"model={type(model).__name__} is patched already: call unpatch() of its handle first")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..config import DemoConfig, Run, require, require_at_least
+from ..config import DemoConfig, Run, keep_plain, require, require_at_least
 
 ROUTERS = ("top-k", "exact-k-0.25", "range-k-controlled", "budget-calibrated", "soft-uniform", "soft-learned")
 # A small model for 2 CPU cores, and one for a GPU; both train for longer than the demo and measure on more text.
@@ -48,6 +48,7 @@ class BudgetsConfig:
     seeds: int = SEEDS
 
     def __post_init__(self) -> None:
+        keep_plain(self)
         given = " ".join(map(str, self.budgets)) or "none"
         distinct = 0 < len(self.budgets) == len(set(self.budgets))
         require(distinct, f"must name different numbers of experts, got {given}", "budgets")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..config import REGIMES, DemoConfig, Run, require, require_at_least
+from ..config import REGIMES, DemoConfig, Run, keep_plain, require, require_at_least
 from ..corpus import Corpus
 from ..texts import load_corpus
 from ..trainee import Setting, start
@@ -85,6 +85,9 @@ class Regime:
     name: str
     config: DemoConfig
     seeds: int
+
+    def __post_init__(self) -> None:
+        keep_plain(self)
 
     def runs(self) -> list[Run]:
         """Seed by seed."""
