@@ -10,7 +10,7 @@ gradients              5e-5     1e-8
 second derivatives     5e-4     1e-7
 ==================  =======  =======
 
-Entropies and log-probabilities are relative to a tenth of the sum of all |logits|, if that is more than 1: composed
+Entropies (and their gradients) and log-probabilities are relative to a tenth of the sum of all |logits|, if that is more than 1: composed
 circuits find them as differences of such numbers. Gradients of half-precision leaves are rounded to their dtype once
 more. What is equal by promise is compared to the bit: samples and modes between engines, batches, processes and after
 storage.
@@ -189,7 +189,9 @@ def _gradients(run: Run, distribution: cr.SubsetDistribution, truth: Truth, pote
     if potential is not None:
         folded.append(_as_potential(exact[1], potential))
     for which, ours, theirs in zip(("logits", "potential"), got, folded, strict=False):
-        run.close(f"gradient of {name} by {which}", ours, theirs, GRADIENTS, rounded=eps * 4)
+        # The entropy's is Cov(z) theta.
+        steep = max(1.0, float(truth.magnitude.amax()) / 10) if name == "entropy" and len(truth.theta) else 1.0
+        run.close(f"gradient of {name} by {which}", ours / steep, theirs / steep, GRADIENTS, rounded=eps * 4)
         run.saw(ours)
     # Of the gradient by logits, along a second direction, by the logits once more.
     along = torch.from_numpy(rng.normal(size=case.leaf.shape))
