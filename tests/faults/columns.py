@@ -678,6 +678,7 @@ def _compiled(entry: Entry, backend: str) -> str | None:
     if entry.python:
         return None
     torch._dynamo.reset()
+    entry.call(entry.make())  # a program does not compile circuits
     with _quietly():
         compiled = torch.compile(lambda x: entry.call(x), backend=backend)
         x = plain(entry)
