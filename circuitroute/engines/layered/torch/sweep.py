@@ -5,7 +5,6 @@ Legend: T tokens, B tokens of one block, N variables, M rows (one per node), J t
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from circuitroute.engines.coins import coins
 from circuitroute.engines.layered.torch import tree
 from circuitroute.engines.layered.torch.plan import Plan
-from circuitroute.engines.layered.torch.sampling import Draw, first_best, walk
+from circuitroute.engines.layered.torch.sampling import Best, Choice, Draw, Preferred, root_elements, walk
 from circuitroute.engines.logspace import LOG_ZERO, is_zero, log_weights
 from circuitroute.engines.root import weigh
 from circuitroute.engines.shift import Evidence, Shift, solve_shift
@@ -48,20 +47,25 @@ def second_derivative(plan: Plan, logits_TN: Tensor, shift_T: Tensor, u_TN: Tens
 
 
 def mode(plan: Plan, logits_TN: Tensor) -> Tensor:
-    """[T, N] bool, a most probable subset; ties go to the first element of a sum, as on the naive engine.
+    """[T, N] bool, the most probable subset; see :mod:`circuitroute.engines.layered.precedence` for ties.
 
-    In float64, where each value is the very number the naive engine computes: a sum of logits.
+    In float64, where each value is the very number the naive engine computes: a sum of logits. Tokens whose walk down
+    meets equals are decided again, by rank; without one on the way there is a single best subset.
     """
     mask = torch.zeros_like(logits_TN, dtype=torch.bool, memory_format=torch.contiguous_format)
+    tied = torch.zeros_like(mask[:, 0])
     for part in _blocks(logits_TN, plan):
-        mask[part] = _mode_block(plan, logits_TN[part].double())
+        mask[part], tied[part] = _mode_block(plan, logits_TN[part].double())
+    again = tied.nonzero()[:, 0]
+    for part in _blocks(again, plan, 1 + len(plan.words)):
+        mask[again[part]] = _mode_by_rank(plan, logits_TN[again[part]].double())
     return mask
 
 
-def _blocks(logits_TN: Tensor, plan: Plan) -> list[slice]:
-    values = BLOCK_VALUES.get(logits_TN.device.type, BLOCK_VALUES_ELSEWHERE)
-    size = max(MIN_BLOCK, values // plan.rows)
-    return [slice(i, min(i + size, len(logits_TN))) for i in range(0, len(logits_TN), size)]
+def _blocks(tokens: Tensor, plan: Plan, per_row: int = 1) -> list[slice]:
+    values = BLOCK_VALUES.get(tokens.device.type, BLOCK_VALUES_ELSEWHERE)
+    size = max(MIN_BLOCK, values // (plan.rows * per_row))
+    return [slice(i, min(i + size, len(tokens))) for i in range(0, len(tokens), size)]
 
 
 @dataclass(frozen=True)
@@ -90,14 +94,13 @@ class _Block(Block):
     def sample(self, key_B: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`circuitroute.engines.sweep.Block`."""
         plan = self.plan
-        draw = Draw(plan, key_B, MARGIN[self.rows.dtype] * max(1.0, len(plan.steps) / DEPTH_OF_MARGIN))
+        draw = Draw(plan, self.rows, key_B, MARGIN[self.rows.dtype] * max(1.0, len(plan.steps) / DEPTH_OF_MARGIN))
         chosen = torch.zeros_like(key_B)
         if plan.root is not None:
             left, right, slot = (plan.tensor(f"root {i}", array) for i, array in enumerate(plan.root))
             weights = (self.rows[left] * self.rows[right]).mul_(self.root.adjoint[slot])
             chosen = draw.invert(weights[:, None], key_B.new_full((1, len(key_B)), plan.nodes - 1))[0]
-        mask = walk(plan, self.rows, torch.Tensor.mul_, 0.0, draw, chosen)
-        return mask, draw.uncertain
+        return walk(plan, chosen, draw), draw.uncertain
 
     def down(self) -> Tensor:
         """See :class:`circuitroute.engines.sweep.Block`."""
@@ -123,16 +126,34 @@ class _Block(Block):
         return (moved[plan.present] * self.present).addcmul_(adjoints[plan.present], tangents[plan.present])
 
 
-def _mode_block(plan: Plan, logits_BN: Tensor) -> Tensor:
+def _mode_block(plan: Plan, logits_BN: Tensor) -> tuple[Tensor, Tensor]:
+    """([B, N], [B] bool): a most probable subset, and whether there may be others."""
+    rows = _best_values(plan, logits_BN)
+    choose = Best(rows)
+    return _walk_from_root(plan, rows, choose), choose.tied
+
+
+def _mode_by_rank(plan: Plan, logits_BN: Tensor) -> Tensor:
+    rows = _best_values(plan, logits_BN)
+    words = plan.tensor("words", plan.words)[:, :, None].repeat(1, 1, len(logits_BN))
+    tree.ranks_up(plan.steps[: len(plan.sums)], plan.sums, rows, words)
+    return _walk_from_root(plan, rows, Preferred(rows, words))
+
+
+def _walk_from_root(plan: Plan, rows: Tensor, choose: Choice) -> Tensor:
+    elements = root_elements(plan, rows.shape[1])
+    chosen = choose(elements)
+    left, right = (child.gather(0, chosen[None])[0] for child in (elements.left, elements.right))
+    best = rows.gather(0, left) + rows.gather(0, right)
+    return walk(plan, torch.where(is_zero(best), -1, chosen)[0], choose)
+
+
+def _best_values(plan: Plan, logits_BN: Tensor) -> Tensor:
+    """[M, B] the best log value of every row but the coefficients'."""
     rows = logits_BN.new_full((plan.rows, len(logits_BN)), 2 * LOG_ZERO)
     _set_leaves(plan, rows, *log_weights(logits_BN), 0.0)
-    tree.largest_up(plan.steps, rows)
-    chosen = torch.zeros(len(logits_BN), dtype=torch.int64, device=logits_BN.device)
-    best = rows[_coefficients(plan)].amax(0)
-    if plan.root is not None:
-        left, right = (plan.tensor(f"root {i}", plan.root[i]) for i in (0, 1))
-        chosen = first_best(rows[left] + rows[right], chosen)
-    return walk(plan, rows, torch.Tensor.add_, -math.inf, first_best, torch.where(is_zero(best), -1, chosen))
+    tree.largest_up(plan.steps[: len(plan.sums)], rows)
+    return rows
 
 
 def _set_leaves(plan: Plan, rows: Tensor, absent_NB: Tensor, present_NB: Tensor, true: float) -> None:

@@ -5,8 +5,8 @@ of one group.
 
 Traced programs usually call engines by name, in the process that holds the circuit. The operations here depend on the
 circuit alone, so tracing unrolls them, and what is exported runs wherever torch does. Up: every sum's largest element,
-and which one it is, the first among equals. Down: from the root along these. The values are the same numbers as on the
-engine ``naive``, hence so is the mode.
+and which one it is, by rank among equals (:mod:`circuitroute.engines.layered.precedence`). Down: from the root along
+these. The values are the same numbers as on the engine ``naive``, hence so is the mode.
 
 Sums of a level with about the same number of elements are a *group*: one gather on each side, padded with the row
 nothing, whose value is log 0.
@@ -18,13 +18,11 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from circuitroute.circuit.graph import Graph, Level, NodeKind
-
-IntArray = npt.NDArray[np.int64]
+from circuitroute.engines.layered.precedence import LOWEST, IntArray, Precedence
 
 # Products of one group, with padding, unless a single sum has more: what an operation holds per token.
 MAX_PRODUCTS = 1 << 13
@@ -35,11 +33,15 @@ MAX_UNROLLED = 1 << 15
 
 
 class _Group(NamedTuple):
-    """Sums in rows ``first`` to ``first + m``, and the rows of their elements' children, each [F, m]."""
+    """Sums in rows ``first`` to ``first + m``, and the rows of their elements' children, each [F, m].
+
+    Equals among the elements are told apart by ``words``; in all others they agree.
+    """
 
     first: int
     left: IntArray
     right: IntArray
+    words: tuple[int, ...]
 
 
 def can_unroll(graph: Graph) -> bool:
@@ -61,10 +63,12 @@ class UnrolledMode(nn.Module):
         super().__init__()
         if not can_unroll(graph):
             raise ValueError(f"graph has {graph.num_edges} products: at most {MAX_UNROLLED} are unrolled")
-        groups, root, rows = _groups(graph)
-        self._n, self._rows = graph.n, rows
+        groups, root, words = _groups(graph)
+        self._n, self._rows = graph.n, words.shape[1]
         self._firsts = tuple(group.first for group in groups)
+        self._words = tuple(group.words for group in groups)
         self._root = root
+        self.register_buffer("words", torch.as_tensor(words), persistent=False)
         for i, group in enumerate(groups):
             self.register_buffer(f"left_{i}", torch.as_tensor(group.left), persistent=False)
             self.register_buffer(f"right_{i}", torch.as_tensor(group.right), persistent=False)
@@ -79,13 +83,19 @@ class UnrolledMode(nn.Module):
             theta.clamp(max=0.0),
             0.0,
         )
+        words = [word[:, None].repeat(1, theta.shape[1]) for word in self.get_buffer("words")]
         choices = []
         for i, first in enumerate(self._firsts):
             left, right = self._children(i)
+            sums = slice(first, first + left.shape[1])
             elements = _take(values, left) + _take(values, right)
-            best = elements.amax(0)
-            choices.append(_first(elements == best))
-            values[first : first + len(best)] = best
+            values[sums] = elements.amax(0)
+            best = elements == values[sums]
+            for word in (words[k] for k in self._words[i]):
+                elements = _take(word, left) + _take(word, right)
+                word[sums] = torch.where(best, elements, LOWEST).amax(0)
+                best = best & (elements == word[sums])
+            choices.append(_first(best))
         return self._present(values, choices)
 
     def _present(self, values: Tensor, choices: list[Tensor]) -> Tensor:
@@ -118,8 +128,8 @@ def _first(candidates: Tensor) -> Tensor:
     return F - (candidates.to(dtype) * falling[:, None, None]).amax(0)
 
 
-def _groups(graph: Graph) -> tuple[list[_Group], int, int]:
-    """All sums in groups, children first; the row of the root; and R."""
+def _groups(graph: Graph) -> tuple[list[_Group], int, IntArray]:
+    """All sums in groups, children first; the row of the root; and the words [W, R] of rows without a choice."""
     kind = np.asarray(graph.kind)
     row = np.full(graph.num_nodes, -1, dtype=np.int64)
     literal = np.maximum(np.asarray(graph.variable), 0)
@@ -127,6 +137,7 @@ def _groups(graph: Graph) -> tuple[list[_Group], int, int]:
     row[kind == NodeKind.PRESENT] = graph.n + literal[kind == NodeKind.PRESENT]
     row[kind == NodeKind.TRUE] = 2 * graph.n
     nothing = 2 * graph.n + 1
+    precedence = Precedence.of(graph)
     groups: list[_Group] = []
     next_row = nothing + 1
     for level in graph.levels:
@@ -134,9 +145,12 @@ def _groups(graph: Graph) -> tuple[list[_Group], int, int]:
         for members in _alike(sizes):
             left, right = _padded(level, row, members, sizes[members], nothing)
             row[level.nodes[members]] = next_row + np.arange(len(members))
-            groups.append(_Group(next_row, left, right))
+            words = np.flatnonzero(precedence.open[:, level.nodes[members]].any(1))
+            groups.append(_Group(next_row, left, right, tuple(words.tolist())))
             next_row += len(members)
-    return groups, int(row[-1]), next_row
+    words_WR = np.zeros((len(precedence.words), next_row), dtype=np.int64)
+    words_WR[:, row] = precedence.words
+    return groups, int(row[-1]), words_WR
 
 
 def _alike(sizes: IntArray) -> list[IntArray]:
