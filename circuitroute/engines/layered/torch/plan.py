@@ -21,7 +21,6 @@ import numpy as np
 import torch
 
 from circuitroute.circuit.graph import Graph, Level, NodeKind, count_ranges
-from circuitroute.engines.layered.precedence import Precedence
 from circuitroute.engines.layered.torch.runs import Contraction, IntArray
 from circuitroute.engines.layered.torch.steps import Dense, Pairs, Pool, Step, Table
 
@@ -44,17 +43,11 @@ class Sums:
 
     rows: IntArray
     fan_in: int  # the most elements any of them has
-    words: tuple[int, ...]  # of the rank, where these sums have a choice
 
     @property
     def blocks(self) -> int:
         """How many blocks the step has."""
         return int(self.rows.shape[1])
-
-    @property
-    def span(self) -> slice:
-        """The rows, which follow one another."""
-        return slice(int(self.rows[self.rows >= 0].min()), int(self.rows.max()) + 1)
 
 
 @dataclass
@@ -75,7 +68,6 @@ class Plan:
             root's is the last.
         block_of: the block of every row. A variable's literals are one; the constant true has one of its own.
         blocks: how many there are, without the constant's.
-        words: [W, rows], the words of a rank (:mod:`circuitroute.engines.layered.precedence`), for rows without a choice.
     """
 
     n: int
@@ -90,7 +82,6 @@ class Plan:
     number: IntArray
     block_of: IntArray
     blocks: int
-    words: IntArray
     device: torch.device
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -118,7 +109,6 @@ class _Layout:
         self.n = graph.n
         self.row = np.full(graph.num_nodes, -1, dtype=np.int64)
         self.scope = _scope_names(graph)
-        self.precedence = Precedence.of(graph)
         self.next_row = 2 * self.n + 1
         self.steps: list[Step] = []
         self.sums: list[Sums] = []
@@ -146,7 +136,6 @@ class _Layout:
             number=self._numbers(last),
             block_of=block_of,
             blocks=blocks,
-            words=self._words(),
             device=self.device,
         )
 
@@ -172,11 +161,7 @@ class _Layout:
         left = np.stack([self.row[b.left] for b in blocks], axis=1)
         right = np.stack([self.row[b.right] for b in blocks], axis=1)
         self.steps.append(Dense(blocks[0].table, *(Pool(x, self.device) for x in (left, right, rows))))
-        self._sums_of(rows, blocks)
-
-    def _sums_of(self, rows: IntArray, blocks: list[_Block]) -> None:
-        choice = self.precedence.open[:, np.concatenate([b.nodes for b in blocks])].any(1)
-        self.sums.append(Sums(rows, max(b.fan_in() for b in blocks), tuple(np.flatnonzero(choice).tolist())))
+        self.sums.append(Sums(rows, max(b.fan_in() for b in blocks)))
 
     def _take(self, states: int, blocks: int) -> IntArray:
         rows = self.next_row + np.arange(states * blocks).reshape(states, blocks)
@@ -191,7 +176,7 @@ class _Layout:
         right = np.concatenate([self.row[b.right[b.table.right]] for b in blocks])
         out = np.concatenate([self.row[b.nodes[b.table.out]] for b in blocks])
         self.steps.append(Pairs(left, right, out, self.device))
-        self._sums_of(sums, blocks)
+        self.sums.append(Sums(sums, max(b.fan_in() for b in blocks)))
 
     def _root(self, root: int) -> tuple[IntArray, tuple[int, ...] | None, tuple[IntArray, IntArray, IntArray] | None]:
         """The last step, which collects the root's elements by their count."""
@@ -237,12 +222,6 @@ class _Layout:
         owner = np.repeat(np.arange(last), sizes)
         at = np.arange(len(owner)) - first[owner] + graph.first[node_of[owner]]
         return Elements(first, self.row[graph.left[at]], self.row[graph.right[at]])
-
-    def _words(self) -> IntArray:
-        words = np.zeros((len(self.precedence.words), self.next_row), dtype=np.int64)
-        placed = self.row >= 0
-        words[:, self.row[placed]] = self.precedence.words[:, placed]
-        return words
 
     def _numbers(self, last: int) -> IntArray:
         place = np.empty(self.graph.num_nodes, dtype=np.int64)

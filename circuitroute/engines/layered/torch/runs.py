@@ -10,16 +10,12 @@ roles exchanged, d x[i] += d out[o] * y[j], cut into runs of their own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
-
-from circuitroute.engines.layered.precedence import LOWEST
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
 
@@ -74,38 +70,22 @@ class Contraction:
                 out[run.out].addcmul_(x[i].sum(0), y[j].sum(0))
 
 
-# The values of out, x and y.
-Values: TypeAlias = tuple[Tensor, Tensor, Tensor]
-
-
 class LargestSum:
     """The same triples in (max, +): out[o] = max(out[o], x[i] + y[j]), for the mode."""
 
     def __init__(self, contraction: Contraction) -> None:
         self._runs = contraction.runs
 
-    def update(self, values: Values, before: Sequence[Values] = ()) -> None:
-        """In place on the first of ``values``; shapes as in :meth:`Contraction.add`.
-
-        Args:
-            before: what is compared before ``values``, known already: only triples that reach the largest sum there
-                count, and the others are ``LOWEST``.
-        """
+    def update(self, out: Tensor, x: Tensor, y: Tensor) -> None:
+        """In place on ``out``; shapes as in :meth:`Contraction.add`."""
         for run in self._runs:
-            found = _sums(run, values)
-            for others in before:
-                found = torch.where(_sums(run, others) == others[0][run.slices()[2]], found, LOWEST)
-            _, _, o = run.slices()
-            if not run.step[2] and run.length > 1:
-                found = found.amax(0, keepdim=True)
-            values[0][o].copy_(values[0][o].maximum(found))
-
-
-def _sums(run: Run, values: Values) -> Tensor:
-    """[length, m, B] x + y along the run."""
-    i, j, _ = run.slices()
-    y = values[2][j]
-    return values[1][i] + (y.flip(0) if run.step[1] < 0 else y)
+            i, j, o = run.slices()
+            if run.step[2] or run.length == 1:
+                found = x[i] + y[j]
+                out[o].copy_(out[o].maximum(found))
+                continue
+            found = (x[i] + (y[j].flip(0) if run.step[1] < 0 else y[j])).amax(0)
+            out[run.out].copy_(out[run.out].maximum(found))
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,11 @@ per token and block is reached, and only its elements are looked at.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from circuitroute.engines.layered.precedence import LOWEST
 from circuitroute.engines.layered.torch.plan import Plan
 from circuitroute.engines.logspace import is_zero
 from circuitroute.engines.sampling import invert
@@ -32,14 +30,12 @@ class Reached(NamedTuple):
         sums: [m, B] rows.
         left, right: [F, m, B] the rows of their elements' children.
         inside: [F, m, B] bool, which are elements at all.
-        words: in which the sums' elements may differ.
     """
 
     sums: Tensor
     left: Tensor
     right: Tensor
     inside: Tensor
-    words: tuple[int, ...]
 
 
 class Choice(Protocol):
@@ -87,22 +83,6 @@ class Best:
         return first(best)
 
 
-class Preferred:
-    """Choice of the element with the largest score and, among equals, the highest rank."""
-
-    def __init__(self, rows: Tensor, words: Sequence[Tensor]) -> None:
-        self._rows, self._words = rows, words
-
-    def __call__(self, reached: Reached) -> Tensor:
-        scores = _values(self._rows, reached.left).add_(_values(self._rows, reached.right))
-        scores = torch.where(reached.inside, scores, -math.inf)
-        best = scores == scores.amax(0)
-        for word in (self._words[k] for k in reached.words):
-            ranks = _values(word, reached.left).add_(_values(word, reached.right))
-            best &= ranks == torch.where(best, ranks, LOWEST).amax(0)
-        return first(best)
-
-
 def first(candidates: Tensor) -> Tensor:
     """[m, B] int64, the index of the first that holds, of [F, m, B] bool; argmax is many times slower along dim 0."""
     F = candidates.shape[0]
@@ -121,7 +101,7 @@ def root_elements(plan: Plan, tokens: int) -> Reached:
         plan.tensor(f"root {i}", array)[:, None, None].expand(-1, 1, tokens) for i, array in enumerate((left, right))
     ]
     always = torch.ones(1, 1, 1, dtype=torch.bool, device=plan.device)
-    return Reached(rows[0][0], rows[0], rows[1], always, tuple(range(len(plan.words))))
+    return Reached(rows[0][0], rows[0], rows[1], always)
 
 
 def walk(plan: Plan, root: Tensor, choose: Choice) -> Tensor:
@@ -143,7 +123,7 @@ def walk(plan: Plan, root: Tensor, choose: Choice) -> Tensor:
             element = start_of + torch.arange(sums.fan_in, device=row.device)[:, None, None]
             inside = (element < stop_of) & live
             element.clamp_(max=len(left) - 1)
-            choice = choose(Reached(at, _take(left, element), _take(right, element), inside, sums.words))
+            choice = choose(Reached(at, _take(left, element), _take(right, element), inside))
             picked = (start_of + choice).clamp_(max=len(left) - 1)
             for child in (_take(left, picked), _take(right, picked)):
                 reached.scatter_(0, torch.where(live, _take(block_of, child), plan.blocks), child)

@@ -14,7 +14,6 @@ rest. Neither holds more than one value per node and token for longer than an op
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,8 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuitroute.engines.layered.precedence import LOWEST
-from circuitroute.engines.layered.torch.runs import Contraction, IntArray, LargestSum, Values
+from circuitroute.engines.layered.torch.runs import Contraction, IntArray, LargestSum
 
 # Products that Pairs computes at once, and terms it adds one after the other.
 MAX_PRODUCTS = 1 << 20
@@ -45,12 +43,8 @@ class Step(Protocol):
         """Add the products of ``sums`` and ``left`` to the right children's rows of ``right``."""
         ...
 
-    def largest(self, rows: Tensor, before: Sequence[Tensor] = ()) -> None:
-        """Raise the step's rows to the largest sum of a left and a right child, in place.
-
-        Args:
-            before: other rows, where they are known: only elements that are the largest in all of these count.
-        """
+    def largest(self, rows: Tensor) -> None:
+        """Raise the step's rows to the largest sum of a left and a right child, in place."""
         ...
 
 
@@ -130,12 +124,9 @@ class Dense:
         self._to_right.add(target, self._sums.read(sums), self._left.read(left))
         self._right.close(right, target)
 
-    def largest(self, rows: Tensor, before: Sequence[Tensor] = ()) -> None:
+    def largest(self, rows: Tensor) -> None:
         """See :class:`Step`."""
-        self._largest.update(self._values(rows), [self._values(others) for others in before])
-
-    def _values(self, rows: Tensor) -> Values:
-        return self._sums.opened(rows), self._left.read(rows), self._right.read(rows)
+        self._largest.update(self._sums.opened(rows), self._left.read(rows), self._right.read(rows))
 
 
 class Pairs:
@@ -156,19 +147,12 @@ class Pairs:
         """See :class:`Step`."""
         _multiply_into(right, self._right, sums, self._out, left, self._left)
 
-    def largest(self, rows: Tensor, before: Sequence[Tensor] = ()) -> None:
+    def largest(self, rows: Tensor) -> None:
         """See :class:`Step`."""
         for some in _slices(len(self._out.rows), rows.shape[1]):
-            found = self._added(rows, some)
-            for others in before:
-                reached = self._added(others, some) == others.index_select(0, self._out.rows[some])
-                found = torch.where(reached, found, LOWEST)
+            found = rows.index_select(0, self._left.rows[some]).add_(rows.index_select(0, self._right.rows[some]))
             index = self._out.rows[some][:, None].expand_as(found)
             rows.scatter_reduce_(0, index, found, "amax")
-
-    def _added(self, rows: Tensor, some: slice) -> Tensor:
-        """The elements' sums of a left and a right child."""
-        return rows.index_select(0, self._left.rows[some]).add_(rows.index_select(0, self._right.rows[some]))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Legend: T tokens, B tokens of one block, N variables, M rows (one per node), J t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from circuitroute.engines.coins import coins
 from circuitroute.engines.layered.torch import tree
 from circuitroute.engines.layered.torch.plan import Plan
-from circuitroute.engines.layered.torch.sampling import Best, Choice, Draw, Preferred, root_elements, walk
+from circuitroute.engines.layered.torch.sampling import Best, Draw, root_elements, walk
+from circuitroute.engines.layered.torch.unrolled import UnrolledMode
 from circuitroute.engines.logspace import LOG_ZERO, is_zero, log_weights
 from circuitroute.engines.root import weigh
 from circuitroute.engines.shift import Evidence, Shift, solve_shift
@@ -32,7 +34,7 @@ DEPTH_OF_MARGIN = 32
 def forward(plan: Plan, logits_TN: Tensor, J: int, key_T: Tensor | None, moments: bool) -> Sweep:
     """A sweep; where the root tells counts apart, with the posterior of ``J`` of them."""
     sweep = Sweep.empty(logits_TN, J if plan.counts else None, moments, key_T is not None)
-    for part in _blocks(logits_TN, plan):
+    for part in _blocks(logits_TN, plan.rows):
         sweep.fill(part, _Block.up(plan, logits_TN[part]), key_T)
     return sweep
 
@@ -40,31 +42,33 @@ def forward(plan: Plan, logits_TN: Tensor, J: int, key_T: Tensor | None, moments
 def second_derivative(plan: Plan, logits_TN: Tensor, shift_T: Tensor, u_TN: Tensor, v_TJ: Tensor | None) -> Tensor:
     """The derivative of the marginals along u in the logits and v in a potential on the counts."""
     dm = torch.empty_like(u_TN)
-    for part in _blocks(logits_TN, plan):
+    for part in _blocks(logits_TN, plan.rows):
         block = _Block.up(plan, logits_TN[part], Shift.from_exact(shift_T[part], logits_TN.dtype))
         dm[part] = block.derivative(u_TN[part].t(), None if v_TJ is None else v_TJ[part].t()).t()
     return dm
 
 
-def mode(plan: Plan, logits_TN: Tensor) -> Tensor:
+def mode(plan: Plan, by_rank: Callable[[], UnrolledMode], logits_TN: Tensor) -> Tensor:
     """[T, N] bool, the most probable subset; see :mod:`circuitroute.engines.layered.precedence` for ties.
 
-    In float64, where each value is the very number the naive engine computes: a sum of logits. Tokens whose walk down
-    meets equals are decided again, by rank; without one on the way there is a single best subset.
+    In float64, where each value is the very number the naive engine computes: a sum of logits. Where the walk down
+    meets no equals there is a single best subset; the other tokens are decided again, ``by_rank``.
     """
     mask = torch.zeros_like(logits_TN, dtype=torch.bool, memory_format=torch.contiguous_format)
-    tied = torch.zeros_like(mask[:, 0])
-    for part in _blocks(logits_TN, plan):
+    tied = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
+    for part in _blocks(logits_TN, plan.rows):
         mask[part], tied[part] = _mode_block(plan, logits_TN[part].double())
     again = tied.nonzero()[:, 0]
-    for part in _blocks(again, plan, 1 + len(plan.words)):
-        mask[again[part]] = _mode_by_rank(plan, logits_TN[again[part]].double())
+    if len(again):
+        decide = by_rank()
+        for part in _blocks(again, decide.values_per_token):
+            mask[again[part]] = decide(logits_TN[again[part]])
     return mask
 
 
-def _blocks(tokens: Tensor, plan: Plan, per_row: int = 1) -> list[slice]:
+def _blocks(tokens: Tensor, values_per_token: int) -> list[slice]:
     values = BLOCK_VALUES.get(tokens.device.type, BLOCK_VALUES_ELSEWHERE)
-    size = max(MIN_BLOCK, values // (plan.rows * per_row))
+    size = max(MIN_BLOCK, values // values_per_token)
     return [slice(i, min(i + size, len(tokens))) for i in range(0, len(tokens), size)]
 
 
@@ -128,32 +132,14 @@ class _Block(Block):
 
 def _mode_block(plan: Plan, logits_BN: Tensor) -> tuple[Tensor, Tensor]:
     """([B, N], [B] bool): a most probable subset, and whether there may be others."""
-    rows = _best_values(plan, logits_BN)
-    choose = Best(rows)
-    return _walk_from_root(plan, rows, choose), choose.tied
-
-
-def _mode_by_rank(plan: Plan, logits_BN: Tensor) -> Tensor:
-    rows = _best_values(plan, logits_BN)
-    words = plan.tensor("words", plan.words)[:, :, None].repeat(1, 1, len(logits_BN))
-    tree.ranks_up(plan.steps[: len(plan.sums)], plan.sums, rows, words)
-    return _walk_from_root(plan, rows, Preferred(rows, words))
-
-
-def _walk_from_root(plan: Plan, rows: Tensor, choose: Choice) -> Tensor:
-    elements = root_elements(plan, rows.shape[1])
+    rows = logits_BN.new_full((plan.rows, len(logits_BN)), 2 * LOG_ZERO)
+    _set_leaves(plan, rows, *log_weights(logits_BN), 0.0)
+    tree.largest_up(plan.steps[: len(plan.sums)], rows)  # without the root's coefficients
+    choose, elements = Best(rows), root_elements(plan, rows.shape[1])
     chosen = choose(elements)
     left, right = (child.gather(0, chosen[None])[0] for child in (elements.left, elements.right))
     best = rows.gather(0, left) + rows.gather(0, right)
-    return walk(plan, torch.where(is_zero(best), -1, chosen)[0], choose)
-
-
-def _best_values(plan: Plan, logits_BN: Tensor) -> Tensor:
-    """[M, B] the best log value of every row but the coefficients'."""
-    rows = logits_BN.new_full((plan.rows, len(logits_BN)), 2 * LOG_ZERO)
-    _set_leaves(plan, rows, *log_weights(logits_BN), 0.0)
-    tree.largest_up(plan.steps[: len(plan.sums)], rows)
-    return rows
+    return walk(plan, torch.where(is_zero(best), -1, chosen)[0], choose), choose.tied
 
 
 def _set_leaves(plan: Plan, rows: Tensor, absent_NB: Tensor, present_NB: Tensor, true: float) -> None:

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from circuitroute.engines.layered.precedence import LOWEST
-from circuitroute.engines.layered.torch.plan import Sums
 from circuitroute.engines.layered.torch.steps import Step
 
 
@@ -51,17 +49,3 @@ def largest_up(steps: Sequence[Step], rows: Tensor) -> None:
     """The best log value of every sum, given those of the leaves (all others log 0)."""
     for step in steps:
         step.largest(rows)
-
-
-def ranks_up(steps: Sequence[Step], sums: Sequence[Sums], rows: Tensor, words: Sequence[Tensor]) -> None:
-    """The words of every sum's best rank among what reaches its best value, given the best values of all.
-
-    Args:
-        words: rows too, with the words of what has no choice.
-    """
-    for step, made in zip(steps, sums, strict=True):
-        before = [rows]
-        for word in (words[k] for k in made.words):
-            word[made.span] = LOWEST
-            step.largest(word, before)
-            before.append(word)
