@@ -69,7 +69,7 @@ class TorchLayered(SweepEngine):
     def _by_rank(self, device: torch.device) -> UnrolledMode:
         """What decides between equals, made when there are some."""
         if device not in self._ranked:
-            self._ranked[device] = UnrolledMode(self._graph).to(device)
+            self._ranked[device] = UnrolledMode(self._graph, portable=False).to(device)
         return self._ranked[device]
 
     def count_probs(self, logits_TN: Tensor, K: int) -> Tensor:

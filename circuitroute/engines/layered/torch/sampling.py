@@ -8,8 +8,8 @@ per token and block is reached, and only its elements are looked at.
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,44 +19,24 @@ from circuitroute.engines.logspace import is_zero
 from circuitroute.engines.sampling import invert
 from circuitroute.keys import uniform_at
 
+# (weights or scores [F, m, B], the reached rows [m, B]) -> which element [m, B]
+Choice: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
 # Entries of [F, m, B] at once.
 MAX_ENTRIES = 1 << 22
-
-
-class Reached(NamedTuple):
-    """The sums that are reached in some blocks of one step, and their elements.
-
-    Attributes:
-        sums: [m, B] rows.
-        left, right: [F, m, B] the rows of their elements' children.
-        inside: [F, m, B] bool, which are elements at all.
-    """
-
-    sums: Tensor
-    left: Tensor
-    right: Tensor
-    inside: Tensor
-
-
-class Choice(Protocol):
-    """Which element of each sum: [m, B]."""
-
-    def __call__(self, reached: Reached) -> Tensor: ...
 
 
 class Draw:
     """Choice by inversion at the uniform that belongs to the sum; collects the tokens whose outcome is uncertain."""
 
-    def __init__(self, plan: Plan, rows: Tensor, key_B: Tensor, margin: float) -> None:
-        self._rows = rows
+    def __init__(self, plan: Plan, key_B: Tensor, margin: float) -> None:
         self._number = plan.tensor("number", plan.number)
         self._key = key_B
         self._margin = margin
         self.uncertain = torch.zeros(len(key_B), dtype=torch.bool, device=key_B.device)
 
-    def __call__(self, reached: Reached) -> Tensor:
-        weights = _values(self._rows, reached.left).mul_(_values(self._rows, reached.right))
-        return self.invert(torch.where(reached.inside, weights, 0.0), _take(self._number, reached.sums))
+    def __call__(self, weights: Tensor, row: Tensor) -> Tensor:
+        return self.invert(weights, _take(self._number, row))
 
     def invert(self, weights: Tensor, number: Tensor) -> Tensor:
         """How many cumulative ``weights`` [F, m, B] lie below the uniforms ``number`` [m, B] of the tokens."""
@@ -67,15 +47,12 @@ class Draw:
 
 
 class Best:
-    """Choice of the element with the largest score; collects the tokens where others have it too."""
+    """Choice of the first element with the largest score; collects the tokens where others have it too."""
 
-    def __init__(self, rows: Tensor) -> None:
-        self._rows = rows
-        self.tied = torch.zeros(rows.shape[1], dtype=torch.bool, device=rows.device)
+    def __init__(self, tokens: int, device: torch.device) -> None:
+        self.tied = torch.zeros(tokens, dtype=torch.bool, device=device)
 
-    def __call__(self, reached: Reached) -> Tensor:
-        scores = _values(self._rows, reached.left).add_(_values(self._rows, reached.right))
-        scores = torch.where(reached.inside, scores, -math.inf)
+    def __call__(self, scores: Tensor, row: Tensor) -> Tensor:
         largest = scores.amax(0)
         best = scores == largest
         many = best.sum(0, dtype=torch.uint8 if len(best) < 256 else torch.int32) > 1
@@ -91,21 +68,15 @@ def first(candidates: Tensor) -> Tensor:
     return F - (candidates.to(dtype) * falling[:, None, None]).amax(0).long()
 
 
-def root_elements(plan: Plan, tokens: int) -> Reached:
-    """The root's elements, the same for every token; a root that is a literal is one element."""
-    if plan.root is None:
-        left, right = plan.coefficients, plan.coefficients * 0 + 2 * plan.n
-    else:
-        left, right, _ = plan.root
-    rows = [
-        plan.tensor(f"root {i}", array)[:, None, None].expand(-1, 1, tokens) for i, array in enumerate((left, right))
-    ]
-    always = torch.ones(1, 1, 1, dtype=torch.bool, device=plan.device)
-    return Reached(rows[0][0], rows[0], rows[1], always)
+def walk(
+    plan: Plan, rows: Tensor, multiply: Callable[[Tensor, Tensor], Tensor], nothing: float, choose: Choice, root: Tensor
+) -> Tensor:
+    """[B, N] bool: the subset reached from the root's element number ``root`` [B], -1 for none.
 
-
-def walk(plan: Plan, root: Tensor, choose: Choice) -> Tensor:
-    """[B, N] bool: the subset reached from the root's element number ``root`` [B], -1 for none."""
+    Args:
+        multiply: an element's weight from its children's values, in place on the first.
+        nothing: the weight of no element.
+    """
     reached = root.new_full((plan.blocks + 1, len(root)), -1)
     _reach_root(plan, reached, root)
     first = plan.tensor("first", plan.elements.first)
@@ -123,8 +94,8 @@ def walk(plan: Plan, root: Tensor, choose: Choice) -> Tensor:
             element = start_of + torch.arange(sums.fan_in, device=row.device)[:, None, None]
             inside = (element < stop_of) & live
             element.clamp_(max=len(left) - 1)
-            choice = choose(Reached(at, _take(left, element), _take(right, element), inside))
-            picked = (start_of + choice).clamp_(max=len(left) - 1)
+            weights = multiply(_values(rows, _take(left, element)), _values(rows, _take(right, element)))
+            picked = (start_of + choose(torch.where(inside, weights, nothing), at)).clamp_(max=len(left) - 1)
             for child in (_take(left, picked), _take(right, picked)):
                 reached.scatter_(0, torch.where(live, _take(block_of, child), plan.blocks), child)
     present = torch.arange(plan.n, 2 * plan.n, device=root.device)[:, None]
@@ -149,4 +120,4 @@ def _take(array: Tensor, at: Tensor) -> Tensor:
 
 def _values(rows: Tensor, at: Tensor) -> Tensor:
     """rows[at[f, m, b], b]."""
-    return rows.gather(0, at.reshape(-1, at.shape[-1])).view(at.shape)
+    return rows.gather(0, at.view(-1, at.shape[-1])).view(at.shape)

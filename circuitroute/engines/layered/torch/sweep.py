@@ -5,6 +5,7 @@ Legend: T tokens, B tokens of one block, N variables, M rows (one per node), J t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from circuitroute.engines.coins import coins
 from circuitroute.engines.layered.torch import tree
 from circuitroute.engines.layered.torch.plan import Plan
-from circuitroute.engines.layered.torch.sampling import Best, Draw, root_elements, walk
+from circuitroute.engines.layered.torch.sampling import Best, Draw, walk
 from circuitroute.engines.layered.torch.unrolled import UnrolledMode
 from circuitroute.engines.logspace import LOG_ZERO, is_zero, log_weights
 from circuitroute.engines.root import weigh
@@ -98,13 +99,14 @@ class _Block(Block):
     def sample(self, key_B: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`circuitroute.engines.sweep.Block`."""
         plan = self.plan
-        draw = Draw(plan, self.rows, key_B, MARGIN[self.rows.dtype] * max(1.0, len(plan.steps) / DEPTH_OF_MARGIN))
+        draw = Draw(plan, key_B, MARGIN[self.rows.dtype] * max(1.0, len(plan.steps) / DEPTH_OF_MARGIN))
         chosen = torch.zeros_like(key_B)
         if plan.root is not None:
             left, right, slot = (plan.tensor(f"root {i}", array) for i, array in enumerate(plan.root))
             weights = (self.rows[left] * self.rows[right]).mul_(self.root.adjoint[slot])
             chosen = draw.invert(weights[:, None], key_B.new_full((1, len(key_B)), plan.nodes - 1))[0]
-        return walk(plan, chosen, draw), draw.uncertain
+        mask = walk(plan, self.rows, torch.Tensor.mul_, 0.0, draw, chosen)
+        return mask, draw.uncertain
 
     def down(self) -> Tensor:
         """See :class:`circuitroute.engines.sweep.Block`."""
@@ -134,12 +136,15 @@ def _mode_block(plan: Plan, logits_BN: Tensor) -> tuple[Tensor, Tensor]:
     """([B, N], [B] bool): a most probable subset, and whether there may be others."""
     rows = logits_BN.new_full((plan.rows, len(logits_BN)), 2 * LOG_ZERO)
     _set_leaves(plan, rows, *log_weights(logits_BN), 0.0)
-    tree.largest_up(plan.steps[: len(plan.sums)], rows)  # without the root's coefficients
-    choose, elements = Best(rows), root_elements(plan, rows.shape[1])
-    chosen = choose(elements)
-    left, right = (child.gather(0, chosen[None])[0] for child in (elements.left, elements.right))
-    best = rows.gather(0, left) + rows.gather(0, right)
-    return walk(plan, torch.where(is_zero(best), -1, chosen)[0], choose), choose.tied
+    tree.largest_up(plan.steps, rows)
+    choose = Best(len(logits_BN), logits_BN.device)
+    chosen = torch.zeros(len(logits_BN), dtype=torch.int64, device=logits_BN.device)
+    best = rows[_coefficients(plan)].amax(0)
+    if plan.root is not None:
+        left, right = (plan.tensor(f"root {i}", plan.root[i]) for i in (0, 1))
+        chosen = choose((rows[left] + rows[right])[:, None], chosen[None])[0]
+    root = torch.where(is_zero(best), -1, chosen)
+    return walk(plan, rows, torch.Tensor.add_, -math.inf, choose, root), choose.tied
 
 
 def _set_leaves(plan: Plan, rows: Tensor, absent_NB: Tensor, present_NB: Tensor, true: float) -> None:

@@ -70,13 +70,19 @@ class UnrolledMode(nn.Module):
 
     Args:
         graph: a smooth, decomposable circuit. Infinite logits are evidence; there must be no NaN.
+        portable: refuse circuits that are too large for a program that leaves this process.
+
+    Raises:
+        ValueError: it is to be portable and the circuit has more than ``MAX_UNROLLED`` products.
 
     Attributes:
         values_per_token: how many values an evaluation holds at once, about.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, *, portable: bool = True) -> None:
         super().__init__()
+        if portable and not can_unroll(graph):
+            raise ValueError(f"graph has {graph.num_edges} products: at most {MAX_UNROLLED} are unrolled")
         groups, root, rows, words = _groups(graph)
         self._n, self._rows, self._word_rows = graph.n, rows, words.rows
         self._firsts = tuple(group.first for group in groups)
