@@ -14,7 +14,9 @@ from circuitroute.testing import Case, CompilerContract
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(
-    r"^```python\n(.*?)^```$", (ROOT / "docs" / "add-a-constraint.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    r"^```python\n(.*?)^```$",
+    (ROOT / "docs" / "add-a-constraint.md").read_text(encoding="utf-8"),
+    re.DOTALL | re.MULTILINE,
 )
 
 
@@ -94,7 +96,9 @@ def compositions():
         yield Case(~one, 3, lambda s: not odd(s))
         yield Case(one.over([0, 2]), 3, lambda s: odd(s & {0, 2}))
         yield Case(cr.EachGroup(cr.Groups(2), one), 4, lambda s: odd(s & {0, 1}) and odd(s & {2, 3}))
-        yield Case(cr.EachGroup(cr.Groups(2), ~(one & cr.AtLeast(1))), 4, lambda s: not (odd(s & {0, 1}) or odd(s & {2, 3})))
+        yield Case(
+            cr.EachGroup(cr.Groups(2), ~(one & cr.AtLeast(1))), 4, lambda s: not (odd(s & {0, 1}) or odd(s & {2, 3}))
+        )
     yield Case(Odd() & ~Holder.Inner(like=Odd()) | local(), 3, odd)
 
 
@@ -109,5 +113,7 @@ def test_names_of_the_suite_come_first():
     class Renamed(CompilerContract):
         namespace = {"Odd": Holder.Inner}  # noqa: RUF012
 
-    with pytest.raises(AssertionError, match=r"expected repr to evaluate to an equal one, got Holder\.Inner\(like=Odd\(\)\)"):
+    with pytest.raises(
+        AssertionError, match=r"expected repr to evaluate to an equal one, got Holder\.Inner\(like=Odd\(\)\)"
+    ):
         Renamed().test_repr_evaluates_back(Case(Odd(), 3, odd))

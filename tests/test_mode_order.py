@@ -6,7 +6,6 @@ halves, so that sums are exact and equal subsets are equal on every engine.
 
 import itertools
 import math
-import os
 
 import numpy as np
 import pytest
@@ -70,7 +69,7 @@ def tied_logits(n, rows=150, seed=0):
     return torch.cat([torch.zeros(1, n), -torch.zeros(1, n), integers, halves, given, torch.full((1, n), -math.inf)])
 
 
-@pytest.mark.parametrize("constraint,n", COMPOSED, ids=repr)
+@pytest.mark.parametrize(("constraint", "n"), COMPOSED, ids=repr)
 def test_every_engine_of_composed_circuits(constraint, n):
     circuit = cr.compile(constraint, n)
     assert circuit.op == "layered"
@@ -101,7 +100,8 @@ def test_many_variables(n):
         for groups in whole:
             parts = cr.Groups([[int(i) for i in group] for group in groups])
             circuit = cr.compile(count & cr.ActiveGroups(parts, at_most=3), n)
-            assert circuit.op == "layered" and circuit.model_count() == cr.compile(count, n).model_count()
+            assert circuit.op == "layered"
+            assert circuit.model_count() == cr.compile(count, n).model_count()
             graph = evaluated(circuit.graph)
             for mode in (NaiveLayered(graph).mode, TorchLayered(graph, 4).mode, UnrolledMode(graph)):
                 assert torch.equal(mode(logits), expected)
@@ -111,7 +111,9 @@ def test_only_tokens_with_equals_are_decided_again(monkeypatch):
     circuit = cr.compile(COMPOSED[0][0], 8)
     again = []
     forward = UnrolledMode.forward
-    monkeypatch.setattr(UnrolledMode, "forward", lambda self, logits: again.append(len(logits)) or forward(self, logits))
+    monkeypatch.setattr(
+        UnrolledMode, "forward", lambda self, logits: again.append(len(logits)) or forward(self, logits)
+    )
     clear = torch.arange(8.0).repeat(5, 1)
     assert torch.equal(circuit(clear).mode, torch.tensor([0.0] * 6 + [1, 1]).repeat(5, 1))
     assert again == []
@@ -149,7 +151,7 @@ def _serves(circuit, logits, expected):
     assert torch.equal(served, expected)
 
 
-@pytest.mark.parametrize("constraint,n", COMPOSED, ids=repr)
+@pytest.mark.parametrize(("constraint", "n"), COMPOSED, ids=repr)
 def test_routing_and_serving_of_composed_circuits(constraint, n):
     circuit = cr.compile(constraint, n)
     logits = tied_logits(n)[:300]
@@ -159,7 +161,7 @@ def test_routing_and_serving_of_composed_circuits(constraint, n):
     _serves(circuit, logits, expected)
 
 
-@pytest.mark.parametrize("constraint,n", [*COMPOSED[1:3], (cr.Between(1, 3), 6)], ids=repr)
+@pytest.mark.parametrize(("constraint", "n"), [*COMPOSED[1:3], (cr.Between(1, 3), 6)], ids=repr)
 def test_traced_and_exported(constraint, n):
     circuit = cr.compile(constraint, n)
     logits = tied_logits(n)[:300]
@@ -171,13 +173,13 @@ def test_traced_and_exported(constraint, n):
     assert torch.equal(torch.zeros_like(expected).scatter(1, ids.long(), weights > 0), expected)
 
 
-@pytest.mark.parametrize("constraint", [cr.Exactly(2), cr.Between(1, 3), cr.CountIn({0, 2, 5}), cr.AtLeast(3)], ids=repr)
+@pytest.mark.parametrize(
+    "constraint", [cr.Exactly(2), cr.Between(1, 3), cr.CountIn({0, 2, 5}), cr.AtLeast(3)], ids=repr
+)
 @pytest.mark.parametrize("engine", ["numba", "triton"])
 def test_fused_steps(constraint, engine):
     n = 6
     circuit = cr.compile(constraint, n)
-    if engine == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("on CPUs triton needs its interpreter")
     circuit = circuit.with_engine(engine)
     logits = tied_logits(n, 60)
     logits = logits[~circuit(logits, validate_args=False).log_partition.isnan()]
@@ -197,19 +199,26 @@ def test_routers():
     hidden = torch.zeros(3, 4)
     first = torch.tensor([[True, True] + [False] * 4])
     composed = cr.Exactly(2) & cr.ActiveGroups(cr.Groups(3), at_most=3)
-    for router in (cr.TopKRouter(4, 6, 2), cr.ExactKRouter(4, 6, 2), cr.DynamicKRouter(4, 6, 2, 4), cr.Router(4, 6, composed)):
+    for router in (
+        cr.TopKRouter(4, 6, 2),
+        cr.ExactKRouter(4, 6, 2),
+        cr.DynamicKRouter(4, 6, 2, 4),
+        cr.Router(4, 6, composed),
+    ):
         assert torch.equal(router.eval()(hidden).mask, first.expand(3, -1))
         routing = router(hidden, price=torch.tensor([0.5, 1.0, 0.0]))
         assert torch.equal(routing.mask, first.expand(3, -1))
         biased = router(hidden, bias=torch.tensor([0.0, 0, 1, 0, 0, 0]))
-        assert biased.mask[:, [0, 2]].all() and (biased.mask.sum(-1) <= 3).all()
+        assert biased.mask[:, [0, 2]].all()
+        assert (biased.mask.sum(-1) == 2).all()
 
 
 def test_files_of_others(tmp_path):
     """Their elements come in an order of their own: x0 or x1, the latter first."""
     source = tmp_path / "or.nnf"
-    source.write_text("nnf 7 6 2\nL 2\nL -2\nL 1\nA 2 1 2\nL -1\nO 1 2 4 2\nA 2 0 5\n".replace("A 2 0 5", "O 2 2 0 3"))
+    source.write_text("nnf 5 4 2\nL 2\nL -1\nA 2 1 0\nL 1\nO 1 2 2 3\n")
     circuit = cr.read_nnf(source)
+    assert circuit(torch.zeros(2)).mode.tolist() == [1, 0]
     logits = tied_logits(circuit.n, 20)
     expected = truth(allowed_of(circuit), logits)
     assert torch.equal(circuit(logits, validate_args=False).mode_mask(), expected)

@@ -51,7 +51,9 @@ def _parts(value: object, seen: set[int]) -> Iterator[object]:
         inside = []
     else:
         slots = [name for kind in type(value).__mro__ for name in _slots(kind)]
-        inside = [getattr(value, name) for name in slots if hasattr(value, name)] + list(getattr(value, "__dict__", {}).values())
+        inside = [getattr(value, name) for name in slots if hasattr(value, name)] + list(
+            getattr(value, "__dict__", {}).values()
+        )
     for part in inside:
         yield from _parts(part, seen)
 
@@ -59,4 +61,3 @@ def _parts(value: object, seen: set[int]) -> Iterator[object]:
 def _slots(kind: type) -> tuple[str, ...]:
     names = vars(kind).get("__slots__", ())
     return tuple(name for name in ((names,) if isinstance(names, str) else names) if not name.startswith("__"))
-
