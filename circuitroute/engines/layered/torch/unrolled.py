@@ -165,8 +165,8 @@ def _groups(graph: Graph) -> tuple[list[_Group], int, int, _Words]:
         for members in _alike(sizes):
             left, right, inside = _padded(level, members, sizes[members])
             row[level.nodes[members]] = next_row + np.arange(len(members))
-            rows = (np.where(inside, row[side], nothing) for side in (left, right))
-            groups.append(_Group(next_row, *rows, words.of(level.nodes[members], left, right)))
+            rows = [np.where(inside, row[side], nothing) for side in (left, right)]
+            groups.append(_Group(next_row, rows[0], rows[1], words.of(level.nodes[members], left, right)))
             next_row += len(members)
     return groups, int(row[-1]), next_row, words
 
