@@ -8,6 +8,7 @@ import torch
 import circuitroute as cr
 from circuitroute.engines.layered import NaiveLayered, evaluated
 from circuitroute.engines.layered.torch import unrolled
+from circuitroute.engines.layered.torch.sampling import first
 from circuitroute.engines.layered.torch.unrolled import UnrolledMode
 
 x = cr.variables(12)
@@ -59,9 +60,9 @@ def test_groups_of_any_size_give_the_same(monkeypatch):
 def test_the_first_of_many_is_found():
     """Beyond what a byte can number, too."""
     candidates = torch.zeros(700, 1, 4, dtype=torch.bool)
-    for token, first in enumerate((0, 255, 256, 699)):
-        candidates[first:, 0, token] = True
-    assert unrolled._first(candidates).flatten().tolist() == [0, 255, 256, 699]
+    for token, at in enumerate((0, 255, 256, 699)):
+        candidates[at:, 0, token] = True
+    assert first(candidates).flatten().tolist() == [0, 255, 256, 699]
 
 
 def test_too_large_a_circuit_is_refused(monkeypatch):

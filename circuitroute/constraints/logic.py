@@ -30,6 +30,10 @@ _OPERATORS = {
 def variables(n: int) -> tuple[Any, ...]:
     """The sympy symbols x0, ..., x{n-1} of ``n`` variables, to write :class:`Logic` with.
 
+    Combine them with ``& | ~ >> ^`` and sympy's functions, never with Python's ``and``, ``or``, ``not``, ``==``: to
+    these a sympy expression is true as it stands, so that ``x[0] and x[1]`` is just ``x[1]``, ``not x[0]`` is False,
+    and ``x[0] == x[1]``, which compares names, is False too (``sympy.Equivalent(x[0], x[1])`` is meant).
+
     Raises:
         ValueError: n is below 1.
         TypeError: n is not an integer.

@@ -108,7 +108,7 @@ class RoutingFunction(nn.Module):
             self.register_buffer("allowed", allowed, persistent=False)
         else:
             self.allows_none = bool(circuit.satisfies(torch.zeros(circuit.n, dtype=torch.bool, device="cpu")))
-            graph = evaluated(circuit.graph)  # as in the engines: the order of its elements breaks ties
+            graph = evaluated(circuit.graph)  # as in the engines: the order of additions is the same
             self.unrolled = UnrolledMode(graph) if can_unroll(graph) else None
         self.portable = circuit.counts is not None or self.unrolled is not None
         # As integers: casting a model to bfloat16 casts all floating-point buffers of its submodules.

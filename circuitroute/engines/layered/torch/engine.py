@@ -25,6 +25,7 @@ from circuitroute.circuit.graph import Graph
 from circuitroute.engines.layered.naive import NaiveLayered
 from circuitroute.engines.layered.torch import sweep
 from circuitroute.engines.layered.torch.plan import Plan, lay_out
+from circuitroute.engines.layered.torch.unrolled import UnrolledMode
 from circuitroute.engines.sweep import Inputs, Sweep, SweepEngine
 
 
@@ -42,6 +43,7 @@ class TorchLayered(SweepEngine):
         self._graph = graph
         self._max_count = max_count
         self._plans: dict[torch.device, Plan] = {}
+        self._ranked: dict[torch.device, UnrolledMode] = {}
         self.gives_counts = has_definite_counts(graph)
         self.naive = NaiveLayered(graph, max_count if self.gives_counts else None)
 
@@ -64,7 +66,14 @@ class TorchLayered(SweepEngine):
     @torch.no_grad()
     def mode(self, logits_TN: Tensor) -> Tensor:
         """See :class:`circuitroute.engines.base.LayeredEngine`."""
-        return sweep.mode(self._plan(logits_TN.device), logits_TN)
+        device = logits_TN.device
+        return sweep.mode(self._plan(device), lambda: self._by_rank(device), logits_TN)
+
+    def _by_rank(self, device: torch.device) -> UnrolledMode:
+        """What decides between equals, made when there are some."""
+        if device not in self._ranked:
+            self._ranked[device] = UnrolledMode(self._graph, portable=False).to(device)
+        return self._ranked[device]
 
     def counting(self) -> TorchLayered:
         """See :class:`circuitroute.engines.base.LayeredEngine`: of the circuit's product with a counter."""
