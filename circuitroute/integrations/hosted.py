@@ -80,7 +80,7 @@ class Decider:
         """Set what the keys of the next forward passes are derived from; see :func:`begin_step`."""
         if self.seed is None:
             return
-        position = torch.stack([random_key(self.seed, step, layer), torch.tensor(offset)]).to(device)
+        position = torch.stack([random_key(self.seed, step, layer), torch.tensor(offset, device="cpu")]).to(device)
         if self._position is None or self._position.device != position.device:
             self._position = position
         else:

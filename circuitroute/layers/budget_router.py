@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from circuitroute._validate import int_at_least
+from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Constraint
 from circuitroute.inference.temperature import as_temperature
 from circuitroute.layers.budget import Budget, BudgetState
-from circuitroute.layers.routers import LogitMap, as_circuit
+from circuitroute.layers.routers import LogitMap, put_back, start_of
 from circuitroute.routing import choice
 from circuitroute.routing.choice import Decide
 from circuitroute.routing.decision import Routing
@@ -43,7 +44,7 @@ class BudgetLayer(LogitMap):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__(hidden_size, num_experts, bias=bias, device=device, dtype=dtype)
-        self.circuit = as_circuit(constraint, self.num_experts)
+        self.circuit = compile_constraint(constraint, self.num_experts)
         self.reset_parameters()
 
     def forward(self, *_: Any, **__: Any) -> NoReturn:
@@ -123,6 +124,7 @@ class BudgetRouter(Budget):
         # What is wrong is refused here, not in the first forward.
         choice.as_share(decide, estimator)
         as_temperature(temperature)
+        self._initial_temperature = start_of(temperature)
         J = self.preferences.shape[1]
         self.heads = nn.ModuleList(
             nn.Linear(hidden_size, J, device=device, dtype=dtype) for _ in range(self.layers if per_token else 0)
@@ -130,7 +132,15 @@ class BudgetRouter(Budget):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """No preference among counts, and the count polynomials of logits that are all zero."""
+        """No preference among counts, and the count polynomials of logits that are all zero.
+
+        Linear maps are drawn anew, and a learned temperature is put back to its start.
+
+        Raises:
+            ValueError: the temperature was given on the meta device, so that nothing is known of where it started.
+        """
+        if isinstance(self.temperature, nn.Parameter):
+            put_back("temperature", self.temperature, self._initial_temperature)
         for layer in range(self.layers):
             self.router(layer).reset_parameters()
         super().reset_parameters()

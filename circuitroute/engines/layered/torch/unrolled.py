@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from circuitroute.circuit.graph import Graph, Level, NodeKind
+from circuitroute.engines.tables import Tables
 
 IntArray = npt.NDArray[np.int64]
 
@@ -53,6 +54,10 @@ class UnrolledMode(nn.Module):
     Args:
         graph: a smooth, decomposable circuit. Infinite logits are evidence; there must be no NaN.
 
+    Attributes:
+        tables: which rows are added to which, on any device; they are no buffers, see
+            :mod:`circuitroute.engines.tables`.
+
     Raises:
         ValueError: the circuit has more than ``MAX_UNROLLED`` products.
     """
@@ -65,9 +70,9 @@ class UnrolledMode(nn.Module):
         self._n, self._rows = graph.n, rows
         self._firsts = tuple(group.first for group in groups)
         self._root = root
-        for i, group in enumerate(groups):
-            self.register_buffer(f"left_{i}", torch.as_tensor(group.left), persistent=False)
-            self.register_buffer(f"right_{i}", torch.as_tensor(group.right), persistent=False)
+        sides = {f"left_{i}": group.left for i, group in enumerate(groups)}
+        self.tables = Tables(sides | {f"right_{i}": group.right for i, group in enumerate(groups)})
+        self.tables.prepare(torch.device("cpu"))
 
     def forward(self, logits: Tensor) -> Tensor:
         """[T, N] floating to [T, N] bool."""
@@ -79,9 +84,9 @@ class UnrolledMode(nn.Module):
             theta.clamp(max=0.0),
             0.0,
         )
-        choices = []
+        choices, tables = [], self.tables.on(values.device)
         for i, first in enumerate(self._firsts):
-            left, right = self._children(i)
+            left, right = tables[f"left_{i}"], tables[f"right_{i}"]
             elements = _take(values, left) + _take(values, right)
             best = elements.amax(0)
             choices.append(_first(elements == best))
@@ -90,19 +95,17 @@ class UnrolledMode(nn.Module):
 
     def _present(self, values: Tensor, choices: list[Tensor]) -> Tensor:
         """Which of the literals "present" lie below the root along the choices."""
+        tables = self.tables.on(values.device)
         reached = torch.zeros_like(values, dtype=torch.bool)
         reached[self._root] = values[self._root] > -math.inf
         for i in reversed(range(len(self._firsts))):
             first, choice = self._firsts[i], choices[i]
             live = reached[first : first + len(choice)]
-            for table in self._children(i):
+            for table in (tables[f"left_{i}"], tables[f"right_{i}"]):
                 # The row nothing is never read.
                 child = torch.where(live, table.t().gather(1, choice.long()), 2 * self._n + 1)
                 reached.scatter_(0, child, True)
         return reached[self._n : 2 * self._n].t()
-
-    def _children(self, group: int) -> tuple[Tensor, Tensor]:
-        return self.get_buffer(f"left_{group}"), self.get_buffer(f"right_{group}")
 
 
 def _take(values: Tensor, at: Tensor) -> Tensor:
