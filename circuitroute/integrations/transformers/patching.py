@@ -15,7 +15,14 @@ from circuitroute.integrations.transformers.experts import Padding
 from circuitroute.integrations.transformers.extra import transformers
 from circuitroute.integrations.transformers.families import Found, find_layers
 from circuitroute.integrations.transformers.handle import BUDGET, Handle, patched_routers
-from circuitroute.integrations.transformers.routers import Plan, Session, exchange_class, use_ragged_experts
+from circuitroute.integrations.transformers.routers import (
+    OWNER,
+    Owner,
+    Plan,
+    Session,
+    exchange_class,
+    use_ragged_experts,
+)
 from circuitroute.integrations.transformers.settings import SETTINGS, Eval, Options, as_json
 from circuitroute.integrations.transformers.walk import Walk
 from circuitroute.layers.budget import Budget
@@ -97,6 +104,7 @@ def patch(
     if budget is not None:
         model.add_module(BUDGET, budget)
         session.walk = Walk(budget, session.model)
+    setattr(model, OWNER, Owner(session))
     total = None if budget is None else budget.total
     setattr(model.config, SETTINGS, as_json(options, [constraints.get(i) for i in range(len(layers))], total))
     return Handle(model, session)
