@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from circuitroute._validate import as_int, as_number, int_at_least
 from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Constraint
+from circuitroute.inference.circuit import Circuit
 from circuitroute.inference.temperature import as_temperature
 from circuitroute.keys import fold_in, random_key
 from circuitroute.routing.choice import Batch, Decide, as_share
@@ -40,7 +41,7 @@ class Decider:
     """A constraint in place of a host router's top-k; the host keeps its linear map and its rule for weights.
 
     Args:
-        constraint: what is allowed, over E experts.
+        constraint: what is allowed, over E experts; or a circuit, compiled already or read from a file.
         num_experts: E.
         estimator: as in :func:`circuitroute.route`.
         seed: keys are ``cr.random_key(seed, step, layer, token)``, see :func:`begin_step`; None draws from torch's
@@ -53,12 +54,13 @@ class Decider:
 
     Raises:
         InfeasibleError: no subset of E experts satisfies the constraint.
-        TypeError, ValueError: a constraint, estimator or seed of the wrong kind.
+        TypeError, ValueError: a constraint, estimator or seed of the wrong kind, or a circuit over another number of
+            experts.
     """
 
     def __init__(
         self,
-        constraint: Constraint,
+        constraint: Constraint | Circuit,
         num_experts: int,
         *,
         estimator: str | Estimator = "simple",
@@ -208,14 +210,14 @@ def divided_by_sum(weights: Tensor, mask: Tensor | None = None) -> Tensor:
     return weights / (summed.sum(-1, keepdim=True) + 1e-20)
 
 
-def one_per_layer(constraint: Any, layers: int) -> list[Constraint]:
+def one_per_layer(constraint: Any, layers: int) -> list[Constraint | Circuit]:
     """The constraints of a model's mixture-of-experts layers, given one for all of them or one for each.
 
     Raises:
         ValueError: a sequence of another length.
     """
     several = isinstance(constraint, Sequence) and not isinstance(constraint, str)
-    constraints: list[Constraint] = list(constraint) if several else [constraint] * layers
+    constraints: list[Constraint | Circuit] = list(constraint) if several else [constraint] * layers
     if len(constraints) != layers:
         raise ValueError(
             f"constraint has {len(constraints)} entries, but the model has {layers} mixture-of-experts layers: give "

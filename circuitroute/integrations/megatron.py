@@ -21,6 +21,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from circuitroute.constraints import Constraint
+from circuitroute.inference.circuit import Circuit
 from circuitroute.integrations.hosted import GROUP_LIMIT, Decider, Weights, refuse_replaced
 from circuitroute.integrations.hosted import begin_step as begin_step
 from circuitroute.integrations.hosted import recorded_routings as recorded_routings
@@ -50,7 +51,7 @@ REPLACED = {
 
 
 def router(
-    constraint: Constraint,
+    constraint: Constraint | Circuit,
     *,
     estimator: str | Estimator = "simple",
     seed: int | None = None,
@@ -60,7 +61,7 @@ def router(
     """The router class for ``MoESubmodules(router=...)``, with a constraint in place of top-k.
 
     Args:
-        constraint: what is allowed, over the E experts.
+        constraint: what is allowed, over the E experts; or a circuit.
         estimator, seed, decide, temperature: see :class:`~circuitroute.integrations.hosted.Decider`.
     """
     options = {"estimator": estimator, "seed": seed, "decide": decide, "temperature": temperature}
@@ -91,7 +92,7 @@ class CircuitRouter(TopKRouter):
         config: Any,
         pg_collection: Any = None,
         *,
-        constraint: Constraint,
+        constraint: Constraint | Circuit,
         **options: Any,
     ) -> None:
         decider = Decider(constraint, config.num_moe_experts, **options)

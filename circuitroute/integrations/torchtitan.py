@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from circuitroute.constraints import Constraint
+from circuitroute.inference.circuit import Circuit
 from circuitroute.integrations.hosted import GROUP_LIMIT, Decider, one_per_layer, refuse_replaced
 from circuitroute.integrations.hosted import begin_step as begin_step
 from circuitroute.integrations.hosted import recorded_routings as recorded_routings
@@ -74,7 +75,7 @@ class CircuitRouter(TokenChoiceTopKRouter):
         ``probe_weights`` as in :class:`circuitroute.MoE`.
         """
 
-        constraint: Constraint
+        constraint: Constraint | Circuit
         estimator: str | Estimator = "simple"
         seed: int | None = None
         decide: Decide | float | None = None
@@ -166,7 +167,7 @@ def _slots(decider: Decider, probes: ProbeCount, weights: ProbeWeights) -> int:
 
 def circuit_moe(
     config: Any,
-    constraint: Constraint,
+    constraint: Constraint | Circuit,
     *,
     probes: ProbeCount = 0,
     probe_weights: ProbeWeights = "importance",
@@ -178,7 +179,7 @@ def circuit_moe(
 
     Args:
         config: a ``MoE.Config``, or that of a subclass; not changed.
-        constraint: what is allowed, over its experts.
+        constraint: what is allowed, over its experts; or a circuit.
         probes, probe_weights: in training, how many unchosen experts every token runs besides, or ``"all"``, and how
             much each counts in the gradient of the gates: see :class:`circuitroute.MoE`.
         options: ``estimator``, ``seed``, ``decide`` and ``temperature`` of
@@ -208,14 +209,14 @@ def circuit_moe(
 
 def convert(
     model: Any,
-    constraint: Constraint | Sequence[Constraint],
+    constraint: Constraint | Circuit | Sequence[Constraint | Circuit],
     **options: Any,
 ) -> int:
     """Replace top-k by a constraint in all mixture-of-experts layers of a model's config, which is changed.
 
     Args:
         model: a config that contains such layers, before ``build()``.
-        constraint: one for all layers, or one per layer, in order.
+        constraint: one for all layers, or one per layer, in order; or circuits.
         options: of :func:`circuit_moe`: ``estimator``, ``seed``, ``decide``, ``temperature``, ``probes`` and
             ``probe_weights``.
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,8 @@ from circuitroute.errors import InfeasibleError
 from circuitroute.inference.circuit import Circuit
 from circuitroute.routing.decision import Routing
 
+# What is allowed: a constraint, or its circuit.
+Rule: TypeAlias = Constraint | Circuit
 BoolArray = npt.NDArray[np.bool_]
 
 # In place of -inf inside sums of exponentials, so that gradients stay finite; beyond any sum of logits.
@@ -78,20 +80,23 @@ class Budget(nn.Module):
     Args:
         num_experts: E, of every layer.
         layers: L, the number of layers that route; other layers of the model do not count.
-        per_layer: what one layer allows: a constraint on the count, such as ``Between(1, 8)``, or one per layer.
-        total: the budget, on the sum over all layers, such as ``AtMost(16)`` or ``Between(12, 16)``.
+        per_layer: what one layer allows: a constraint on the count, such as ``Between(1, 8)``, or one per layer. Or
+            circuits of such constraints, over E variables.
+        total: the budget, on the sum over all layers, such as ``AtMost(16)`` or ``Between(12, 16)``; or a circuit of
+            one, over L E variables.
 
     Raises:
         InfeasibleError: the layers' counts cannot add up to any allowed total.
-        TypeError, ValueError: arguments of the wrong kind; ``per_layer`` of another length than ``layers``.
+        TypeError, ValueError: arguments of the wrong kind; ``per_layer`` of another length than ``layers``; a circuit
+            over another number of variables.
     """
 
     def __init__(
         self,
         num_experts: int,
         layers: int,
-        per_layer: Constraint | Sequence[Constraint],
-        total: Constraint,
+        per_layer: Rule | Sequence[Rule],
+        total: Rule,
         *,
         device: torch.device | str | None = None,
     ) -> None:
@@ -265,10 +270,10 @@ def log_count_polynomial(logits: Tensor, max_count: int) -> Tensor:
     return weights.reshape(*logits.shape[:-1], most + 1)
 
 
-def _per_layer(per_layer: Constraint | Sequence[Constraint], layers: int) -> tuple[Constraint, ...]:
-    if isinstance(per_layer, Constraint):
+def _per_layer(per_layer: Rule | Sequence[Rule], layers: int) -> tuple[Rule, ...]:
+    if isinstance(per_layer, (Constraint, Circuit)):
         return (per_layer,) * layers
-    if not isinstance(per_layer, Sequence) or not all(isinstance(c, Constraint) for c in per_layer):
+    if not isinstance(per_layer, Sequence) or not all(isinstance(c, (Constraint, Circuit)) for c in per_layer):
         raise TypeError(f"per_layer={per_layer!r}: expected a count such as cr.Between(1, 8), or one per layer")
     if len(per_layer) != layers:
         raise ValueError(f"per_layer has {len(per_layer)} entries: expected one for each of layers={layers}")
@@ -277,14 +282,17 @@ def _per_layer(per_layer: Constraint | Sequence[Constraint], layers: int) -> tup
 
 def _allowed_counts(name: str, circuit: Circuit) -> tuple[int, ...]:
     if circuit.counts is None:
-        raise TypeError(f"{name}={circuit.constraint!r}: expected a constraint on the count of all experts")
+        raise TypeError(
+            f"{name}={circuit.constraint!r}: expected a constraint on the count of all experts, or the circuit of one "
+            "that cr.compile made; of a circuit that another compiler made, give its counts, such as cr.CountIn({1, 2})"
+        )
     return circuit.counts
 
 
 def _allowed_totals(
-    total: Constraint, per_layer: Sequence[Constraint], allowed: Sequence[tuple[int, ...]], variables: int
+    total: Rule, per_layer: Sequence[Rule], allowed: Sequence[tuple[int, ...]], variables: int
 ) -> tuple[int, ...]:
-    if not isinstance(total, Constraint):
+    if not isinstance(total, (Constraint, Circuit)):
         raise TypeError(f"total={total!r}: expected a count such as cr.AtMost(16)")
     try:
         return _allowed_counts("total", compile_constraint(total, variables))
@@ -296,8 +304,8 @@ def _reachable(
     allowed: Sequence[tuple[int, ...]],
     totals: tuple[int, ...],
     J: int,
-    per_layer: Sequence[Constraint],
-    total: Constraint,
+    per_layer: Sequence[Rule],
+    total: Rule,
 ) -> tuple[BoolArray, BoolArray]:
     """[L + 1, C] bool, from which spent counts the budget can be met; and [L, J] bool, the layers' own counts."""
     most = min(max(totals), sum(map(max, allowed)))
@@ -310,9 +318,7 @@ def _reachable(
     return np.array(can[::-1]), own
 
 
-def _unmeetable(
-    total: Constraint, per_layer: Sequence[Constraint], allowed: Sequence[tuple[int, ...]]
-) -> InfeasibleError:
+def _unmeetable(total: Rule, per_layer: Sequence[Rule], allowed: Sequence[tuple[int, ...]]) -> InfeasibleError:
     low, high = sum(map(min, allowed)), sum(map(max, allowed))
     kinds = dict.fromkeys(per_layer)
     layers = "; ".join(f"{c!r} in {per_layer.count(c)} of {len(per_layer)} layers" for c in kinds)

@@ -14,9 +14,8 @@ from torch.nn import functional as F
 
 from circuitroute._validate import int_at_least
 from circuitroute.compilation import compile as compile_constraint
-from circuitroute.constraints import Constraint
 from circuitroute.inference.temperature import as_temperature
-from circuitroute.layers.budget import Budget, BudgetState
+from circuitroute.layers.budget import Budget, BudgetState, Rule
 from circuitroute.layers.routers import LogitMap, put_back, start_of
 from circuitroute.routing import choice
 from circuitroute.routing.choice import Decide
@@ -37,7 +36,7 @@ class BudgetLayer(LogitMap):
         self,
         hidden_size: int,
         num_experts: int,
-        constraint: Constraint,
+        constraint: Rule,
         *,
         bias: bool,
         device: torch.device | str | None,
@@ -84,7 +83,8 @@ class BudgetRouter(Budget):
         hidden_size: H.
         num_experts: E, of every layer.
         layers: L, the number of layers that route; other layers of the model do not count.
-        per_layer: what one layer allows: a constraint on the count, such as ``Between(1, 8)``, or one per layer.
+        per_layer: what one layer allows: a constraint on the count, such as ``Between(1, 8)``, or one per layer; or
+            circuits of such constraints.
         total: the budget, on the sum over all layers, such as ``AtMost(16)`` or ``Between(12, 16)``.
         combine, estimator, decide, temperature: as for :class:`Router`, attributes of this module, for all its layers;
             ``decide="mode"`` is the rule of evaluation.
@@ -101,8 +101,8 @@ class BudgetRouter(Budget):
         hidden_size: int,
         num_experts: int,
         layers: int,
-        per_layer: Constraint | Sequence[Constraint],
-        total: Constraint,
+        per_layer: Rule | Sequence[Rule],
+        total: Rule,
         *,
         combine: Combine = "softmax",
         estimator: str | Estimator = "simple",
