@@ -78,6 +78,9 @@ class Decider:
         self.recorded: list[Routing] | None = None
         self._position: Tensor | None = None  # [2] int64: the key of (seed, step, layer), the number of the first token
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "recorded": None}  # a list of whoever records, in this process
+
     def begin(self, step: int, layer: int, offset: int, device: torch.device) -> None:
         """Set what the keys of the next forward passes are derived from; see :func:`begin_step`."""
         if self.seed is None:

@@ -100,6 +100,21 @@ class CircuitRouter(TopKRouter):
         super().__init__(config, pg_collection)
         self.decider = decider
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled or copied.
+
+        Raises:
+            TypeError: the router is part of process groups, which no other process can be given.
+        """
+        held = [name for name, value in vars(self).items() if isinstance(value, ProcessGroup)]
+        if held:
+            raise TypeError(
+                f"a router of Megatron holds process groups ({', '.join(held)}), which can be neither pickled nor "
+                "copied: save its state_dict(), and build the layer again; what router() returns can be pickled"
+            )
+        state: dict[str, Any] = super().__getstate__()
+        return state
+
     def gating(self, input: Tensor) -> Tensor:
         """[S, B, E] logits of hidden states [S, B, H], in float64 if so configured, else in float32."""
         # Megatron's own method needs a GPU and Transformer Engine.

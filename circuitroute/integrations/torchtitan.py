@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -251,7 +251,11 @@ def _counting(owner: Any) -> Any:
     class CircuitMoE(owner):
         @dataclass(kw_only=True, slots=True)
         class Config(owner.Config):
-            pass
+            def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+                return _unpickled, (owner, True), *object.__reduce_ex__(self, 2)[2:]
+
+        def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+            return _unpickled, (owner, False), self.__getstate__()
 
         def __init__(self, config: Config) -> None:
             super().__init__(config)
@@ -275,5 +279,12 @@ def _counting(owner: Any) -> Any:
                 load_E = self.tokens_per_expert_E
                 load_E.index_add_(0, ids.flatten(), -(weights == 0).flatten().to(load_E.dtype))
 
+    # These classes have no names to be found by: they are made again.
     CircuitMoE.__name__ = CircuitMoE.__qualname__ = f"Circuit{owner.__name__}"
     return CircuitMoE
+
+
+def _unpickled(owner: Any, config: bool) -> Any:
+    """A layer of :func:`_counting`, or a config of one, that is about to be given its state."""
+    kind = _counting(owner)
+    return object.__new__(kind.Config if config else kind)

@@ -70,7 +70,7 @@ class _Geometric:
     def __call__(self, step: float) -> float:
         # Powers of each, since their ratio may be more than a float can hold.
         progress = _progress(step, self.steps)
-        return self.start ** (1 - progress) * self.end**progress
+        return math.pow(self.start, 1 - progress) * math.pow(self.end, progress)
 
 
 @dataclass(frozen=True)

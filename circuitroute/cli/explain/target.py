@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 
 import circuitroute as cr
 
-
 Rule: TypeAlias = cr.Constraint | cr.Circuit
 
 

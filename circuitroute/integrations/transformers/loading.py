@@ -41,8 +41,8 @@ def load(path: Any, *, model_class: Any = None, estimator: str | Estimator | Non
         The model; :func:`get_handle` returns its handle.
 
     Raises:
-        ValueError: it was not patched when it was saved, its constraint cannot be read back, or its estimator was one of
-            its user's own and is not given.
+        ValueError: it was not patched when it was saved, its constraint cannot be read back, or its
+            estimator was one of its user's own and is not given.
         ImportError: transformers is missing or too old.
     """
     package = transformers()

@@ -280,7 +280,7 @@ class CircuitRouting(nn.Module):
         # The class has no name to be found by: it is made again, of the stock class, which has one.
         if type(self) not in _classes.values():
             return super().__reduce_ex__(protocol)
-        return _unpickled, (type(self).__mro__[2],), self.__getstate__()
+        return _unpickled, (type(self).__mro__[2],), self.__getstate__()  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """What repr() shows."""

@@ -56,7 +56,8 @@ class Options:
         as_share(self.decide, self.estimator)
         if self.decide is not None and not isinstance(self.decide, str):
             object.__setattr__(self, "decide", as_number("decide", self.decide))
-        if isinstance(self.temperature, Tensor) and self.temperature.requires_grad:
+        given: Any = self.temperature
+        if isinstance(given, Tensor) and given.requires_grad:
             raise TypeError(
                 "temperature is a tensor that requires a gradient: all layers of a patched model share a plain number, "
                 "which Handle.temperature changes; cr.Router takes temperatures that are learned"
