@@ -35,7 +35,7 @@ def lasting() -> bool:
 def constant(array: Array, device: torch.device | str) -> Tensor:
     """A copy of ``array`` on that device, whatever the default device; never an inference tensor, but in a trace."""
     if is_compiling():
-        return torch.tensor(array, device=device)
+        return torch.as_tensor(array, device=device)
     with torch.inference_mode(False):
         return torch.tensor(array, device=device)
 
@@ -48,8 +48,6 @@ class Tables:
 
     def __init__(self, arrays: Mapping[str, Array]) -> None:
         self._arrays = {name: np.array(array) for name, array in arrays.items()}
-        for array in self._arrays.values():
-            array.setflags(write=False)
         self._made: dict[str, dict[str, Tensor]] = {}
 
     def on(self, device: torch.device) -> Mapping[str, Tensor]:

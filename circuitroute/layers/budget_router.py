@@ -61,6 +61,15 @@ class BudgetLayer(LogitMap):
         return f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, constraint={self.circuit.constraint!r}"
 
 
+class CountHead(nn.Linear):
+    """What a token adds to the preferences of a layer; nothing at first, by whomever modules are reset."""
+
+    def reset_parameters(self) -> None:
+        """No preference."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
 class BudgetRouter(Budget):
     """One router for all mixture-of-experts layers of a model: the experts of every token add up to ``total``.
 
@@ -127,7 +136,7 @@ class BudgetRouter(Budget):
         self._initial_temperature = start_of(temperature)
         J = self.preferences.shape[1]
         self.heads = nn.ModuleList(
-            nn.Linear(hidden_size, J, device=device, dtype=dtype) for _ in range(self.layers if per_token else 0)
+            CountHead(hidden_size, J, device=device, dtype=dtype) for _ in range(self.layers if per_token else 0)
         )
         self.reset_parameters()
 
@@ -143,10 +152,9 @@ class BudgetRouter(Budget):
             put_back("temperature", self.temperature, self._initial_temperature)
         for layer in range(self.layers):
             self.router(layer).reset_parameters()
+        for head in self.heads:
+            cast(CountHead, head).reset_parameters()
         super().reset_parameters()
-        with torch.no_grad():
-            for parameter in self.heads.parameters():
-                parameter.zero_()
 
     def router(self, layer: int) -> BudgetLayer:
         """The linear map and the circuit of one layer; it decides nothing by itself."""

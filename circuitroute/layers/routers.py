@@ -237,6 +237,8 @@ class ExactKRouter(Router):
         decide: Decide | float | None = None,
         temperature: float | Tensor = 1.0,
         bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             hidden_size,
@@ -247,6 +249,8 @@ class ExactKRouter(Router):
             decide=decide,
             temperature=temperature,
             bias=bias,
+            device=device,
+            dtype=dtype,
         )
 
 
@@ -265,6 +269,8 @@ class DynamicKRouter(Router):
         decide: Decide | float | None = None,
         temperature: float | Tensor = 1.0,
         bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             hidden_size,
@@ -275,6 +281,8 @@ class DynamicKRouter(Router):
             decide=decide,
             temperature=temperature,
             bias=bias,
+            device=device,
+            dtype=dtype,
         )
 
 
@@ -282,10 +290,26 @@ class TopKRouter(Router):
     """The deterministic baseline: the ``k`` largest logits, in training too; gradients through the weights only."""
 
     def __init__(
-        self, hidden_size: int, num_experts: int, k: int, *, combine: Combine = "softmax", bias: bool = False
+        self,
+        hidden_size: int,
+        num_experts: int,
+        k: int,
+        *,
+        combine: Combine = "softmax",
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            hidden_size, num_experts, Exactly(k), combine=combine, estimator="none", decide="mode", bias=bias
+            hidden_size,
+            num_experts,
+            Exactly(k),
+            combine=combine,
+            estimator="none",
+            decide="mode",
+            bias=bias,
+            device=device,
+            dtype=dtype,
         )
 
     def forward(
