@@ -32,7 +32,7 @@ from circuitroute.integrations import transformers as adapter  # noqa: E402
 from tests.integrations.models import EXPERTS, HIDDEN, LAYERS, tiny, tokens, ungrouped  # noqa: E402
 from tests.integrations.support import logits_of, router_of  # noqa: E402
 
-pytestmark = pytest.mark.integrations
+pytestmark = [pytest.mark.integrations, pytest.mark.filterwarnings("ignore::FutureWarning")]
 SEED = 3
 
 
