@@ -90,11 +90,12 @@ def register_compiler(constraint_type: type[Constraint], predict: Predictor | No
     return register
 
 
-def compile(constraint: Constraint, n: int, max_nodes: int = 1_000_000) -> Circuit:
+def compile(constraint: Constraint | Circuit, n: int, max_nodes: int = 1_000_000) -> Circuit:
     """Compile ``constraint`` over ``n`` variables to a :class:`Circuit`; memoised on (constraint, n).
 
     Args:
-        constraint: what is allowed.
+        constraint: what is allowed; or a circuit over ``n`` variables, such as a loaded one, which is handed back: what
+            takes a constraint takes a circuit in its place.
         n: number of variables (experts), at least 1.
         max_nodes: the largest circuit to build, in nodes (values held per token).
 
@@ -102,9 +103,12 @@ def compile(constraint: Constraint, n: int, max_nodes: int = 1_000_000) -> Circu
         InfeasibleError: no subset of ``n`` variables satisfies the constraint.
         CircuitTooLargeError: the circuit needs more than ``max_nodes`` nodes.
         UnsupportedConstraintError: no compiler is registered for the constraint's type.
+        ValueError: a circuit over another number of variables.
     """
     n = int_at_least("n", n, 1)
     max_nodes = int_at_least("max_nodes", max_nodes, 1)
+    if isinstance(constraint, Circuit):
+        return _checked(constraint, n, max_nodes)
     _check_constraint(constraint)
     with _lock:
         circuit = _lookup(constraint, n)
@@ -119,14 +123,34 @@ def compile(constraint: Constraint, n: int, max_nodes: int = 1_000_000) -> Circu
     return circuit
 
 
-def predict(constraint: Constraint, n: int) -> Prediction | None:
-    """The size of a constraint's circuit over ``n`` variables, estimated without building; None if its compiler cannot.
+def _checked(circuit: Circuit, n: int, max_nodes: int | None = None) -> Circuit:
+    """A circuit that was given in the place of a constraint over ``n`` variables."""
+    if circuit.n != n:
+        raise ValueError(
+            f"constraint={circuit!r}: it is over {circuit.n} variables, and there are to be n={n}; give a circuit over "
+            f"{n}, or a constraint"
+        )
+    if max_nodes is not None and circuit.num_nodes > max_nodes:
+        raise CircuitTooLargeError(
+            f"{circuit!r} has {circuit.num_nodes} nodes, more than max_nodes={max_nodes}, with width {circuit.width}; "
+            "raise max_nodes"
+        )
+    return circuit
+
+
+def predict(constraint: Constraint | Circuit, n: int) -> Prediction | None:
+    """The size of a constraint's circuit over ``n`` variables, estimated without building; None if its compiler cannot,
+    and where it is a circuit already.
 
     Raises:
         InfeasibleError: no subset of ``n`` variables satisfies the constraint, if that can be seen without building.
         UnsupportedConstraintError: no compiler is registered for the constraint's type.
+        ValueError: a circuit over another number of variables.
     """
     n = int_at_least("n", n, 1)
+    if isinstance(constraint, Circuit):
+        _checked(constraint, n)
+        return None
     _check_constraint(constraint)
     with _lock:
         predictor = _predictors.get(_compiler_for(constraint))

@@ -16,7 +16,8 @@ POSITIVE = f"must be positive and finite, {MIN_TEMPERATURE} at least; decide='mo
 
 
 def as_temperature(temperature: float | Tensor) -> float | Tensor:
-    """A positive number, or a tensor of them. Values on a GPU, or in a traced program, are not looked at.
+    """A positive number, or a tensor of them. Values on a GPU, or in a traced program, are not looked at; on the meta
+    device there are none.
 
     Raises:
         TypeError, ValueError: anything else.
@@ -33,7 +34,7 @@ def as_temperature(temperature: float | Tensor) -> float | Tensor:
         return number
     if not temperature.dtype.is_floating_point:
         raise TypeError(f"temperature has dtype {temperature.dtype}: expected a floating-point dtype")
-    if not cannot_look(temperature):
+    if not (cannot_look(temperature) or temperature.is_meta):
         wrong = ~((temperature >= MIN_TEMPERATURE) & (temperature < math.inf)).detach()
         if bool(wrong.any()):
             place = f" in {rows_text(wrong)}" if wrong.dim() else ""

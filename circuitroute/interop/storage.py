@@ -35,7 +35,7 @@ from circuitroute.circuit.verify.properties import check
 from circuitroute.constraints import Constraint
 from circuitroute.errors import CircuitFileError, CircuitPropertyError
 from circuitroute.interop.imported import Opaque
-from circuitroute.interop.reprs import parse_constraint
+from circuitroute.interop.reprs import parse_constraint, rebuilt
 from circuitroute.interop.text import kind_of
 
 MAGIC = b"circuitroute circuit "
@@ -66,21 +66,19 @@ def save(circuit: Compiled, path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    replace_file(path, _content(circuit))
+    replace_file(path, content(circuit))
 
 
-def _content(circuit: Compiled) -> bytes:
+def content(circuit: Compiled) -> bytes:
+    """What :func:`save` writes: ASCII."""
     graph = circuit.graph
-    text = repr(circuit.constraint)
-    again = parse_constraint(text)
     header = {
         "n": graph.n,
         "nodes": graph.num_nodes,
         "elements": graph.num_edges,
         "counts": None if circuit.counts is None else list(circuit.counts),
-        "constraint": text,
-        # A subclass may have inherited the repr of a built-in, and a foreign class may have the same name as one.
-        "builtin": type(again) is type(circuit.constraint) and again == circuit.constraint,
+        "constraint": repr(circuit.constraint),
+        "builtin": rebuilt(circuit.constraint) is not None,
     }
     lines = [MAGIC + str(VERSION).encode(), json.dumps(header).encode("ascii")]
     for name, dtype in _ARRAYS.items():
@@ -95,7 +93,12 @@ def _content(circuit: Compiled) -> bytes:
 def read(path: str | os.PathLike[str]) -> Parts:
     """The parts of a circuit that :func:`save` wrote, verified; see :func:`circuitroute.load`."""
     source = as_path("path", path)
-    lines = _verified_lines(source, source.read_bytes())
+    return parse(source, source.read_bytes())
+
+
+def parse(source: Path | str, data: bytes) -> Parts:
+    """The parts of a circuit from what :func:`content` made of it, verified; ``source`` names it in errors."""
+    lines = _verified_lines(source, data)
     header = _header(source, lines[1])
     try:
         graph = _graph(header, lines[2:])
@@ -105,7 +108,7 @@ def read(path: str | os.PathLike[str]) -> Parts:
     return Parts(graph, _constraint(header), header.counts)
 
 
-def _verified_lines(path: Path, data: bytes) -> list[bytes]:
+def _verified_lines(path: Path | str, data: bytes) -> list[bytes]:
     """The lines before the checksum, which is right."""
     if not data.startswith(MAGIC):
         raise CircuitFileError(f"{path} is not a saved circuit: it looks like {kind_of(data)}")
@@ -126,7 +129,7 @@ def _verified_lines(path: Path, data: bytes) -> list[bytes]:
     return lines
 
 
-def _header(path: Path, line: bytes) -> _Header:
+def _header(path: Path | str, line: bytes) -> _Header:
     try:
         given: Any = json.loads(line)
     except (ValueError, RecursionError):

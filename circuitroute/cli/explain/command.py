@@ -31,7 +31,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "target",
         metavar="MODULE:CONSTRAINT",
-        help="an importable module (or the path of a .py file) and the name in it of a constraint, or of a "
+        help="an importable module (or the path of a .py file) and the name in it of a constraint, a circuit, or a "
         "function without arguments that returns one",
     )
     parser.add_argument("-n", type=int, required=True, metavar="N", help="number of variables (experts)")

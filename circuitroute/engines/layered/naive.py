@@ -22,6 +22,7 @@ from circuitroute.circuit.graph import Graph, NodeKind, count_range
 from circuitroute.engines.layered.precedence import LOWEST, Precedence
 from circuitroute.engines.logspace import is_zero, log_coins, log_weights, nan_rows
 from circuitroute.engines.naive import NaiveEngine
+from circuitroute.engines.tables import constant, lasting
 from circuitroute.keys import uniform
 
 # Values held at once while walking down, which bounds memory for any circuit.
@@ -49,15 +50,15 @@ class _Plan:
         place[order] = np.arange(len(order))
         leaves = order[: int((graph.level_of == 0).sum())]
         self.nodes = graph.num_nodes
-        self.kind = torch.as_tensor(graph.kind[leaves].astype(np.int64), device=device)
-        self.variable = torch.as_tensor(np.maximum(graph.variable[leaves], 0).astype(np.int64), device=device)
+        self.kind = constant(graph.kind[leaves].astype(np.int64), device)
+        self.variable = constant(np.maximum(graph.variable[leaves], 0).astype(np.int64), device)
         # [W, M], in level order; those of sums with a choice are filled in per token.
-        self.words = torch.as_tensor(Precedence.of(graph).words[:, order], device=device)
+        self.words = constant(Precedence.of(graph).words[:, order], device)
         self.steps: list[_Step] = []
         first = len(leaves)
         for level in graph.levels:
             arrays = (place[level.left], place[level.right], level.segment, level.starts)
-            left, right, segment, starts = (torch.as_tensor(a, device=device) for a in arrays)
+            left, right, segment, starts = (constant(a, device) for a in arrays)
             self.steps.append(_Step(left, right, segment, starts, len(level.nodes), first))
             first += len(level.nodes)
 
@@ -83,9 +84,12 @@ class NaiveLayered(NaiveEngine):
         self.gives_counts = K is not None
 
     def _plan(self, device: torch.device) -> _Plan:
-        if device not in self._plans:
-            self._plans[device] = _Plan(self._graph, device)
-        return self._plans[device]
+        plan = self._plans.get(device)
+        if plan is None:
+            plan = _Plan(self._graph, device)
+            if lasting():
+                self._plans[device] = plan
+        return plan
 
     def log_root(self, logits_TN: Tensor, potential_TJ: Tensor | None) -> tuple[Tensor, Tensor]:
         """See :class:`circuitroute.engines.naive.NaiveEngine`; the coins are taken as they are."""

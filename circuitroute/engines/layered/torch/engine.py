@@ -27,6 +27,7 @@ from circuitroute.engines.layered.torch import sweep
 from circuitroute.engines.layered.torch.plan import Plan, lay_out
 from circuitroute.engines.layered.torch.unrolled import UnrolledMode
 from circuitroute.engines.sweep import Inputs, Sweep, SweepEngine
+from circuitroute.engines.tables import lasting
 
 
 class TorchLayered(SweepEngine):
@@ -48,9 +49,12 @@ class TorchLayered(SweepEngine):
         self.naive = NaiveLayered(graph, max_count if self.gives_counts else None)
 
     def _plan(self, device: torch.device) -> Plan:
-        if device not in self._plans:
-            self._plans[device] = lay_out(self._graph, device)
-        return self._plans[device]
+        plan = self._plans.get(device)
+        if plan is None:
+            plan = lay_out(self._graph, device)
+            if lasting():
+                self._plans[device] = plan
+        return plan
 
     def sweep(self, rows: Inputs, key_T: Tensor | None, moments: bool) -> Sweep:
         """See :class:`circuitroute.engines.sweep.SweepEngine`."""

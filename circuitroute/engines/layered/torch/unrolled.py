@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from circuitroute.circuit.graph import Graph, Level, NodeKind
 from circuitroute.engines.layered.precedence import LOWEST, IntArray, Precedence
 from circuitroute.engines.layered.torch.sampling import first
+from circuitroute.engines.tables import Tables
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -72,6 +73,10 @@ class UnrolledMode(nn.Module):
         graph: a smooth, decomposable circuit. Infinite logits are evidence; there must be no NaN.
         portable: refuse circuits that are too large for a program that leaves this process.
 
+    Attributes:
+        tables: which rows are added to which, on any device; they are no buffers, see
+            :mod:`circuitroute.engines.tables`.
+
     Raises:
         ValueError: it is to be portable and the circuit has more than ``MAX_UNROLLED`` products.
 
@@ -89,13 +94,14 @@ class UnrolledMode(nn.Module):
         self._words = tuple(len(group.words) for group in groups)
         self._root = root
         self.values_per_token = rows + words.rows + 3 * max((group.left.size for group in groups), default=0)
-        self.register_buffer("constants", torch.as_tensor(words.constants), persistent=False)
+        tables = {"constants": words.constants}
         for i, group in enumerate(groups):
-            self.register_buffer(f"left_{i}", torch.as_tensor(group.left), persistent=False)
-            self.register_buffer(f"right_{i}", torch.as_tensor(group.right), persistent=False)
+            tables |= {f"left_{i}": group.left, f"right_{i}": group.right}
             for j, word in enumerate(group.words):
-                for side, table in zip(("sums", "left", "right"), word, strict=True):
-                    self.register_buffer(f"{side}_{i}_{j}", torch.as_tensor(table), persistent=False)
+                sides = zip(("sums", "left", "right"), word, strict=True)
+                tables |= {f"{side}_{i}_{j}": table for side, table in sides}
+        self.tables = Tables(tables)
+        self.tables.prepare(torch.device("cpu"))
 
     def forward(self, logits: Tensor) -> Tensor:
         """[T, N] floating to [T, N] bool."""
@@ -107,18 +113,19 @@ class UnrolledMode(nn.Module):
             theta.clamp(max=0.0),
             0.0,
         )
+        tables = self.tables.on(values.device)
         words = torch.zeros(self._word_rows, theta.shape[1], dtype=torch.int64, device=theta.device)
-        constants = self.get_buffer("constants")
+        constants = tables["constants"]
         words[: len(constants)] = constants[:, None]
         choices = []
         for i, start in enumerate(self._firsts):
-            left, right = self._children(i)
+            left, right = tables[f"left_{i}"], tables[f"right_{i}"]
             sums = slice(start, start + left.shape[1])
             elements = _take(values, left) + _take(values, right)
             values[sums] = elements.amax(0)
             best = elements == values[sums]
             for j in range(self._words[i]):
-                rows, left, right = (self.get_buffer(f"{side}_{i}_{j}") for side in ("sums", "left", "right"))
+                rows, left, right = (tables[f"{side}_{i}_{j}"] for side in ("sums", "left", "right"))
                 ranks = _take(words, left) + _take(words, right)
                 top = torch.where(best, ranks, LOWEST).amax(0)
                 words.index_copy_(0, rows, top)
@@ -128,19 +135,17 @@ class UnrolledMode(nn.Module):
 
     def _present(self, values: Tensor, choices: list[Tensor]) -> Tensor:
         """Which of the literals "present" lie below the root along the choices."""
+        tables = self.tables.on(values.device)
         reached = torch.zeros_like(values, dtype=torch.bool)
         reached[self._root] = values[self._root] > -math.inf
         for i in reversed(range(len(self._firsts))):
             start, choice = self._firsts[i], choices[i]
             live = reached[start : start + len(choice)]
-            for table in self._children(i):
+            for table in (tables[f"left_{i}"], tables[f"right_{i}"]):
                 # The row nothing is never read.
                 child = torch.where(live, table.t().gather(1, choice), 2 * self._n + 1)
                 reached.scatter_(0, child, True)
         return reached[self._n : 2 * self._n].t()
-
-    def _children(self, group: int) -> tuple[Tensor, Tensor]:
-        return self.get_buffer(f"left_{group}"), self.get_buffer(f"right_{group}")
 
 
 def _take(values: Tensor, at: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def drawn(inputs: Inputs, share: float) -> Tensor:
     """[T] bool, the tokens that are sampled."""
     T = len(inputs.logits)
     if inputs.key is None or share in (0.0, 1.0):
-        return torch.full((T,), inputs.key is not None and share == 1.0)
+        return torch.full((T,), inputs.key is not None and share == 1.0, device="cpu")
     folded = fold_in(inputs.key, inputs.key.new_tensor(SHARE))
     return uniform(folded, 0, 1, torch.float64)[0] < share
 
