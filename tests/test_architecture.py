@@ -29,7 +29,7 @@ MODULES = sorted(path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.
 # "circuitroute" itself is the facade; what stands on it uses the library as anyone would.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("_files", "_validate", "errors"),
-    ("keys", "plots"),
+    ("deadline", "keys", "plots"),
     ("constraints",),
     ("circuit",),
     ("interop",),

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from circuitroute.deadline import tick
 from circuitroute.errors import CircuitFileError
 
 MAX_DIGITS = 18
@@ -41,6 +42,7 @@ class TextFile:
     def lines(self) -> Iterator[Line]:
         """The lines in order."""
         for number, line in enumerate(self.data.split(b"\n"), start=1):
+            tick(1 + (len(line) >> 6))
             words = line.split()
             if words and words[0] != b"c":
                 yield Line(number, words)

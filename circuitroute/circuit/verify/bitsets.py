@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from circuitroute.errors import CircuitTooLargeError
 
 # The most memory that the bit sets of one circuit may take, in bytes.
-MAX_BYTES = 1 << 30
+MAX_BYTES = 1 << 29
 
 
 class Pool:
@@ -21,7 +21,7 @@ class Pool:
         """The object that stands for ``bits``.
 
         Raises:
-            CircuitTooLargeError: all of them together take more than a gibibyte.
+            CircuitTooLargeError: all of them together take more than half a gibibyte.
         """
         known = self._known.setdefault(bits, bits)
         if known is bits:
