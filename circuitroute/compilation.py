@@ -8,8 +8,8 @@ A compiler is a function ``(constraint, n, max_nodes) -> Circuit`` registered fo
 The core imports no compiler. The entry-point group ``circuitroute.compilers`` names modules; they are
 imported when a type is met that nothing registered handles yet, and register themselves on import.
 
-Compiling is under a budget of CPU seconds (:mod:`circuitroute.deadline`), and holds up only those who want the same circuit:
-the cache is locked while it is looked at, and each constraint by itself while it is compiled.
+Compiling is under a budget of CPU seconds (:mod:`circuitroute.deadline`), and holds up only those who want the same
+circuit: the cache is locked while it is looked at, and each constraint by itself while it is compiled.
 """
 
 from __future__ import annotations
@@ -61,7 +61,6 @@ class _Turn:
 
     lock: threading.RLock
     wanted: int = 0
-
 
 
 ENTRY_POINT_GROUP = "circuitroute.compilers"
@@ -182,8 +181,9 @@ def _not_too_deep(n: int) -> Iterator[None]:
         yield
     except RecursionError:
         raise CircuitTooLargeError(
-            f"the constraint over {n} variables is nested (or methods of it recurse) deeper than Python calls functions: write "
-            "it flatter, a & b & c rather than a & ~(~b | ~c), or as one cr.Logic, which may be nested as deeply as you like"
+            f"the constraint over {n} variables is nested (or methods of it recurse) deeper than Python calls functions: "
+            "write it flatter, a & b & c rather than a & ~(~b | ~c), or as one cr.Logic, which may be nested as deeply as "
+            "you like"
         ) from None
 
 

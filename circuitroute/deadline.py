@@ -3,10 +3,11 @@
 A constraint or a file can be small and cost more than anyone has. So what compiles, reads, verifies or counts opens a
 budget of CPU seconds of its thread, 15 by default, and every loop that can run long calls :func:`tick`, which costs a
 tenth of a microsecond and looks at the clock now and then. When the budget is spent, it raises
-:class:`~circuitroute.CircuitTooLargeError`: nothing half built is kept. What is done in time is the same whatever the budget.
+:class:`~circuitroute.CircuitTooLargeError`: nothing half built is kept. What is done in time is the same whatever the
+budget.
 
 The budget is ambient, so that a compiler of anyone's, ``function(constraint, n, max_nodes)``, is under it; in loops of
-your own call ``tick()``. A budget inside another: the earlier end counts; one that was left at its default just joins.
+your own call ``tick()``. Of a budget inside another the earlier end counts; one left at its default just joins.
 :func:`within` sets a budget for what takes none as an argument::
 
     with circuitroute.deadline.within(60.0):
@@ -27,8 +28,9 @@ from circuitroute._validate import as_number
 from circuitroute.errors import CircuitTooLargeError
 
 DEFAULT_SECONDS = 15.0
-# Steps between two looks at the clock: few enough for steps of a hundredth of a second, many enough to cost nothing.
+# Steps between two looks at the clock, and how far apart the looks are at most, in seconds, where steps are slow.
 STRIDE = 128
+APART = 0.01
 
 clock: Callable[[], float] = time.thread_time
 
@@ -45,6 +47,7 @@ class _Budget:
         self.start = clock()
         self.end = self.start + seconds
         self.left = 0
+        self.last = self.start
         self.doing = doing
         self.remedy = remedy
         self.note: Callable[[], str] | None = None
@@ -58,7 +61,9 @@ class _Budget:
         now = clock()
         if now > self.end:
             raise OutOfTimeError(self.message(now))
-        self.left = STRIDE
+        slow = (now - self.last) / APART
+        self.left = STRIDE if slow < 1 else int(STRIDE / slow)
+        self.last = now
 
     def message(self, now: float) -> str:
         """What was done for how long, which part took it, and what would help."""

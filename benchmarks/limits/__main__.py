@@ -17,7 +17,7 @@ from benchmarks.limits.cases import CASES
 
 FILE = Path(__file__).parent.parent / "rows" / "cpu-limits.jsonl"
 # What is cut off by force, having neither come to an end nor been refused.
-CPU_SECONDS = 60
+CPU_SECONDS = 40
 BYTES = 8 << 30
 
 

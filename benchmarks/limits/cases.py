@@ -171,7 +171,9 @@ def shared_formula(depth: int) -> cr.Constraint:
 CASES["shared-formula-repr"] = lambda: lambda: len(repr(shared_formula(60)))
 CASES["shared-formula"] = lambda: compiling(shared_formula(60), 60)
 CASES["shared-formula-refused"] = lambda: lambda: cr.compile(shared_formula(60), 10)
-CASES["text-of-100000-nested"] = lambda: lambda: cr.compile(cr.Logic("~(x0 & ~(x1 | " * 50_000 + "x2" + "))" * 50_000), 3)
+CASES["text-of-100000-nested"] = lambda: (
+    lambda: cr.compile(cr.Logic("~(x0 & ~(x1 | " * 50_000 + "x2" + "))" * 50_000), 3)
+)
 CASES["sympy-nested"] = lambda: _sympy_nested
 
 
@@ -199,9 +201,15 @@ def nested(depth: int, n: int) -> cr.Constraint:
 
 
 CASES["nested-60"] = lambda: lambda: cr.compile(nested(60, 32), 32)
-CASES["nested-60-disjoint"] = lambda: lambda: cr.compile(
-    reduce(lambda rule, i: ~(cr.Exactly(1).over([3 * i, 3 * i + 1, 3 * i + 2]) & ~rule), range(1, 60), cr.Exactly(1).over([0, 1, 2])),
-    180,
+CASES["nested-60-disjoint"] = lambda: (
+    lambda: cr.compile(
+        reduce(
+            lambda rule, i: ~(cr.Exactly(1).over([3 * i, 3 * i + 1, 3 * i + 2]) & ~rule),
+            range(1, 60),
+            cr.Exactly(1).over([0, 1, 2]),
+        ),
+        180,
+    )
 )
 CASES["nested-3000"] = lambda: lambda: cr.compile(nested(3000, 32), 32)
 

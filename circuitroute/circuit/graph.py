@@ -280,7 +280,9 @@ def enumerate_models(graph: Graph) -> npt.NDArray[np.bool_]:
     Raises:
         CircuitTooLargeError: they take more than a gibibyte, counting those of all nodes on the way, or 15 CPU seconds.
     """
-    with within(doing=lambda: f"enumerating the subsets of {graph.num_nodes} nodes", remedy="enumerate a smaller circuit"):
+    with within(
+        doing=lambda: f"enumerating the subsets of {graph.num_nodes} nodes", remedy="enumerate a smaller circuit"
+    ):
         return _enumerated(graph)
 
 
@@ -288,8 +290,8 @@ def _enumerated(graph: Graph) -> npt.NDArray[np.bool_]:
     size = graph.n * float(graph.fold(np.ones(graph.num_nodes), np.multiply, np.add).sum())
     if size > MAX_MODEL_BYTES:
         raise CircuitTooLargeError(
-            f"enumerating the subsets of {graph.num_nodes} nodes over {graph.n} variables takes {size / 2**30:.3g} GiB, "
-            f"more than {MAX_MODEL_BYTES / 2**30:g}: draw samples instead, or enumerate a smaller circuit"
+            f"enumerating the subsets of {graph.num_nodes} nodes over {graph.n} variables takes {size / 2**30:.3g} "
+            f"GiB, more than {MAX_MODEL_BYTES / 2**30:g}: draw samples instead, or enumerate a smaller circuit"
         )
     none = np.zeros((1, graph.n), dtype=np.bool_)
     worlds: list[npt.NDArray[np.bool_]] = []

@@ -119,6 +119,14 @@ class _OfParts(Constraint):
             object.__setattr__(self, "_hash", known)
         return known
 
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, _OfParts) or type(self) is not type(other):
+            return NotImplemented
+        tick()  # of parts that are shared, every use is compared
+        return hash(self) == hash(other) and self._fields() == other._fields()
+
     def __getstate__(self) -> dict[str, object]:
         # Hashes of texts differ between processes.
         return {name: value for name, value in self.__dict__.items() if name != "_hash"}
@@ -147,6 +155,7 @@ class Over(_OfParts):
         return self.constraint.over([outer[i] for i in self.indices])
 
     __hash__ = _OfParts.__hash__
+    __eq__ = _OfParts.__eq__
 
     def _fields(self) -> Hashable:
         return self.constraint, self.indices
@@ -184,6 +193,7 @@ class _Composed(_OfParts):
         return self.of(*(part.over(chosen) for part in self.parts))
 
     __hash__ = _OfParts.__hash__
+    __eq__ = _OfParts.__eq__
 
     def _fields(self) -> Hashable:
         return (self.parts,)
@@ -225,6 +235,7 @@ class Not(_OfParts):
         return Not.of(self.part.over(indices))
 
     __hash__ = _OfParts.__hash__
+    __eq__ = _OfParts.__eq__
 
     def _fields(self) -> Hashable:
         return (self.part,)

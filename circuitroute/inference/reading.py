@@ -8,7 +8,6 @@ from circuitroute.deadline import DEFAULT_SECONDS, within
 from circuitroute.inference.circuit import Circuit
 from circuitroute.interop import nnf, sdd, storage
 
-
 _REMEDY = "write a smaller circuit, whose or-nodes decide variables"
 
 

@@ -36,8 +36,8 @@ def to_networkx(circuit: Compiled) -> Any:
     items = circuit.graph.num_nodes + circuit.graph.num_edges
     if items > MAX_ITEMS:
         raise CircuitTooLargeError(
-            f"the circuit over {circuit.n} variables has {items} nodes and products, and networkx takes some two kilobytes "
-            f"for each; at most {MAX_ITEMS}: take a smaller n, or read the arrays of circuit.graph"
+            f"the circuit over {circuit.n} variables has {items} nodes and products, and networkx takes some two "
+            f"kilobytes for each; at most {MAX_ITEMS}: take a smaller n, or read the arrays of circuit.graph"
         )
     with within(doing=lambda: f"making a networkx graph of {items} nodes and products", remedy="take a smaller n"):
         return _view(circuit)

@@ -156,9 +156,10 @@ def _too_large(
 ) -> CircuitTooLargeError:
     """The error for a circuit over the limits: what it would take, which part costs most, and what would help."""
     return CircuitTooLargeError(
-        f"{shown(constraint, SHOWN)} over {n} variables needs {needs}, more than max_nodes={max_nodes} allows; estimated without "
-        f"building: width {_about(predicted.width)}, at most {_about(predicted.nodes)} nodes and "
-        f"{_about(predicted.edges)} elements, about {predicted.seconds:.2g} seconds. {_most(predicted)}, or raise max_nodes"
+        f"{shown(constraint, SHOWN)} over {n} variables needs {needs}, more than max_nodes={max_nodes} allows; "
+        f"estimated without building: width {_about(predicted.width)}, at most {_about(predicted.nodes)} nodes and "
+        f"{_about(predicted.edges)} elements, about {predicted.seconds:.2g} seconds. {_most(predicted)}, "
+        "or raise max_nodes"
     )
 
 

@@ -100,7 +100,10 @@ def _scopes(parts: Sequence[Machine | Proposition]) -> Iterator[Scope]:
 def _predicted(constraint: Constraint, plan: Plan, term: Term, tree: Vtree) -> Choice:
     numbered = Tree(tree)
     if isinstance(plan, Number) and isinstance(term, HowMany):
-        parts, names = [_counted(part, name, numbered) for part, name in zip(term.terms, plan.names, strict=True)], plan.names
+        parts, names = (
+            [_counted(part, name, numbered) for part, name in zip(term.terms, plan.names, strict=True)],
+            plan.names,
+        )
         whole = together(term, parts, numbered)
     else:
         whole = profiles(term, numbered)

@@ -124,8 +124,8 @@ def diagrams(constraint: Constraint, formulas: Sequence[Formula], order: Sequenc
             root = bdd.of(formula, level_of.__getitem__)
         except TooManyNodesError:
             raise CircuitTooLargeError(
-                f"{shown(constraint, SHOWN)}: its decision diagram needs more than {limit} nodes in every order of variables that "
-                "was tried; split the formula into smaller ones, or raise max_nodes"
+                f"{shown(constraint, SHOWN)}: its decision diagram needs more than {limit} nodes in every order of "
+                "variables that was tried; split the formula into smaller ones, or raise max_nodes"
             ) from None
         joined.take(root, set(formula.variables))
     orders = [(root, sorted(names, key=level_of.__getitem__)) for root, names in joined.found]

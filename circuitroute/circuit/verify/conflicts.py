@@ -180,10 +180,10 @@ class _Tables:
         factors = [(self._left[e], self._right[e]) for e in self._elements(node)]
         literals = [b if self._kind[a] == NodeKind.TRUE else a for a, b in factors]
         others = [a if self._kind[a] == NodeKind.TRUE else b for a, b in factors]
-        return (
-            all(self._kind[other] == NodeKind.TRUE for other in others)
-            and {self._kind[x] for x in literals} == {NodeKind.ABSENT, NodeKind.PRESENT}
-        )
+        return all(self._kind[other] == NodeKind.TRUE for other in others) and {self._kind[x] for x in literals} == {
+            NodeKind.ABSENT,
+            NodeKind.PRESENT,
+        }
 
     def _elements(self, node: int) -> range:
         return range(self._first[node], self._first[node + 1])
