@@ -64,7 +64,9 @@ def _pieces(formula: Formula, index: int) -> list[int | str]:
     if operator in ("true", "false"):
         return [operator.capitalize()]
     if operator in _INFIX or operator == "not":
-        inside: list[list[int | str]] = [["(", i, ")"] if formula.steps[i].operator in _INFIX else [i] for i in operands]
+        inside: list[list[int | str]] = [
+            ["(", i, ")"] if formula.steps[i].operator in _INFIX else [i] for i in operands
+        ]
         return ["~", *inside[0]] if operator == "not" else _separated(inside, _INFIX[operator])
     name = "ITE" if operator == "ite" else "Equivalent"
     return [f"{name}(", *_separated([[i] for i in operands], ", "), ")"]

@@ -34,6 +34,7 @@ from circuitroute_compilers.graph import UnhashableStateError, build_graph, most
 from circuitroute_compilers.lowering import Capped, flattened, joined, lower, only_counts
 from circuitroute_compilers.plans import simple_parts
 from circuitroute_compilers.terms import Machine, check_associative
+from circuitroute_compilers.trees import MAX_VARIABLES
 
 # The limit that predictions are made for: that of circuitroute.compile.
 USUAL_NODES = 1_000_000
@@ -58,9 +59,11 @@ def compile_builtin(constraint: Constraint, n: int, max_nodes: int) -> Circuit:
         needs = _count_needs(size, max_nodes)
         if needs is not None:
             raise _too_large(simple, n, max_nodes, size.prediction(simple), needs)
-        if size.mergeable(max_nodes):
-            build = partial(_graph, simple, n, max_nodes)
-            return Circuit(DeferredGraph(n, size.nodes, size.edges, build), constraint, counts)
+        if not size.mergeable(max_nodes):
+            needs = f"{size.largest_table} pairs of states at one tree node"
+            raise _too_large(simple, n, max_nodes, size.prediction(simple), needs)
+        build = partial(_graph, simple, n, max_nodes)
+        return Circuit(DeferredGraph(n, size.nodes, size.edges, build), constraint, counts)
     try:
         return Circuit(_graph(simple, n, max_nodes), constraint, counts)
     except InfeasibleError as error:
@@ -102,6 +105,11 @@ def _graph(constraint: Constraint, n: int, max_nodes: int) -> Graph:
 
 
 def _chosen(constraint: Constraint, n: int, max_nodes: int) -> Choice:
+    if n > MAX_VARIABLES:
+        raise CircuitTooLargeError(
+            f"{shown(constraint, SHOWN)} over {n} variables: only counts over all variables are compiled for more than "
+            f"{MAX_VARIABLES}; compile other rules over fewer"
+        )
     try:
         return choose(constraint, lower(constraint, tuple(range(n))), n, max_nodes)
     except UnhashableStateError as error:

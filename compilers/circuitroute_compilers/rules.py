@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -77,10 +77,14 @@ def torn_counts(parts: Sequence[Constraint], n: int) -> dict[Constraint, Formula
     return {
         part: count_formula(part.constraint, part.indices)
         for part, scope in scopes.items()
-        if isinstance(part, Over)
-        and isinstance(part.constraint, Count)
-        and any(scope & other and scope & ~other and other & ~scope for other in scopes.values())
+        if isinstance(part, Over) and isinstance(part.constraint, Count) and _is_torn(scope, scopes.values())
     }
+
+
+def _is_torn(scope: int, others: Collection[int]) -> bool:
+    """Whether a scope overlaps one of the others in part."""
+    tick(1 + len(others) * (1 + (scope.bit_length() >> 12)) // 8)
+    return any(scope & other and scope & ~other and other & ~scope for other in others)
 
 
 def count_formula(count: Count, indices: Sequence[int]) -> Formula:

@@ -18,7 +18,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from circuitroute import CircuitTooLargeError
 from circuitroute.deadline import tick
 from circuitroute_compilers.terms import Scope, scope_of, variables
 
@@ -123,11 +122,6 @@ def depth(tree: Vtree) -> int:
 
 def candidates(scopes: Iterable[Scope], n: int) -> Iterator[Vtree]:
     """Trees over 0..n-1, the usual one first; all there are if it keeps every scope together."""
-    if n > MAX_VARIABLES:
-        raise CircuitTooLargeError(
-            f"n={n}: only counts over all variables are compiled for more than {MAX_VARIABLES}; compile the other "
-            "rules over fewer variables"
-        )
     known = sorted({scope for scope in scopes if scope.bit_count() > 1})
     usual = around(known, range(n))
     yield usual

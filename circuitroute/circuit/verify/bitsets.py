@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from circuitroute.deadline import tick
 from circuitroute.errors import CircuitTooLargeError
 
 # The most memory that the bit sets of one circuit may take, in bytes.
@@ -23,6 +24,7 @@ class Pool:
         Raises:
             CircuitTooLargeError: all of them together take more than half a gibibyte.
         """
+        tick(1 + (bits.bit_length() >> 10))
         known = self._known.setdefault(bits, bits)
         if known is bits:
             self._bytes += bits.bit_length() // 8

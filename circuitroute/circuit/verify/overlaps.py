@@ -49,7 +49,10 @@ def check_structured(graph: Graph, scopes: list[int], name: Callable[[int], str]
         TooManyPairsError: the circuit is structured, but deciding takes too long.
     """
     numbers: dict[int, int] = {0: 0}
-    scope_of = np.array([numbers.setdefault(scope, len(numbers)) for scope in scopes], dtype=np.int64)
+    scope_of = np.zeros(len(scopes), dtype=np.int64)
+    for node, scope in enumerate(scopes):
+        tick(1 + (scope.bit_length() >> 10))
+        scope_of[node] = numbers.setdefault(scope, len(numbers))
     narrow = np.array([scope.bit_count() <= 1 for scope in numbers], dtype=np.bool_)
     splits = _splits(graph, scope_of, narrow)
     if splits is None:
