@@ -13,7 +13,8 @@ your own call ``tick()``. Of a budget inside another the earlier end counts; one
     with circuitroute.deadline.within(60.0):
         print(circuit.summary())
 
-Python code of others, such as a constraint's ``merge``, is never interrupted: one call that does not return ends nothing.
+Python code of others, such as a constraint's ``merge``, is never interrupted: a call that does not return is
+waited for.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -61,7 +62,12 @@ def measured(name: str) -> rows.Row:
         outcome, message = type(error).__name__, str(error)
     spent = time.process_time() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return {"outcome": outcome, "cpu_seconds": round(spent, 2), "peak_mib": peak >> 10, "message": message[:300]}
+    return {
+        "outcome": outcome,
+        "cpu_seconds": round(spent, 2),
+        "peak_mib": peak >> 10,
+        "message": re.sub(r"/\S*/", "", message)[:300],
+    }
 
 
 if __name__ == "__main__":

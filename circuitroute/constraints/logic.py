@@ -130,7 +130,8 @@ def _operator(part: Any, expr: Any) -> str:
         inside = "" if part is expr else f", in expr={_brief(expr)}"
         raise TypeError(
             f"expr={_brief(part)}{inside}: expected a sympy Boolean over cr.variables(n) made of And, Or, Not, Xor, "
-            f"Implies, Equivalent and ITE, got {type(part).__name__}; for sums of variables use cr.Exactly, cr.AtMost or cr.Cost"
+            f"Implies, Equivalent and ITE, got {type(part).__name__}; for sums of variables use cr.Exactly, cr.AtMost "
+            "or cr.Cost"
         )
     return _OPERATORS[name]
 
