@@ -181,7 +181,7 @@ def _not_too_deep(n: int) -> Iterator[None]:
         yield
     except RecursionError:
         raise CircuitTooLargeError(
-            f"the constraint over {n} variables is nested, or methods of it recurse, deeper than Python calls functions: "
+            f"the constraint over {n} variables is nested, or its methods recurse, deeper than Python calls functions: "
             "write it flatter, a & b & c rather than a & ~(~b | ~c), or as one cr.Logic, which may be nested deeply"
         ) from None
 
