@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from circuitroute._validate import index_tuple, int_at_least
-from circuitroute.constraints.base import Constraint
+from circuitroute.constraints.base import Constraint, shown
 from circuitroute.constraints.counts import Count
 
 
@@ -89,8 +89,11 @@ class EachGroup(Constraint):
         if not isinstance(self.constraint, Constraint):
             raise TypeError(f"constraint={self.constraint!r}: expected a circuitroute Constraint")
 
+    def _pieces(self) -> Iterable[Constraint | str]:
+        return f"EachGroup({self.groups!r}, ", self.constraint, ")"
+
     def __repr__(self) -> str:
-        return f"EachGroup({self.groups!r}, {self.constraint!r})"
+        return shown(self)
 
 
 @dataclass(frozen=True, repr=False)

@@ -33,7 +33,8 @@ from circuitroute.circuit.graph import count_range, model_count
 from circuitroute.circuit.verify.conflicts import UnverifiedError
 from circuitroute.circuit.verify.properties import check
 from circuitroute.constraints import Constraint
-from circuitroute.errors import CircuitFileError, CircuitPropertyError
+from circuitroute.deadline import tick
+from circuitroute.errors import CircuitFileError, CircuitPropertyError, CircuitTooLargeError
 from circuitroute.interop.imported import Opaque
 from circuitroute.interop.reprs import parse_constraint, rebuilt
 from circuitroute.interop.text import kind_of
@@ -103,6 +104,8 @@ def parse(source: Path | str, data: bytes) -> Parts:
     try:
         graph = _graph(header, lines[2:])
         _check_graph(graph, header)
+    except CircuitTooLargeError:
+        raise
     except (ValueError, CircuitPropertyError) as error:
         raise CircuitFileError(f"{source} does not hold a valid circuit: {error}") from None
     return Parts(graph, _constraint(header), header.counts)
@@ -227,13 +230,20 @@ def _check_counts(graph: Graph, counts: tuple[int, ...]) -> None:
     As many models as there should be, of sizes between the smallest and the largest, and the same number of each
     size: the polynomials sum_j (models of size j) x^j agree at a random point modulo a prime.
     """
-    sizes = [math.comb(graph.n, count) for count in counts]
+    models = expected = 0
     point = secrets.randbelow(_PRIME)
     leaves = np.where(graph.kind == NodeKind.PRESENT, point, 1).astype(object)
     value = graph.fold(leaves, lambda a, b: a * b % _PRIME, np.add)[-1] % _PRIME
-    expected = sum(size * pow(point, count, _PRIME) for size, count in zip(sizes, counts, strict=True)) % _PRIME
-    if value != expected or model_count(graph) != sum(sizes) or count_range(graph) != (counts[0], counts[-1]):
+    for count in counts:
+        size = _comb(graph.n, count)
+        models, expected = models + size, (expected + size * pow(point, count, _PRIME)) % _PRIME
+    if value != expected or model_count(graph) != models or count_range(graph) != (counts[0], counts[-1]):
         raise ValueError("the allowed counts are not those of the circuit")
+
+
+def _comb(n: int, count: int) -> int:
+    tick(1 + min(count, n - count) // 4)
+    return math.comb(n, count)
 
 
 def _constraint(header: _Header) -> Constraint:

@@ -13,6 +13,7 @@ deterministic automaton (Moore 1956) carried over to trees, where a state's cont
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -23,6 +24,7 @@ import numpy.typing as npt
 from circuitroute import CircuitTooLargeError, Constraint, InfeasibleError
 from circuitroute.circuit import Graph, NodeKind
 from circuitroute.constraints import State
+from circuitroute.deadline import tick
 from circuitroute_compilers.terms import FALSE, Term
 from circuitroute_compilers.trees import Vtree, nodes
 
@@ -104,6 +106,14 @@ def distinct(states: Sequence[State]) -> tuple[State, ...]:
     return tuple(sorted(found)) if all(type(state) is int for state in found) else found  # type: ignore[type-var]
 
 
+def _number(met: dict[State, int], state: State) -> int:
+    """The number of a state among those met."""
+    try:
+        return met.setdefault(state, len(met))
+    except TypeError as error:
+        raise UnhashableStateError(str(error)) from None
+
+
 def leaf_states(term: Term, variable: int) -> tuple[State, State]:
     """Settled states of a variable when (absent, present)."""
     absent, present = term.leaf(variable)
@@ -132,6 +142,7 @@ class _Builder:
         """Find the states of every block, halves before wholes."""
         block_of: dict[int, _Block] = {}
         for node in nodes(tree):
+            tick()
             if node.halves is None:
                 states = distinct([s for s in leaf_states(self.term, node.first) if s is not FALSE])
                 block = _Block(node, self._intern(states))
@@ -166,20 +177,25 @@ class _Builder:
     def _merge_all(self, lefts: Sequence[State], rights: Sequence[State], tree: Vtree) -> _Table:
         if len(lefts) * len(rights) > most_pairs(self.max_nodes):
             raise self._too_large(f"{len(lefts)} x {len(rights)} pairs of states at one tree node")
-        merged = [
-            (a, b, state)
-            for a, left in enumerate(lefts)
-            for b, right in enumerate(rights)
-            if (state := self.term.settle(self.term.merge(left, right), tree.scope)) is not FALSE
-        ]
-        states = distinct([state for _, _, state in merged])
-        index = {state: i for i, state in enumerate(states)}
-        array = np.array([(a, b, index[state]) for a, b, state in merged], dtype=np.int64).reshape(-1, 3)
-        return _Table(array[:, 0], array[:, 1], array[:, 2], self._intern(states))
+        merge, settle, scope = self.term.merge, self.term.settle, tree.scope
+        met: dict[State, int] = {}
+        live = array("q")  # left, right, result: 24 bytes a pair, where a tuple takes a hundred
+        for a, left in enumerate(lefts):
+            for b, right in enumerate(rights):
+                tick()
+                state = settle(merge(left, right), scope)
+                if state is not FALSE:
+                    live.extend((a, b, _number(met, state)))
+        states = distinct(list(met))
+        place = {state: i for i, state in enumerate(states)}
+        renumbered = np.array([place[state] for state in met], dtype=np.int64)
+        pairs = np.frombuffer(live, dtype=np.int64).reshape(-1, 3) if live else np.zeros((0, 3), dtype=np.int64)
+        return _Table(pairs[:, 0], pairs[:, 1], renumbered[pairs[:, 2]], self._intern(states))
 
     def down(self) -> None:
         """Find the classes of every block, from the root, whose only state is accepted, down to the variables."""
         for block in reversed(self.blocks):
+            tick()
             if block.halves is None:
                 self.nodes += self._leaf_nodes(block)
                 continue
@@ -254,6 +270,7 @@ def _alike(own: IntArray, siblings: IntArray, result: IntArray, count: int) -> _
     first = np.zeros(count, dtype=np.bool_)
     known: dict[bytes, int] = {}
     for state, (start, end) in enumerate(zip(np.concatenate([[0], ends[:-1]]).tolist(), ends.tolist(), strict=True)):
+        tick()
         if start < end:
             fresh = len(known)
             of[state] = known.setdefault(behaviour[start:end].tobytes(), fresh)
@@ -277,6 +294,7 @@ class _Emitter:
         """The whole graph; the root has one class and becomes the last node."""
         node_of_class: dict[int, IntArray] = {}
         for block in self._builder.blocks:
+            tick()
             if block.halves is None:
                 node_of_class[id(block)] = self._leaf(block)
             else:
