@@ -56,7 +56,10 @@ class Circuit:
         self._known_range = (self._counts[0], self._counts[-1]) if self._counts else None
         self._handle = compiled.name(self)
         if self._counts == ():
-            raise InfeasibleError(f"{constraint!r} over {graph.n} variables: no allowed count in 0..{graph.n}")
+            raise InfeasibleError(
+                f"{constraint!r} over {graph.n} variables: no allowed count in 0..{graph.n}; counts=() leaves no "
+                "subset, give the graph's counts or None"
+            )
 
     @property
     def graph(self) -> Graph:

@@ -22,7 +22,7 @@ from torch.compiler import is_compiling
 from torch.distributions import Distribution, constraints
 from torch.nn import functional as F
 
-from circuitroute._validate import as_mask
+from circuitroute._validate import as_mask, present
 from circuitroute.circuit import Compiled, boolean
 from circuitroute.circuit.graph import enumerate_models, model_count
 from circuitroute.engines import Inference, engine_of, layered_engine, ops
@@ -335,10 +335,7 @@ class SubsetDistribution(Distribution):
 
         What routers use: the tree is multiplied up once for the marginals and the sample.
         """
-        mask = self._infer(self.keys(key)).mask
-        if mask is None:
-            raise RuntimeError("an engine that is given keys returns a mask")  # cannot happen
-        return self._as_batch(mask)
+        return self._as_batch(present(self._infer(self.keys(key)).mask, "an engine that is given keys draws a sample"))
 
     @property
     def mode(self) -> Tensor:

@@ -211,7 +211,10 @@ class Budget(nn.Module):
             distribution = routing.distribution
             exact, potential = distribution.count_probs.detach(), distribution.count_potential
             if potential is None:
-                raise ValueError("routings hold a decision of another router: it has no count potential")
+                raise ValueError(
+                    "routings hold a decision of another router, which has no count potential: give those that this "
+                    "budget decided, one per layer"
+                )
             possible = potential > -math.inf
             scores = torch.where(possible, potential.detach() + estimate[: exact.shape[-1]], DEAD)
             log_ratio = torch.where(exact > 0, exact, 1.0).log() - scores.log_softmax(-1)

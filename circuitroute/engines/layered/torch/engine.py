@@ -20,6 +20,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from circuitroute._validate import present
 from circuitroute.circuit.counting import has_definite_counts, split_by_count
 from circuitroute.circuit.graph import Graph
 from circuitroute.engines.layered.naive import NaiveLayered
@@ -72,9 +73,7 @@ class TorchLayered(SweepEngine):
         probs = counter.infer(logits_TN.detach(), None)
         if torch.is_grad_enabled() and logits_TN.requires_grad:
             probs = counter.attach(probs, logits_TN, None)
-        if probs.count_probs is None:
-            raise RuntimeError("nodes split by their count have definite counts")  # cannot happen
-        return probs.count_probs
+        return present(probs.count_probs, "nodes split by their count have definite counts")
 
     @cached_property
     def _counter(self) -> TorchLayered:
