@@ -153,7 +153,11 @@ class Or(_Composed):
 
 @dataclass(frozen=True, repr=False)
 class Not(Constraint):
-    """``part`` does not hold; made by ``~a``."""
+    """``part`` does not hold; made by ``~a``.
+
+    Raises:
+        TypeError: ``part`` is not a constraint.
+    """
 
     part: Constraint
 

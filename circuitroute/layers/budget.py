@@ -142,7 +142,11 @@ class Budget(nn.Module):
         return BudgetState(state.layer + 1, state.spent + routing.counts.to(state.spent.device), state.messages)
 
     def messages(self, estimates: Tensor | None = None) -> Tensor:
-        """V [..., L + 1, C] float64: log weight of all continuations, ``DEAD`` where there is none."""
+        """V [..., L + 1, C] float64: log weight of all continuations, ``DEAD`` where there is none.
+
+        Raises:
+            ValueError: ``estimates`` of another shape.
+        """
         if estimates is None:
             estimates = self.estimates
         elif estimates.shape[-2:] != self.estimates.shape:
@@ -195,7 +199,11 @@ class Budget(nn.Module):
         return None
 
     def log_prob(self, routings: Sequence[Routing]) -> Tensor:
-        """[T] exact log-probability of every token's path through the layers; differentiable."""
+        """[T] exact log-probability of every token's path through the layers; differentiable.
+
+        Raises:
+            ValueError: not one routing per layer.
+        """
         self._check_complete(routings)
         return torch.stack([routing.log_prob for routing in routings]).sum(0)
 
@@ -204,6 +212,9 @@ class Budget(nn.Module):
 
         The mean over tokens and layers of KL(q || q'), q the exact posterior of the layer's count and q' the one that
         the estimate gives under the same potential. Its gradient reaches ``estimates`` alone.
+
+        Raises:
+            ValueError: not one routing per layer, or one of another router.
         """
         self._check_complete(routings)
         terms = []
