@@ -23,6 +23,8 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("circuitroute", "compilers/circuitroute_compilers")
 MODULES = {Path(package).name for package in PACKAGES}
@@ -149,7 +151,8 @@ def watch(folder: Path) -> None:
             with (folder / str(mine)).open("a", encoding="utf-8") as file:
                 file.write(f"{place}\n")
 
-    setattr(builtins, REACHED, reached)
+    # torch.compile then calls it when it traces a path that leads there, and traces on.
+    setattr(builtins, REACHED, torch.compiler.assume_constant_result(reached))
     sys.meta_path.insert(0, _Finder())
 
 
