@@ -14,14 +14,12 @@ from torch.distributions import Distribution
 
 from tests import raises
 
-
 # Whether kernels are interpreted is settled when triton is imported, so it cannot wait for the tests that need it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 if "RAISES" in os.environ:
     raises.watch(Path(os.environ["RAISES"]))
-
 
 VALIDATES = Distribution._validate_args
 
