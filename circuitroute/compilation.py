@@ -102,7 +102,8 @@ def register_compiler(constraint_type: type[Constraint], predict: Predictor | No
             if constraint_type in _compilers:
                 known = _compilers[constraint_type]
                 raise ValueError(
-                    f"{constraint_type.__qualname__} already has a compiler: {known.__module__}.{known.__qualname__}"
+                    f"{constraint_type.__qualname__} already has a compiler, {known.__module__}.{known.__qualname__}: "
+                    f"register this one for a subclass"
                 )
             _compilers[constraint_type] = function
             if predict is not None:

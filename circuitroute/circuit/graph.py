@@ -285,7 +285,8 @@ def enumerate_models(graph: Graph) -> npt.NDArray[np.bool_]:
     """All satisfying assignments, [model_count, n], in lexicographic order of (z_0, z_1, ...).
 
     Raises:
-        CircuitTooLargeError: they take more than a gibibyte, counting those of all nodes on the way, or too many CPU seconds.
+        CircuitTooLargeError: they take more than a gibibyte, counting those of all nodes on the way, or too many
+            CPU seconds.
     """
     with within(
         doing=lambda: f"enumerating the subsets of {graph.num_nodes} nodes", remedy="enumerate a smaller circuit"

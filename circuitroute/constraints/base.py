@@ -42,7 +42,11 @@ class Constraint:
     """
 
     def leaf(self, var: int) -> tuple[State | None, State | None]:
-        """States of variable ``var`` when (absent, present); ``None`` forbids that literal."""
+        """States of variable ``var`` when (absent, present); ``None`` forbids that literal.
+
+        Raises:
+            NotImplementedError: the constraint has no machine; likewise for :meth:`merge` and :meth:`accepts`.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not define leaf(var)")
 
     def merge(self, left: State, right: State) -> State | None:
@@ -80,7 +84,7 @@ class Constraint:
 
         Raises:
             TypeError: an index is not an integer.
-            ValueError: no indices, a negative one, or one given twice.
+            ValueError: no indices, a negative one, one given twice, or fewer than the constraint names variables.
         """
         return Over(self, index_tuple("indices", indices))
 
@@ -218,7 +222,11 @@ class Or(_Composed):
 
 @dataclass(frozen=True, repr=False)
 class Not(_OfParts):
-    """``part`` does not hold; made by ``~a``."""
+    """``part`` does not hold; made by ``~a``.
+
+    Raises:
+        TypeError: ``part`` is not a constraint.
+    """
 
     part: Constraint
 

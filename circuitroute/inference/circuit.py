@@ -63,7 +63,10 @@ class Circuit:
         self._known_count: int | None = None
         self._handle = compiled.name(self)
         if self._counts == ():
-            raise InfeasibleError(f"{constraint!r} over {graph.n} variables: no allowed count in 0..{graph.n}")
+            raise InfeasibleError(
+                f"{constraint!r} over {graph.n} variables: no allowed count in 0..{graph.n}; counts=() leaves no "
+                "subset, give the graph's counts or None"
+            )
 
     @property
     def graph(self) -> Graph:

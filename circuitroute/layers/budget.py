@@ -164,7 +164,11 @@ class Budget(nn.Module):
         return BudgetState(state.layer + 1, state.spent + routing.counts.to(state.spent.device), state.messages)
 
     def messages(self, estimates: Tensor | None = None) -> Tensor:
-        """V [..., L + 1, C] float64: log weight of all continuations, ``DEAD`` where there is none."""
+        """V [..., L + 1, C] float64: log weight of all continuations, ``DEAD`` where there is none.
+
+        Raises:
+            ValueError: ``estimates`` of another shape.
+        """
         if estimates is None:
             estimates = self.estimates
         elif estimates.shape[-2:] != self.estimates.shape:
@@ -220,7 +224,11 @@ class Budget(nn.Module):
         return None
 
     def log_prob(self, routings: Sequence[Routing]) -> Tensor:
-        """[T] exact log-probability of every token's path through the layers; differentiable."""
+        """[T] exact log-probability of every token's path through the layers; differentiable.
+
+        Raises:
+            ValueError: not one routing per layer.
+        """
         self._check_complete(routings)
         return torch.stack([routing.log_prob for routing in routings]).sum(0)
 
@@ -229,6 +237,9 @@ class Budget(nn.Module):
 
         The mean over tokens and layers of KL(q || q'), q the exact posterior of the layer's count and q' the one that
         the estimate gives under the same potential. Its gradient reaches ``estimates`` alone.
+
+        Raises:
+            ValueError: not one routing per layer, or one of another router.
         """
         self._check_complete(routings)
         terms = []
@@ -236,7 +247,10 @@ class Budget(nn.Module):
             distribution = routing.distribution
             exact, potential = distribution.count_probs.detach(), distribution.count_potential
             if potential is None:
-                raise ValueError("routings hold a decision of another router: it has no count potential")
+                raise ValueError(
+                    "routings hold a decision of another router, which has no count potential: give those that this "
+                    "budget decided, one per layer"
+                )
             possible = potential > -math.inf
             scores = torch.where(possible, potential.detach() + estimate[: exact.shape[-1]], DEAD)
             log_ratio = torch.where(exact > 0, exact, 1.0).log() - scores.log_softmax(-1)

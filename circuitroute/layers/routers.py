@@ -85,7 +85,11 @@ class LogitMap(nn.Module):
             nn.init.zeros_(self.bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[T, E] float32 logits of hidden states [..., H], for inputs of any dtype, also under autocast."""
+        """[T, E] float32 logits of hidden states [..., H], for inputs of any dtype, also under autocast.
+
+        Raises:
+            ValueError: hidden states of another size.
+        """
         if hidden.shape[-1] != self.hidden_size:
             raise ValueError(
                 f"hidden has shape {tuple(hidden.shape)}: the last dimension must be hidden_size={self.hidden_size}"

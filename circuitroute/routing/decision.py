@@ -179,6 +179,9 @@ class Routing:
 
         Returns:
             (token_index [S], expert_index [S], weight [S]) with S the total number of chosen experts.
+
+        Raises:
+            ValueError: ``by`` is something else.
         """
         if by not in ("token", "expert"):
             raise ValueError(f"by={by!r}: choose 'token' or 'expert'")

@@ -75,19 +75,12 @@ class _Classes:
 
 @dataclass(eq=False)
 class _Block:
-    """A tree node, its state list, and for an inner one its table and halves."""
+    """A tree node, its state list, and for an inner one its table and two halves."""
 
     tree: Vtree
     states: int
-    table: _Table | None = None
-    halves: tuple[_Block, _Block] | None = None
+    inner: tuple[_Table, _Block, _Block] | None = None
     classes: _Classes = field(default_factory=lambda: _Classes(np.zeros(1, np.int64), np.ones(1, np.bool_)))
-
-    def inner(self) -> tuple[_Table, _Block, _Block]:
-        """Table and halves of a block that is not a single variable."""
-        if self.table is None or self.halves is None:
-            raise RuntimeError("a single variable has no halves")  # cannot happen: callers look first
-        return self.table, *self.halves
 
 
 class UnhashableStateError(Exception):
@@ -149,7 +142,7 @@ class _Builder:
             else:
                 left, right = (block_of[id(half)] for half in node.halves)
                 table = self._table(left.states, right.states, node)
-                block = _Block(node, table.states, table, (left, right))
+                block = _Block(node, table.states, (table, left, right))
             block_of[id(node)] = block
             self._count(block)
             self.blocks.append(block)
@@ -196,10 +189,10 @@ class _Builder:
         """Find the classes of every block, from the root, whose only state is accepted, down to the variables."""
         for block in reversed(self.blocks):
             tick()
-            if block.halves is None:
+            if block.inner is None:
                 self.nodes += self._leaf_nodes(block)
                 continue
-            table, left, right = block.inner()
+            table, left, right = block.inner
             left.classes, right.classes, edges = self._halves(table, left, right, block.classes)
             self.nodes += block.classes.count
             self.edges += edges
@@ -295,11 +288,11 @@ class _Emitter:
         node_of_class: dict[int, IntArray] = {}
         for block in self._builder.blocks:
             tick()
-            if block.halves is None:
+            if block.inner is None:
                 node_of_class[id(block)] = self._leaf(block)
             else:
-                halves = [node_of_class.pop(id(half)) for half in block.halves]
-                node_of_class[id(block)] = self._inner(block, *halves)
+                halves = [node_of_class.pop(id(half)) for half in block.inner[1:]]
+                node_of_class[id(block)] = self._inner(block.classes, *block.inner, *halves)
         return Graph(
             n=self._builder.n,
             kind=np.array(self._kind, dtype=np.uint8),
@@ -309,10 +302,11 @@ class _Emitter:
             right=np.concatenate(self._right).astype(np.int32),
         )
 
-    def _inner(self, block: _Block, left_nodes: IntArray, right_nodes: IntArray) -> IntArray:
-        """One sum per class, made of the pairs of classes that lead there; returns the nodes."""
-        table, left, right = block.inner()
-        owner = block.classes.of[table.result]
+    def _inner(
+        self, whole: _Classes, table: _Table, left: _Block, right: _Block, left_nodes: IntArray, right_nodes: IntArray
+    ) -> IntArray:
+        """One sum per class of the whole, made of the pairs of classes that lead there; returns the nodes."""
+        owner = whole.of[table.result]
         # The first state of a class stands for all of it.
         order = np.flatnonzero((owner >= 0) & left.classes.first[table.left] & right.classes.first[table.right])
         order = order[np.argsort(owner[order], kind="stable")]

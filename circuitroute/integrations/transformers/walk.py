@@ -119,7 +119,10 @@ class Walk:
             return self._begin(logits)
         turns = self._last[training] if self._kept is None else self._kept
         if position not in turns:
-            raise RuntimeError(f"mixture-of-experts layer {position} is recomputed, but has never run")
+            raise RuntimeError(
+                f"mixture-of-experts layer {position} runs in a backward pass, as if recomputed, but has never run; "
+                "run a forward pass of the model first"
+            )
         turn = turns[position]
         _check_tokens(turn.before, logits, position)
         # Messages that the layer made are recomputed with it, and those of a run without gradients have no graph.

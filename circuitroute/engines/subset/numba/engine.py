@@ -244,7 +244,8 @@ class NumbaSubset(SweepEngine):
         by_logits = torch.empty_like(theta, memory_format=torch.contiguous_format)
         by_choice = theta.new_zeros(0 if one else len(theta), theta.shape[1])
         by_potential = theta.new_empty(len(theta), inputs.potential.shape[-1])
-        known = (_array(step.mask), _array(_optional(step.shift, 1, torch.float64)), _array(step.invalid))
+        shift = _given(step.shift) if sweeps else _optional(step.shift, 1, torch.float64)
+        known = (_array(step.mask), _array(shift), _array(step.invalid))
         slots = (_array(step.indices), _array(_optional(upstream.weights)))
         lines = tuple(_array(_optional(x, 1)) for x in (upstream.log_partition, upstream.log_prob))
         arguments = (

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from circuitroute._validate import present
 from circuitroute.engines import combine
 from circuitroute.engines.step import SHARE, Inputs, Rule, Slopes, Step, Upstream
 from circuitroute.engines.sweep import SweepEngine
@@ -62,9 +63,8 @@ def slopes(engine: SweepEngine, inputs: Inputs, rule: Rule, step: Step, upstream
     """The way back of these rows, by the formulas of :mod:`circuitroute.engines.step`; all rows are valid."""
     x, phi, z = divided(inputs).double(), inputs.potential.double(), step.mask.double()
     found = engine.naive.infer(x, phi)
-    if found.count_probs is None:
-        raise RuntimeError("engines of the count family give the posterior")  # cannot happen
-    m, q, theta = found.marginals, found.count_probs, inputs.logits.double()
+    q = present(found.count_probs, "engines of the count family give the posterior")
+    m, theta = found.marginals, inputs.logits.double()
     v = combine.gates_gradient(step, upstream).double()
     u, by_theta = combine.slopes(theta, step.mask, m, v, rule.combine, rule.simple)
     u = u if upstream.marginals is None else u + upstream.marginals.double()
