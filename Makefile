@@ -4,13 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 
-.PHONY: help test test-all test-raises demo lint types docs bench clean
+.PHONY: help test test-all demo lint types docs bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make test    make a virtual environment and run the tests"
 	@echo "make test-all  the slow tests too: every transformers family in every way"
-	@echo "make test-raises  the tests, and whether they reach every raise statement of the library"
 	@echo "make demo    train three small MoE language models and compare their routers (DEMO_ARGS='--steps 50')"
 	@echo "make lint    ruff, formatting included"
 	@echo "make types   mypy --strict"
@@ -25,18 +24,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 test: $(VENV)/.installed
-	@echo "==> running the tests"
-	@$(BIN)/python -m pytest -q -n auto
-
-test-all: $(VENV)/.installed
-	@echo "==> running all tests, the slow ones too"
-	@$(BIN)/python -m pytest -q -n auto -m ""
-
-test-raises: $(VENV)/.installed
 	@echo "==> running the tests, and noting which raise statements they reach"
 	@rm -rf .raises
 	@RAISES=$(CURDIR)/.raises $(BIN)/python -m pytest -q -n auto
 	@$(BIN)/python -m tests.raises .raises
+
+test-all: $(VENV)/.installed
+	@echo "==> running all tests, the slow ones too"
+	@$(BIN)/python -m pytest -q -n auto -m ""
 
 demo: $(VENV)/.installed
 	@echo "==> training the demo models"

@@ -1,4 +1,4 @@
-"""Is every ``raise`` of the library reached by a test? ``make test-raises`` runs all tests, and then this on what ran.
+"""Is every ``raise`` of the library reached by a test? ``make test`` runs all tests, and then this on what ran.
 
 With ``RAISES`` in the environment, the name of a folder, ``tests/conftest.py`` has the library imported with a call in
 front of every ``raise``, which writes down the place. Files and line numbers stay what they are, for all that read
@@ -186,7 +186,7 @@ def main(folder: Path) -> int:
     """Print what is wrong, and how much was looked at; the exit code."""
     reached = reached_in(folder) if folder.is_dir() else set()
     if not reached:
-        sys.stdout.write(f"no raise statement is noted in {str(folder)!r}: run `make test-raises`\n")
+        sys.stdout.write(f"no raise statement is noted in {str(folder)!r}: run `make test`\n")
         return 2
     missing = {place: package for place, package in NEEDS.items() if importlib.util.find_spec(package) is None}
     statements = [s for s in in_library() if not s.path.startswith(tuple(missing))]

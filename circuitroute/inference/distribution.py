@@ -358,7 +358,9 @@ class SubsetDistribution(Distribution):
             return self._float_mask(self.mode_mask().reshape(-1, self.circuit.n), Size())
 
     def mode_mask(self, count: Tensor | None = None) -> Tensor:
-        """[..., N] bool, the mode (all False in invalid rows); of count constraints, also among subsets of a ``count``.
+        """[..., N] bool, the mode; of count constraints, also among subsets of a ``count``.
+
+        All False in rows that nothing satisfies. Rows with NaN have one, too, of nobody's interest.
 
         Args:
             count: [...] int64, for count constraints: the size of each row's subset.
