@@ -24,8 +24,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 test: $(VENV)/.installed
-	@echo "==> running the tests"
-	@$(BIN)/python -m pytest -q -n auto
+	@echo "==> running the tests, and noting which raise statements they reach"
+	@rm -rf .raises
+	@RAISES=$(CURDIR)/.raises $(BIN)/python -m pytest -q -n auto
+	@$(BIN)/python -m tests.raises .raises
 
 test-all: $(VENV)/.installed
 	@echo "==> running all tests, the slow ones too"
@@ -59,4 +61,4 @@ bench: $(VENV)/.installed
 	@$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist site
+	rm -rf $(VENV) .raises .pytest_cache .mypy_cache .ruff_cache build dist site

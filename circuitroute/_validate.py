@@ -29,6 +29,13 @@ def _kind(value: object) -> str:
     return str(getattr(getattr(value, "dtype", None), "kind", ""))
 
 
+def present(value: T | None, why: str) -> T:
+    """``value``, which cannot be None, for the reason given; to say so where types cannot."""
+    if value is None:
+        raise RuntimeError(f"{why}: this is an error in circuitroute, please report it")
+    return value
+
+
 def as_int(name: str, value: object) -> int:
     """``value`` as a Python int; bools and non-integers are refused."""
     if type(value) is int:

@@ -7,6 +7,9 @@ A compiler is a function ``(constraint, n, max_nodes) -> Circuit`` registered fo
 
 The core imports no compiler. The entry-point group ``circuitroute.compilers`` names modules; they are
 imported when a type is met that nothing registered handles yet, and register themselves on import.
+
+Compiling is under a budget of CPU seconds (:mod:`circuitroute.deadline`), and holds up only those who want the same
+circuit: the cache is locked while it is looked at, and each constraint by itself while it is compiled.
 """
 
 from __future__ import annotations
@@ -15,13 +18,16 @@ import importlib
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import entry_points
 from typing import Any, TypeAlias, TypeVar
 
 from circuitroute._validate import int_at_least
-from circuitroute.constraints import Constraint
+from circuitroute.constraints import Constraint, shown
+from circuitroute.deadline import DEFAULT_SECONDS, within
 from circuitroute.errors import CircuitTooLargeError, UnsupportedConstraintError
 from circuitroute.inference.circuit import Circuit
 
@@ -48,15 +54,31 @@ Compiler: TypeAlias = Callable[[Any, int, int], Circuit]
 Predictor: TypeAlias = Callable[[Any, int], Prediction]
 C = TypeVar("C", bound=Compiler)
 
+
+@dataclass
+class _Turn:
+    """The lock of one constraint that is being compiled, and how many threads hold it or wait for it."""
+
+    lock: threading.RLock
+    wanted: int = 0
+
+
 ENTRY_POINT_GROUP = "circuitroute.compilers"
 # The compilers that ship with the library, for checkouts that were never installed (no entry points there).
 BUILT_IN_MODULE = "circuitroute_compilers"
 CACHE_SIZE = 256
+# What a message shows of a constraint whose text may be long.
+SHOWN = 400
+_REMEDY = (
+    "give rules fewer variables or scopes that lie inside or apart from one another, and machines fewer states and a "
+    "faster merge"
+)
 
 _compilers: dict[type, Compiler] = {}
 _predictors: dict[Compiler, Predictor] = {}
 _cache: OrderedDict[tuple[Constraint, int], Circuit] = OrderedDict()
-_lock = threading.RLock()
+_lock = threading.RLock()  # of all of these
+_busy: dict[tuple[Constraint, int], _Turn] = {}
 _loaded = False
 _failed_modules: dict[str, str] = {}
 
@@ -80,7 +102,8 @@ def register_compiler(constraint_type: type[Constraint], predict: Predictor | No
             if constraint_type in _compilers:
                 known = _compilers[constraint_type]
                 raise ValueError(
-                    f"{constraint_type.__qualname__} already has a compiler: {known.__module__}.{known.__qualname__}"
+                    f"{constraint_type.__qualname__} already has a compiler, {known.__module__}.{known.__qualname__}: "
+                    f"register this one for a subclass"
                 )
             _compilers[constraint_type] = function
             if predict is not None:
@@ -90,27 +113,37 @@ def register_compiler(constraint_type: type[Constraint], predict: Predictor | No
     return register
 
 
-def compile(constraint: Constraint, n: int, max_nodes: int = 1_000_000) -> Circuit:
+def compile(
+    constraint: Constraint | Circuit,
+    n: int,
+    max_nodes: int = 1_000_000,
+    max_seconds: float | None = DEFAULT_SECONDS,
+) -> Circuit:
     """Compile ``constraint`` over ``n`` variables to a :class:`Circuit`; memoised on (constraint, n).
 
     Args:
-        constraint: what is allowed.
+        constraint: what is allowed; or a circuit over ``n`` variables, such as a loaded one, which is handed back: what
+            takes a constraint takes a circuit in its place.
         n: number of variables (experts), at least 1.
         max_nodes: the largest circuit to build, in nodes (values held per token).
+        max_seconds: how long compiling may take, in CPU seconds of this thread; None for no limit. The circuit does not
+            depend on it. A constraint's own methods are not interrupted: time is looked at between their calls. A
+            compiler that compiles parts is under the budget of the outermost call (:mod:`circuitroute.deadline`).
 
     Raises:
         InfeasibleError: no subset of ``n`` variables satisfies the constraint.
-        CircuitTooLargeError: the circuit needs more than ``max_nodes`` nodes.
+        CircuitTooLargeError: the circuit needs more than ``max_nodes`` nodes or ``max_seconds`` seconds, or the
+            constraint is nested deeper than Python calls functions.
         UnsupportedConstraintError: no compiler is registered for the constraint's type.
+        ValueError: a circuit over another number of variables.
     """
     n = int_at_least("n", n, 1)
     max_nodes = int_at_least("max_nodes", max_nodes, 1)
+    if isinstance(constraint, Circuit):
+        return _checked(constraint, n, max_nodes)
     _check_constraint(constraint)
-    with _lock:
-        circuit = _lookup(constraint, n)
-        if circuit is None:
-            circuit = _compiler_for(constraint)(constraint, n, max_nodes)
-            _remember(constraint, n, circuit)
+    with within(max_seconds, partial(_doing, "compiling", constraint, n), _REMEDY), _not_too_deep(n):
+        circuit = _found(constraint, n) or _compiled(constraint, n, max_nodes)
     if circuit.num_nodes > max_nodes:
         raise CircuitTooLargeError(
             f"{constraint!r} over {n} variables has {circuit.num_nodes} nodes, more than max_nodes={max_nodes}, "
@@ -119,18 +152,87 @@ def compile(constraint: Constraint, n: int, max_nodes: int = 1_000_000) -> Circu
     return circuit
 
 
-def predict(constraint: Constraint, n: int) -> Prediction | None:
-    """The size of a constraint's circuit over ``n`` variables, estimated without building; None if its compiler cannot.
+def _checked(circuit: Circuit, n: int, max_nodes: int | None = None) -> Circuit:
+    """A circuit that was given in the place of a constraint over ``n`` variables."""
+    if circuit.n != n:
+        raise ValueError(
+            f"constraint={circuit!r}: it is over {circuit.n} variables, and there are to be n={n}; give a circuit over "
+            f"{n}, or a constraint"
+        )
+    if max_nodes is not None and circuit.num_nodes > max_nodes:
+        raise CircuitTooLargeError(
+            f"{circuit!r} has {circuit.num_nodes} nodes, more than max_nodes={max_nodes}, with width {circuit.width}; "
+            "raise max_nodes"
+        )
+    return circuit
+
+
+def _compiled(constraint: Constraint, n: int, max_nodes: int) -> Circuit:
+    """The circuit, by the first thread that wants it; the others wait, and look again."""
+    with _turn(constraint, n):
+        circuit = _found(constraint, n)
+        if circuit is None:
+            circuit = _compiler(constraint)(constraint, n, max_nodes)
+            with _lock:
+                _remember(constraint, n, circuit)
+    return circuit
+
+
+@contextmanager
+def _turn(constraint: Constraint, n: int) -> Iterator[None]:
+    """The lock of one constraint, kept while anyone wants it."""
+    with _lock:
+        turn = _busy.setdefault((constraint, n), _Turn(threading.RLock()))
+        turn.wanted += 1
+    try:
+        with turn.lock:
+            yield
+    finally:
+        with _lock:
+            turn.wanted -= 1
+            if not turn.wanted:
+                del _busy[constraint, n]
+
+
+def _doing(what: str, constraint: Constraint, n: int) -> str:
+    return f"{what} {shown(constraint, SHOWN)} over {n} variables"
+
+
+@contextmanager
+def _not_too_deep(n: int) -> Iterator[None]:
+    try:
+        yield
+    except RecursionError:
+        raise CircuitTooLargeError(
+            f"the constraint over {n} variables is nested, or its methods recurse, deeper than Python calls functions: "
+            "write it flatter, a & b & c rather than a & ~(~b | ~c), or as one cr.Logic, which may be nested deeply"
+        ) from None
+
+
+def predict(constraint: Constraint | Circuit, n: int, max_seconds: float | None = DEFAULT_SECONDS) -> Prediction | None:
+    """The size of a constraint's circuit over ``n`` variables, estimated without building; None if its compiler cannot,
+    and where it is a circuit already.
+
+    Args:
+        constraint: what is allowed.
+        n: number of variables, at least 1.
+        max_seconds: how long predicting may take, in CPU seconds of this thread; None for no limit.
 
     Raises:
+        CircuitTooLargeError: predicting takes more than ``max_seconds`` seconds, or a formula in it needs too large a
+            decision diagram.
         InfeasibleError: no subset of ``n`` variables satisfies the constraint, if that can be seen without building.
         UnsupportedConstraintError: no compiler is registered for the constraint's type.
+        ValueError: a circuit over another number of variables.
     """
     n = int_at_least("n", n, 1)
+    if isinstance(constraint, Circuit):
+        _checked(constraint, n)
+        return None
     _check_constraint(constraint)
-    with _lock:
-        predictor = _predictors.get(_compiler_for(constraint))
-    return None if predictor is None else predictor(constraint, n)
+    with within(max_seconds, partial(_doing, "predicting the size of", constraint, n), _REMEDY), _not_too_deep(n):
+        predictor = _predictors.get(_compiler(constraint))
+        return None if predictor is None else predictor(constraint, n)
 
 
 def _check_constraint(constraint: object) -> None:
@@ -139,6 +241,16 @@ def _check_constraint(constraint: object) -> None:
             f"constraint={constraint!r}: {type(constraint).__name__} is not a constraint; "
             "pass one such as cr.Exactly(8), or subclass cr.Constraint"
         )
+
+
+def _found(constraint: Constraint, n: int) -> Circuit | None:
+    with _lock:
+        return _lookup(constraint, n)
+
+
+def _compiler(constraint: Constraint) -> Compiler:
+    with _lock:
+        return _compiler_for(constraint)
 
 
 def _lookup(constraint: Constraint, n: int) -> Circuit | None:

@@ -5,16 +5,21 @@ Kernels are compiled by one process for all others.
 
 import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
 from torch.distributions import Distribution
 
+from tests import raises
+
 # Whether kernels are interpreted is settled when triton is imported, so it cannot wait for the tests that need it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+if "RAISES" in os.environ:
+    raises.watch(Path(os.environ["RAISES"]))
 
 VALIDATES = Distribution._validate_args
 

@@ -30,7 +30,7 @@ MODULES = sorted(path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("_files", "_tensors", "errors"),
     ("_validate",),
-    ("keys", "plots"),
+    ("deadline", "keys", "plots"),
     ("constraints",),
     ("circuit",),
     ("interop",),

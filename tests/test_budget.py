@@ -481,6 +481,10 @@ def _half_a_path(budget: BudgetRouter) -> None:
     budget.log_prob([routing])
 
 
+def _another_router(budget: BudgetRouter) -> None:
+    budget.estimation_loss([cr.ExactKRouter(H, 4, 2)(torch.randn(3, H))] * 2)
+
+
 @pytest.mark.parametrize(
     ("misuse", "message"),
     [
@@ -490,6 +494,7 @@ def _half_a_path(budget: BudgetRouter) -> None:
         (_other_width, "hidden_size=6"),
         (_other_estimates, r"estimates have shape \(2, 3\)"),
         (_half_a_path, "routings has 1 entries"),
+        (_another_router, "routings hold a decision of another router.* give those that this budget decided"),
     ],
 )
 def test_misuse_is_named(misuse: Callable[[BudgetRouter], None], message: str) -> None:

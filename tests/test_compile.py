@@ -266,10 +266,34 @@ def test_register_compiler_by_type_and_subclass():
 
     assert cr.compile(Mine(2), 6).model_count() == 15
     assert cr.compile(MineToo(2), 7).model_count() == 21
-    with pytest.raises(ValueError, match=r"Mine already has a compiler: .*compile_mine"):
+    with pytest.raises(
+        ValueError, match=r"Mine already has a compiler, .*compile_mine: register this one for a subclass"
+    ):
         cr.register_compiler(Mine)(compile_mine)
     with pytest.raises(TypeError, match="expected a subclass"):
         cr.register_compiler(int)
+
+
+def test_without_any_compiler_it_is_said_what_to_write(monkeypatch):
+    """As where the built-in plug-in could not be imported: not even the general machine has a compiler then."""
+    monkeypatch.setattr(compilation, "_compilers", {})
+    monkeypatch.setattr(compilation, "_loaded", True)
+    monkeypatch.setattr(compilation, "_failed_modules", {compilation.BUILT_IN_MODULE: "ImportError: no numpy"})
+    with pytest.raises(cr.UnsupportedConstraintError) as caught:
+        compilation.predict(Parity(), 4)
+    assert "no compiler for Parity" in str(caught.value)
+    assert "@cr.register_compiler(Parity)" in str(caught.value)
+    assert f"The plug-in {compilation.BUILT_IN_MODULE} could not be imported: ImportError: no numpy" in str(
+        caught.value
+    )
+
+
+def test_a_circuit_without_any_count_is_infeasible():
+    graph = cr.compile(cr.Exactly(2), 4).graph
+    with pytest.raises(
+        cr.InfeasibleError, match=r"Exactly\(2\) over 4 variables: no allowed count in 0\.\.4; counts=\(\)"
+    ):
+        cr.Circuit(graph, cr.Exactly(2), counts=())
 
 
 def test_all_errors_share_a_base():

@@ -5,6 +5,7 @@ import itertools
 import pickle
 from dataclasses import FrozenInstanceError
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -125,3 +126,43 @@ def test_base_class_says_what_is_missing():
     for call in (lambda c: c.leaf(0), lambda c: c.merge(0, 0), lambda c: c.accepts(0)):
         with pytest.raises(NotImplementedError, match="Nothing does not define"):
             call(Nothing())
+
+
+@pytest.mark.parametrize(
+    ("made", "plain"),
+    [
+        (lambda: cr.Exactly(np.int64(2)), cr.Exactly(2)),
+        (lambda: cr.CountIn(np.array([4, 2])), cr.CountIn({2, 4})),
+        (lambda: cr.Cost(np.array([1, 2]), at_most=np.int32(3)), cr.Cost([1, 2], at_most=3)),
+        (lambda: cr.Exactly(1).over(np.array([1, 2])), cr.Exactly(1).over([1, 2])),
+        (lambda: cr.ActiveGroups(cr.Groups(np.int8(4)), at_most=np.int64(2)), cr.ActiveGroups(cr.Groups(4), at_most=2)),
+        (
+            lambda: cr.EachGroup(cr.Groups(np.array([[0, 1], [2, 3]])), cr.Exactly(1)),
+            cr.EachGroup(cr.Groups([[0, 1], [2, 3]]), cr.Exactly(1)),
+        ),
+        (
+            lambda: cr.LayerBudget(np.int64(2), np.int64(3), cr.Exactly(1), cr.AtMost(2)),
+            cr.LayerBudget(2, 3, cr.Exactly(1), cr.AtMost(2)),
+        ),
+    ],
+)
+def test_numbers_of_numpy_make_the_same_constraint(made, plain):
+    """Circuits are memoised by it, and files hold its repr."""
+    assert made() == plain
+    assert hash(made()) == hash(plain)
+    assert repr(made()) == repr(plain)
+
+
+def test_constraints_of_different_kinds_are_not_equal():
+    """Also where they mean the same: the circuit, not the equality, says that."""
+    some = [
+        cr.Exactly(2),
+        cr.Between(2, 2),
+        cr.CountIn({2}),
+        ~cr.Exactly(2),
+        cr.Exactly(2).over([0, 1]),
+        2,
+        "Exactly(2)",
+    ]
+    for i, one in enumerate(some):
+        assert [one == other for other in some] == [i == j for j in range(len(some))]

@@ -234,7 +234,7 @@ def test_circuits_stand_in_for_constraints(tmp_path: Any) -> None:
         router = cr.Router(4, E, given)
         assert router.circuit is given
         assert router(hidden_of(T)).counts.eq(2).all()
-    with pytest.raises(ValueError, match=f"it is over {E} variables, and there are 5 experts"):
+    with pytest.raises(ValueError, match=f"it is over {E} variables, and there are to be n=5"):
         cr.Router(4, 5, circuit)
 
 

@@ -390,12 +390,14 @@ def test_conditioning_errors():
     dist = cr.compile(cr.Exactly(2), N)(random_logits(3))
     with pytest.raises(ValueError, match=r"index 6: indices must lie in 0..5"):
         dist.condition(include=[6])
-    with pytest.raises(ValueError, match=r"share the variables \[1\]"):
+    with pytest.raises(ValueError, match=r"share the variables \[1\]: give each in one of them only"):
         dist.condition(include=[0, 1], exclude=[1])
     with pytest.raises(ValueError, match="rows 0, 1, 2"):
         dist.condition(include=[0, 1, 2])
     with pytest.raises(ValueError, match="mask must be n=6"):
         dist.condition(include=torch.ones(5))
+    with pytest.raises(ValueError, match=r"exclude holds 0\.5: every value of a mask must be 0 or 1; pass integers"):
+        dist.condition(exclude=torch.tensor([0.0, 1.0, 0.5, 0.0, 0.0, 0.0]))
     with pytest.raises(ValueError, match="row"):
         dist.condition(exclude=[0]).condition(include=[0])
     with pytest.raises(TypeError, match=r"include=0\.5"):

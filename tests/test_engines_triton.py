@@ -450,6 +450,15 @@ def test_cpu_tensors_need_the_interpreter(monkeypatch):
         TritonSubset().infer(torch.zeros(1, 6), torch.zeros(3))
 
 
+def test_kernels_and_library_must_agree_on_the_interpreter(monkeypatch):
+    import triton
+
+    other = object.__new__(triton.JITFunction) if fused.interpreter_runs() else (lambda x: x)
+    monkeypatch.setattr(fused, "_kernel", lambda: other)
+    with pytest.raises(cr.EngineError, match="TRITON_INTERPRET was changed after triton was imported; set it before"):
+        TritonSubset().infer(torch.zeros(1, 6), torch.zeros(3))
+
+
 def test_the_interpreter_must_be_chosen_before_triton_is_imported():
     program = """
 import os

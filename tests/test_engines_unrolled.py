@@ -8,6 +8,7 @@ import torch
 import circuitroute as cr
 from circuitroute.engines.layered import NaiveLayered, evaluated
 from circuitroute.engines.layered.torch import unrolled
+from circuitroute.engines.layered.torch.sampling import first
 from circuitroute.engines.layered.torch.unrolled import UnrolledMode
 
 x = cr.variables(12)
@@ -52,16 +53,16 @@ def test_groups_of_any_size_give_the_same(monkeypatch):
     monkeypatch.setattr(unrolled, "FEW_PRODUCTS", 0)
     monkeypatch.setattr(unrolled, "MAX_PRODUCTS", 8)
     pieces = UnrolledMode(graph)
-    assert len(list(pieces.buffers())) > 4 * len(list(whole.buffers()))
+    assert len(pieces.tables) > 4 * len(whole.tables)
     assert torch.equal(whole(logits), pieces(logits))
 
 
 def test_the_first_of_many_is_found():
     """Beyond what a byte can number, too."""
     candidates = torch.zeros(700, 1, 4, dtype=torch.bool)
-    for token, first in enumerate((0, 255, 256, 699)):
-        candidates[first:, 0, token] = True
-    assert unrolled._first(candidates).flatten().tolist() == [0, 255, 256, 699]
+    for token, at in enumerate((0, 255, 256, 699)):
+        candidates[at:, 0, token] = True
+    assert first(candidates).flatten().tolist() == [0, 255, 256, 699]
 
 
 def test_too_large_a_circuit_is_refused(monkeypatch):

@@ -306,3 +306,13 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "--help"]) == 0
     shown: Any = capsys.readouterr().out
     assert all(option in shown for option in ("MODULE:CONSTRAINT", "-n", "--hidden", "--max-nodes", "--json", "--draw"))
+
+
+def test_a_circuit_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is called on logits, but not here; and it is predicted by nobody, since it is there."""
+    source = "import circuitroute as cr\nhalf = cr.compile(cr.Exactly(2), 4)\n\n\ndef made():\n    return half\n"
+    Path("whole.py").write_text(source, encoding="utf-8")
+    for name in ("half", "made"):
+        facts = json.loads(explained(capsys, f"whole.py:{name}", "-n", "4", "--json"))
+        assert (facts["constraint"], facts["predicted"]) == ("Exactly(2)", None)
+    assert "it is over 4 variables, and there are to be n=5" in refused(capsys, "whole.py:half", "-n", "5")

@@ -234,8 +234,14 @@ def test_a_decision_about_something_else_is_refused(shape: tuple[int, int], says
 
 @pytest.mark.parametrize("count", [0, E - 1, E + 1])
 def test_the_number_of_experts_must_be_the_routers(count: int) -> None:
-    with pytest.raises(ValueError, match=f"there are {count} experts, but the router chooses among {E}"):
+    with pytest.raises(ValueError, match=f"there are {count} experts, but the router chooses among {E}: give as many"):
         cr.MoE(cr.ExactKRouter(H, E, 2), [Expert() for _ in range(count)])
+
+
+def test_a_layer_without_a_router_needs_a_decision() -> None:
+    layer = cr.MoE(None, [Expert() for _ in range(E)])
+    with pytest.raises(ValueError, match="routing=None: this layer was made without a router, so every call needs"):
+        layer(_hidden(T))
 
 
 def test_a_replay_for_other_tokens_is_refused() -> None:

@@ -247,6 +247,17 @@ def test_without_moments_the_decision_is_the_same(share):
         assert some.log_prob is some.shift is None
 
 
+def test_what_a_step_without_moments_lacks_is_refused():
+    inputs, rule = made(normal(3, 8), potential_of([2])), Rule("softmax", 0.0, True)
+    step = ENGINE.step(inputs, rule, moments=False)
+    for asked in (
+        lambda: ENGINE.step_marginals(inputs, step, torch.empty(3, 8)),
+        lambda: ENGINE.step_gradient(inputs, rule, step, Upstream(log_prob=torch.ones(3))),
+    ):
+        with pytest.raises(ValueError, match=r"step: it was taken without moments.* take it with moments=True"):
+            asked()
+
+
 def test_rows_depend_neither_on_neighbours_nor_on_threads():
     inputs, rule = made(normal(1500, 40, 3.0), potential_of([2, 3, 4])), Rule("softmax", 0.5, True)
     before = torch.get_num_threads()

@@ -280,6 +280,20 @@ def test_no_rows_and_rows_for_others():
     assert not TritonSubset().steps(Inputs(many, many, 1.0, torch.zeros(21, device=DEVICE), None))
 
 
+def test_steps_that_cannot_be_taken_are_refused():
+    phi, theta = potential_of(cr.Exactly(2), 5).to(DEVICE), torch.zeros(3, 5, device=DEVICE)
+    inputs, sampled, mode = Inputs(theta, theta, 1.0, phi, None), Rule("softmax", 0.5, True), Rule("softmax", 0.0, True)
+    with pytest.raises(ValueError, match=r"share=0\.5: sampled tokens need keys, and key is None"):
+        TritonSubset().step(inputs, sampled, True)
+    step = TritonSubset().step(inputs, mode, False)
+    for asked in (
+        lambda: TritonSubset().step_marginals(inputs, step, torch.empty_like(theta)),
+        lambda: TritonSubset().step_gradient(inputs, mode, step, Upstream(log_prob=torch.ones(3, device=DEVICE))),
+    ):
+        with pytest.raises(ValueError, match=r"step: only a step with moments, of this engine, has marginals"):
+            asked()
+
+
 def test_shares_split_tokens_to_the_last_bit():
     """A share that is exactly one token's uniform leaves that token out; the next larger number takes it in."""
     theta, phi, keys = torch.zeros(24, 7), potential_of(cr.Exactly(3), 7), keys_of(24)

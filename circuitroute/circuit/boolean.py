@@ -12,6 +12,10 @@ from torch import Tensor
 from circuitroute._validate import as_mask
 from circuitroute.circuit.compiled import Compiled
 from circuitroute.circuit.graph import Graph, NodeKind
+from circuitroute.deadline import tick
+
+# Values of nodes that are held at once.
+MAX_VALUES = 1 << 28
 
 
 def satisfies(circuit: Compiled, mask: Tensor) -> Tensor:
@@ -26,7 +30,10 @@ def satisfies(circuit: Compiled, mask: Tensor) -> Tensor:
         allowed[list(circuit.counts)] = True
         return allowed[selected.sum(-1)]
     rows = selected.reshape(-1, circuit.n)
-    return holds(circuit.graph, ~rows, rows).reshape(selected.shape[:-1])
+    # A value per node and row: as many rows at once as a quarter of a gibibyte holds.
+    most = max(1, MAX_VALUES // circuit.graph.num_nodes)
+    parts = [holds(circuit.graph, ~some, some) for some in rows.split(most)]
+    return torch.cat(parts).reshape(selected.shape[:-1])
 
 
 def holds(graph: Graph, absent_TN: Tensor, present_TN: Tensor) -> Tensor:
@@ -41,6 +48,7 @@ def holds(graph: Graph, absent_TN: Tensor, present_TN: Tensor) -> Tensor:
     literal_MT = torch.where(kind == NodeKind.ABSENT, absent_TN.t()[variable], present_TN.t()[variable])
     holds_MT = literal_MT | (kind == NodeKind.TRUE)
     for level in graph.levels:
+        tick(1 + len(level.left) * holds_MT.shape[1] // 1000)
         arrays = (level.left, level.right, level.nodes, level.segment)
         left, right, nodes, segment = (torch.as_tensor(a, device=device) for a in arrays)
         both = (holds_MT[left] & holds_MT[right]).to(torch.int32)

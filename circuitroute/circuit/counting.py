@@ -11,6 +11,7 @@ from collections import defaultdict
 import numpy as np
 
 from circuitroute.circuit.graph import Graph, NodeKind, count_ranges
+from circuitroute.deadline import tick
 
 # (left, right) node pairs
 Pairs = list[tuple[int, int]]
@@ -52,6 +53,7 @@ def split_by_count(graph: Graph) -> Graph:
             continue
         by_count: dict[int, Pairs] = defaultdict(list)
         for e in range(first[node], first[node + 1]):
+            tick(1 + len(parts[left[e]]) * len(parts[right[e]]) // 4)
             for i, a in parts[left[e]].items():
                 for j, b in parts[right[e]].items():
                     by_count[i + j].append((a, b))

@@ -11,7 +11,8 @@ structured circuits: the memory an evaluation needs is one value per node, never
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -20,9 +21,17 @@ import numpy as np
 import numpy.typing as npt
 
 from circuitroute._validate import as_int
+from circuitroute.deadline import DEFAULT_SECONDS, tick, within
+from circuitroute.errors import CircuitTooLargeError
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
 Array: TypeAlias = npt.NDArray[Any]
+
+# Numbers of any size: how many products are taken at once, and how many bits all values may have together.
+EXACT_CHUNK = 1 << 12
+MAX_EXACT_BITS = 1 << 32
+# The most that enumerated models may take, all nodes together.
+MAX_MODEL_BYTES = 1 << 30
 
 
 class NodeKind(enum.IntEnum):
@@ -50,6 +59,16 @@ class Level:
     right: IntArray
     starts: IntArray
     segment: IntArray
+
+    def pieces(self, most: int) -> Iterator[tuple[slice, slice]]:
+        """Ranges of sums, and of their elements: of at most so many elements, unless one sum has more."""
+        ends = [*self.starts[1:].tolist(), len(self.left)]
+        begin = 0
+        while begin < len(ends):
+            start = int(self.starts[begin])
+            end = max(begin + 1, bisect_right(ends, start + most))
+            yield slice(begin, end), slice(start, ends[end - 1])
+            begin = end
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +127,7 @@ class Graph:
         first = self.first.tolist()
         for node in np.flatnonzero(self.kind == NodeKind.SUM).tolist():
             span = slice(first[node], first[node + 1])
+            tick(4)
             if span.start < span.stop:
                 level[node] = 1 + max(level[self.left[span]].max(), level[self.right[span]].max())
         return level
@@ -149,11 +169,21 @@ class Graph:
 
         Returns:
             [M] the value of every node.
+
+        Raises:
+            CircuitTooLargeError: the values are Python ints, and take more than half a gibibyte.
         """
         values = leaves.copy()
+        bits = 0
         for level in self.levels:
-            products = multiply(values[level.left], values[level.right])
-            values[level.nodes] = add.reduceat(products, level.starts)
+            for sums, elements in level.pieces(EXACT_CHUNK) if values.dtype == object else level.pieces(1 << 62):
+                tick(1 + len(level.left[elements]) // 4)
+                products = multiply(values[level.left[elements]], values[level.right[elements]])
+                found = add.reduceat(products, level.starts[sums] - elements.start)
+                values[level.nodes[sums]] = found
+                if values.dtype == object:
+                    bits += sum(int(value).bit_length() for value in found)
+                    _allow_bits(bits)
         return values
 
 
@@ -220,10 +250,23 @@ class DeferredGraph(Graph):
         return Graph, (self.n, self.kind, self.variable, self.first, self.left, self.right)
 
 
-def model_count(graph: Graph) -> int:
-    """Number of satisfying assignments, as a Python int of any size (needs a smooth, deterministic graph)."""
-    ones = np.ones(graph.num_nodes, dtype=object)
-    return int(graph.fold(ones, np.multiply, np.add)[-1])
+def _allow_bits(bits: int) -> None:
+    if bits > MAX_EXACT_BITS:
+        raise CircuitTooLargeError(
+            f"counting takes numbers of more than {MAX_EXACT_BITS} bits, all together: too large for memory"
+        )
+
+
+def model_count(graph: Graph, max_seconds: float | None = DEFAULT_SECONDS) -> int:
+    """Number of satisfying assignments, as a Python int of any size (needs a smooth, deterministic graph).
+
+    Raises:
+        CircuitTooLargeError: it takes more than ``max_seconds`` CPU seconds (None: no limit), or the numbers of subsets
+            of all nodes more than half a gibibyte.
+    """
+    with within(max_seconds, lambda: f"counting the subsets of {graph.num_nodes} nodes", "count a smaller circuit"):
+        ones = np.ones(graph.num_nodes, dtype=object)
+        return int(graph.fold(ones, np.multiply, np.add)[-1])
 
 
 def count_ranges(graph: Graph) -> tuple[IntArray, IntArray]:
@@ -239,10 +282,29 @@ def count_range(graph: Graph) -> tuple[int, int]:
 
 
 def enumerate_models(graph: Graph) -> npt.NDArray[np.bool_]:
-    """All satisfying assignments, [model_count, n], in lexicographic order of (z_0, z_1, ...)."""
+    """All satisfying assignments, [model_count, n], in lexicographic order of (z_0, z_1, ...).
+
+    Raises:
+        CircuitTooLargeError: they take more than a gibibyte, counting those of all nodes on the way, or too many
+            CPU seconds.
+    """
+    with within(
+        doing=lambda: f"enumerating the subsets of {graph.num_nodes} nodes", remedy="enumerate a smaller circuit"
+    ):
+        return _enumerated(graph)
+
+
+def _enumerated(graph: Graph) -> npt.NDArray[np.bool_]:
+    size = graph.n * float(graph.fold(np.ones(graph.num_nodes), np.multiply, np.add).sum())
+    if size > MAX_MODEL_BYTES:
+        raise CircuitTooLargeError(
+            f"enumerating the subsets of {graph.num_nodes} nodes over {graph.n} variables takes {size / 2**30:.3g} "
+            f"GiB, more than {MAX_MODEL_BYTES / 2**30:g}: draw samples instead, or enumerate a smaller circuit"
+        )
     none = np.zeros((1, graph.n), dtype=np.bool_)
     worlds: list[npt.NDArray[np.bool_]] = []
     for node in range(graph.num_nodes):
+        tick(8)
         if graph.kind[node] != NodeKind.SUM:
             world = none.copy()
             if graph.kind[node] == NodeKind.PRESENT:
@@ -257,4 +319,5 @@ def enumerate_models(graph: Graph) -> npt.NDArray[np.bool_]:
 
 
 def _cross(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    tick(1 + len(a) * len(b) * a.shape[1] // 1000)
     return (a[:, None, :] | b[None, :, :]).reshape(-1, a.shape[1])

@@ -15,8 +15,12 @@ from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
 from circuitroute._validate import index_tuple
+from circuitroute.deadline import tick
 
 State: TypeAlias = Hashable
+
+# Longer texts are cut off: shared parts are written as often as they occur, and sixty rules can occur 2^60 times.
+MAX_TEXT = 1 << 22
 
 
 class Constraint:
@@ -38,7 +42,11 @@ class Constraint:
     """
 
     def leaf(self, var: int) -> tuple[State | None, State | None]:
-        """States of variable ``var`` when (absent, present); ``None`` forbids that literal."""
+        """States of variable ``var`` when (absent, present); ``None`` forbids that literal.
+
+        Raises:
+            NotImplementedError: the constraint has no machine; likewise for :meth:`merge` and :meth:`accepts`.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not define leaf(var)")
 
     def merge(self, left: State, right: State) -> State | None:
@@ -76,13 +84,63 @@ class Constraint:
 
         Raises:
             TypeError: an index is not an integer.
-            ValueError: no indices, a negative one, or one given twice.
+            ValueError: no indices, a negative one, one given twice, or fewer than the constraint names variables.
         """
         return Over(self, index_tuple("indices", indices))
 
+    def _pieces(self) -> Iterable[Constraint | str]:
+        """What the ``repr`` consists of: texts, and constraints in the place of theirs."""
+        return (repr(self),)
+
+
+def shown(constraint: Constraint, most: int = MAX_TEXT) -> str:
+    """The ``repr`` of a constraint, cut off after so many characters."""
+    texts: list[str] = []
+    length = 0
+    waiting: list[Constraint | str] = [constraint]
+    while waiting and length <= most:
+        here = waiting.pop()
+        if isinstance(here, str):
+            texts.append(here)
+            length += len(here)
+        else:
+            waiting.extend(reversed(tuple(here._pieces())))
+    text = "".join(texts)
+    return text if length <= most else f"{text[:most]}..."
+
+
+class _OfParts(Constraint):
+    """A constraint made of others, which remembers its hash: parts may be shared, and nested deeply."""
+
+    def _fields(self) -> Hashable:
+        """What distinguishes it from others of its class."""
+        raise NotImplementedError
+
+    def __hash__(self) -> int:
+        known: int | None = self.__dict__.get("_hash")
+        if known is None:
+            known = hash(self._fields())
+            object.__setattr__(self, "_hash", known)
+        return known
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, _OfParts) or type(self) is not type(other):
+            return NotImplemented
+        tick()  # of parts that are shared, every use is compared
+        return hash(self) == hash(other) and self._fields() == other._fields()
+
+    def __getstate__(self) -> dict[str, object]:
+        # Hashes of texts differ between processes.
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
+
+    def __repr__(self) -> str:
+        return shown(self)
+
 
 @dataclass(frozen=True, repr=False)
-class Over(Constraint):
+class Over(_OfParts):
     """``constraint`` on the variables ``indices`` only; made by :meth:`Constraint.over`.
 
     Like the other composed constraints it has no machine: compilers take it apart.
@@ -100,12 +158,18 @@ class Over(Constraint):
             )
         return self.constraint.over([outer[i] for i in self.indices])
 
-    def __repr__(self) -> str:
-        return f"{self.constraint!r}.over({list(self.indices)!r})"
+    __hash__ = _OfParts.__hash__
+    __eq__ = _OfParts.__eq__
+
+    def _fields(self) -> Hashable:
+        return self.constraint, self.indices
+
+    def _pieces(self) -> Iterable[Constraint | str]:
+        return self.constraint, f".over({list(self.indices)!r})"
 
 
 @dataclass(frozen=True, repr=False, init=False)
-class _Composed(Constraint):
+class _Composed(_OfParts):
     """Several constraints joined by one operator: nested uses flattened, repetitions dropped, order kept."""
 
     symbol: ClassVar[str]
@@ -114,6 +178,7 @@ class _Composed(Constraint):
     def __init__(self, parts: Iterable[Constraint]) -> None:
         flat: list[Constraint] = []
         for i, part in enumerate(parts):
+            tick()
             if not isinstance(part, Constraint):
                 raise TypeError(f"parts[{i}]={part!r}: expected a circuitroute Constraint, got {type(part).__name__}")
             flat.extend(part.parts if isinstance(part, type(self)) else (part,))
@@ -131,8 +196,16 @@ class _Composed(Constraint):
         chosen = index_tuple("indices", indices)
         return self.of(*(part.over(chosen) for part in self.parts))
 
-    def __repr__(self) -> str:
-        return f"({f' {self.symbol} '.join(map(repr, self.parts))})"
+    __hash__ = _OfParts.__hash__
+    __eq__ = _OfParts.__eq__
+
+    def _fields(self) -> Hashable:
+        return (self.parts,)
+
+    def _pieces(self) -> Iterable[Constraint | str]:
+        sign = f" {self.symbol} "
+        joined = [piece for part in self.parts for piece in (sign, part)]
+        return "(", *joined[1:], ")"
 
 
 class And(_Composed):
@@ -148,8 +221,12 @@ class Or(_Composed):
 
 
 @dataclass(frozen=True, repr=False)
-class Not(Constraint):
-    """``part`` does not hold; made by ``~a``."""
+class Not(_OfParts):
+    """``part`` does not hold; made by ``~a``.
+
+    Raises:
+        TypeError: ``part`` is not a constraint.
+    """
 
     part: Constraint
 
@@ -165,5 +242,11 @@ class Not(Constraint):
     def over(self, indices: Iterable[int]) -> Constraint:
         return Not.of(self.part.over(indices))
 
-    def __repr__(self) -> str:
-        return f"~{self.part!r}"
+    __hash__ = _OfParts.__hash__
+    __eq__ = _OfParts.__eq__
+
+    def _fields(self) -> Hashable:
+        return (self.part,)
+
+    def _pieces(self) -> Iterable[Constraint | str]:
+        return "~", self.part

@@ -14,16 +14,19 @@ class Count(Constraint):
 
     Subclasses say which counts are allowed in :meth:`allows` and give :attr:`largest`, beyond which a block
     is dead (``None``: no limit).
+
+    Raises:
+        NotImplementedError: :attr:`largest` or :meth:`allows` is used of a subclass that does not define it.
     """
 
     @property
     def largest(self) -> int | None:
         """The largest allowed count, or None when every large count is allowed."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define largest")
 
     def allows(self, count: int) -> bool:
         """Whether ``count`` selected variables are allowed."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define allows(count)")
 
     def leaf(self, var: int) -> tuple[State | None, State | None]:
         return 0, (None if self.largest == 0 else 1)
@@ -88,7 +91,12 @@ class AtLeast(_CountOfK):
 
 @dataclass(frozen=True, repr=False)
 class Between(Count):
-    """Between ``kmin`` and ``kmax`` variables are selected, both included."""
+    """Between ``kmin`` and ``kmax`` variables are selected, both included.
+
+    Raises:
+        TypeError: a bound that is no integer.
+        ValueError: a negative bound, or ``kmax`` below ``kmin``.
+    """
 
     kmin: int
     kmax: int
@@ -112,7 +120,12 @@ class Between(Count):
 
 @dataclass(frozen=True, repr=False, init=False)
 class CountIn(Count):
-    """The number of selected variables is one of ``counts``."""
+    """The number of selected variables is one of ``counts``.
+
+    Raises:
+        TypeError: something else than integers.
+        ValueError: no count, or a negative one.
+    """
 
     counts: frozenset[int]
 

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from circuitroute.deadline import tick
+from circuitroute.errors import CircuitTooLargeError
+
 # The value of each operator, given those of its operands.
 MEANING: dict[str, Callable[[Sequence[bool]], bool]] = {
     "true": lambda _: True,
@@ -27,6 +30,8 @@ MEANING: dict[str, Callable[[Sequence[bool]], bool]] = {
 _IN_ANY_ORDER = ("and", "or", "xor", "equivalent")
 _ASSOCIATIVE = ("and", "or", "xor")
 _IDEMPOTENT = ("and", "or", "equivalent")
+# All operands of all steps that one writer makes: those of a chain nested to the right add up to half its square.
+MAX_OPERANDS = 20_000_000
 
 
 class Step(NamedTuple):
@@ -51,6 +56,7 @@ class Formula:
         """For each step the variables it depends on, a bit per variable."""
         found: list[int] = []
         for operator, operands in self.steps:
+            tick(1 + len(operands))
             scope = 0
             for i in operands:
                 scope |= 1 << i if operator == "var" else found[i]
@@ -78,6 +84,7 @@ class Formula:
         found: list[int] = []
         waiting = [writer.copy(self)]
         while waiting:
+            tick()
             top = waiting.pop()
             parts = _parts(writer, top)
             waiting.extend(reversed(parts))
@@ -112,6 +119,7 @@ class Writer:
         self.steps: list[Step] = []
         self._known: dict[Step, int] = {}
         self._keys: list[tuple[int, int, bytes]] = []
+        self._operands = 0
 
     def variable(self, index: int) -> int:
         """The step of a variable."""
@@ -122,6 +130,7 @@ class Writer:
         some = list(operands)
         if operator in _ASSOCIATIVE:
             some = [j for i in some for j in (self.steps[i].operands if self.steps[i].operator == operator else (i,))]
+        tick(1 + len(some))
         if operator in _IDEMPOTENT:
             some = list(dict.fromkeys(some))
         if operator in _IN_ANY_ORDER:
@@ -142,6 +151,12 @@ class Writer:
     def _step(self, step: Step, key: tuple[int, int, bytes]) -> int:
         index = self._known.setdefault(step, len(self.steps))
         if index == len(self.steps):
+            self._operands += len(step.operands)
+            if self._operands > MAX_OPERANDS:
+                raise CircuitTooLargeError(
+                    f"a formula whose steps have more than {MAX_OPERANDS} operands: write long chains of one operator "
+                    "flat, a & b & c rather than a & (b & c)"
+                )
             self.steps.append(step)
             self._keys.append(key)
         return index
@@ -150,6 +165,7 @@ class Writer:
         """The step of a whole formula, its variable i being ``indices[i]`` if these are given."""
         place: list[int] = []
         for operator, operands in formula.steps:
+            tick()
             if operator == "var":
                 place.append(self.variable(operands[0] if indices is None else indices[operands[0]]))
             else:
@@ -164,6 +180,7 @@ class Writer:
         while waiting:
             here = waiting[-1]
             operator, operands = self.steps[here]
+            tick(1 + len(operands))
             missing = [] if operator == "var" else [i for i in operands if i not in place]
             if missing:
                 waiting.extend(reversed(missing))

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from circuitroute._validate import index_tuple, int_at_least
-from circuitroute.constraints.base import Constraint
+from circuitroute.constraints.base import Constraint, shown
 from circuitroute.constraints.counts import Count
 
 
@@ -79,7 +79,11 @@ def _as_groups(groups: object) -> Groups:
 
 @dataclass(frozen=True, repr=False)
 class EachGroup(Constraint):
-    """Every group satisfies ``constraint``, which sees the group's variables as 0, 1, ..."""
+    """Every group satisfies ``constraint``, which sees the group's variables as 0, 1, ...
+
+    Raises:
+        TypeError: ``groups`` that are no :class:`Groups`, or a ``constraint`` that is none.
+    """
 
     groups: Groups
     constraint: Constraint
@@ -89,8 +93,11 @@ class EachGroup(Constraint):
         if not isinstance(self.constraint, Constraint):
             raise TypeError(f"constraint={self.constraint!r}: expected a circuitroute Constraint")
 
+    def _pieces(self) -> Iterable[Constraint | str]:
+        return f"EachGroup({self.groups!r}, ", self.constraint, ")"
+
     def __repr__(self) -> str:
-        return f"EachGroup({self.groups!r}, {self.constraint!r})"
+        return shown(self)
 
 
 @dataclass(frozen=True, repr=False)
@@ -99,6 +106,10 @@ class ActiveGroups(Constraint):
 
     DeepSeek-V3's node limit, at most 4 of 8 groups and 8 experts in all, is
     ``ActiveGroups(Groups(8), at_most=4) & Exactly(8)``.
+
+    Raises:
+        TypeError: ``groups`` that are no :class:`Groups`, or a bound that is no integer.
+        ValueError: a negative bound, ``at_most`` below ``at_least``, or ``at_least`` above the number of groups.
     """
 
     groups: Groups
@@ -124,6 +135,10 @@ class LayerBudget(Constraint):
     """A joint budget over the experts of all layers: variable ``layer * experts + expert``.
 
     Every layer's count satisfies ``per_layer``, the count over all layers ``total``.
+
+    Raises:
+        TypeError: sizes that are no integers, or ``per_layer`` or ``total`` that are no counts.
+        ValueError: no layers, or no experts.
     """
 
     layers: int

@@ -12,6 +12,7 @@ from circuitroute._validate import index_tuple, int_at_least
 from circuitroute.constraints.base import Constraint
 from circuitroute.constraints.formula import Formula, Writer
 from circuitroute.constraints.notation import VARIABLE, read, written
+from circuitroute.deadline import tick, within
 
 # Steps by the name of the sympy class.
 _OPERATORS = {
@@ -26,9 +27,16 @@ _OPERATORS = {
     "ITE": "ite",
 }
 
+# The parts of an expression that is printed in a message.
+MAX_PRINTED = 1_000
+
 
 def variables(n: int) -> tuple[Any, ...]:
     """The sympy symbols x0, ..., x{n-1} of ``n`` variables, to write :class:`Logic` with.
+
+    Combine them with ``& | ~ >> ^`` and sympy's functions, never with Python's ``and``, ``or``, ``not``, ``==``: to
+    these a sympy expression is true as it stands, so that ``x[0] and x[1]`` is just ``x[1]``, ``not x[0]`` is False,
+    and ``x[0] == x[1]``, which compares names, is False too (``sympy.Equivalent(x[0], x[1])`` is meant).
 
     Raises:
         ValueError: n is below 1.
@@ -57,7 +65,8 @@ class Logic(Constraint):
     def __init__(self, expr: Any) -> None:
         if isinstance(expr, (bool, np.bool_)):
             expr = str(bool(expr))
-        object.__setattr__(self, "formula", read(expr) if isinstance(expr, str) else _from_sympy(expr))
+        with within(doing=lambda: "reading a formula", remedy="write it shorter"):
+            object.__setattr__(self, "formula", read(expr) if isinstance(expr, str) else _from_sympy(expr))
 
     @classmethod
     def of(cls, formula: Formula) -> Logic:
@@ -103,6 +112,7 @@ def _from_sympy(expr: Any) -> Formula:
     while waiting:
         here = waiting[-1]
         operator = _operator(here, expr)
+        tick(1 + len(here.args))
         missing = [] if operator == "var" else [part for part in here.args if part not in place]
         if missing:
             waiting.extend(reversed(missing))
@@ -123,12 +133,22 @@ def _operator(part: Any, expr: Any) -> str:
         return "var"
     name = type(part).__name__
     if name not in _OPERATORS or not isinstance(part, getattr(boolalg, name)):
-        inside = "" if part is expr else f", in expr={expr}"
+        inside = "" if part is expr else f", in expr={_brief(expr)}"
         raise TypeError(
-            f"expr={part}{inside}: expected a sympy Boolean over cr.variables(n) made of And, Or, Not, Xor, Implies, "
-            f"Equivalent and ITE, got {type(part).__name__}; for sums of variables use cr.Exactly, cr.AtMost or cr.Cost"
+            f"expr={_brief(part)}{inside}: expected a sympy Boolean over cr.variables(n) made of And, Or, Not, Xor, "
+            f"Implies, Equivalent and ITE, got {type(part).__name__}; for sums of variables use cr.Exactly, cr.AtMost "
+            "or cr.Cost"
         )
     return _OPERATORS[name]
+
+
+def _brief(expr: Any) -> str:
+    """An expression as text; only its class if it is long, since shared parts are printed as often as they occur."""
+    waiting, found = [expr], 0
+    while waiting and found <= MAX_PRINTED:
+        found += 1
+        waiting += getattr(waiting.pop(), "args", ())
+    return str(expr) if found <= MAX_PRINTED else f"{type(expr).__name__}(...)"
 
 
 def _index(symbol: Any) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from circuitroute.constraints.formula import Formula, Writer
+from circuitroute.deadline import tick
 
 # Words for operators, and what they are in steps: "not and" is the negation of the conjunction.
 _CALLS = {
@@ -31,26 +32,48 @@ _SIGNS = {"|": (1, "or"), "^": (2, "xor"), "&": (3, "and"), "<<": (4, "implies")
 _INFIX = {operator: f" {sign} " for sign, (_, operator) in _SIGNS.items() if sign != "~"}
 _TOKEN = re.compile(r"\s*(?:([A-Za-z_]\w*|>>|<<|[&|^~(),]|\Z)|(\S+))", re.ASCII)
 VARIABLE = re.compile(r"x(0|[1-9][0-9]*)", re.ASCII)
+# Longer texts are cut off: shared steps are written as often as they occur.
+MAX_TEXT = 1 << 22
 _Taker: TypeAlias = Callable[[str], Any]  # takes a token and returns what takes the next one
 
 
 def written(formula: Formula) -> str:
-    """The text of a formula; :func:`read` turns it back."""
+    """The text of a formula; :func:`read` turns it back, unless it is longer than ``MAX_TEXT``, where it is cut off.
+
+    Written from the top, since the texts of all steps together can be far longer than that of the last.
+    """
     texts: list[str] = []
-    for operator, operands in formula.steps:
-        if operator == "var":
-            texts.append(f"x{operands[0]}")
-            continue
-        parts = [texts[i] for i in operands]
-        if operator in _INFIX or operator == "not":
-            loose = [formula.steps[i].operator in _INFIX for i in operands]
-            inside = [f"({part})" if wrap else part for part, wrap in zip(parts, loose, strict=True)]
-            texts.append(f"~{inside[0]}" if operator == "not" else _INFIX[operator].join(inside))
-        elif operator in ("true", "false"):
-            texts.append(operator.capitalize())
+    length = 0
+    waiting: list[int | str] = [len(formula.steps) - 1]
+    while waiting and length <= MAX_TEXT:
+        here = waiting.pop()
+        if isinstance(here, str):
+            texts.append(here)
+            length += len(here)
         else:
-            texts.append(f"{'ITE' if operator == 'ite' else 'Equivalent'}({', '.join(parts)})")
-    return texts[-1]
+            waiting.extend(reversed(_pieces(formula, here)))
+    text = "".join(texts)
+    return text if length <= MAX_TEXT else f"{text[:MAX_TEXT]}..."
+
+
+def _pieces(formula: Formula, index: int) -> list[int | str]:
+    """What the text of a step consists of: texts, and steps in the place of theirs."""
+    operator, operands = formula.steps[index]
+    if operator == "var":
+        return [f"x{operands[0]}"]
+    if operator in ("true", "false"):
+        return [operator.capitalize()]
+    if operator in _INFIX or operator == "not":
+        inside: list[list[int | str]] = [
+            ["(", i, ")"] if formula.steps[i].operator in _INFIX else [i] for i in operands
+        ]
+        return ["~", *inside[0]] if operator == "not" else _separated(inside, _INFIX[operator])
+    name = "ITE" if operator == "ite" else "Equivalent"
+    return [f"{name}(", *_separated([[i] for i in operands], ", "), ")"]
+
+
+def _separated(parts: list[list[int | str]], separator: str) -> list[int | str]:
+    return [piece for part in parts for piece in (separator, *part)][1:]
 
 
 def read(text: str) -> Formula:
@@ -76,6 +99,7 @@ class _Reader:
     def whole(self) -> Formula:
         take: _Taker = self._operand
         for found in _TOKEN.finditer(self._text.rstrip()):
+            tick()
             self._at = found.start(found.lastindex or 0)
             if found[2]:
                 raise self._wrong(f"{found[2][:20]!r} has no meaning in a formula")

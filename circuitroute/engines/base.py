@@ -88,7 +88,10 @@ class LayeredEngine(Engine, Protocol):
     gives_counts: bool  # whether :meth:`infer` gives the count posterior
 
     def mode(self, logits_TN: Tensor) -> Tensor:
-        """[T, N] bool, a most probable subset; ties go to the first element of a sum, so all engines agree."""
+        """[T, N] bool, the most probable subset; ties: :mod:`circuitroute.engines.layered.precedence`.
+
+        All False in rows that nothing satisfies.
+        """
         ...
 
     def counting(self) -> Engine:

@@ -34,6 +34,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from circuitroute._validate import present
 from circuitroute.engines import autograd
 from circuitroute.engines.base import Inference
 from circuitroute.engines.coins import log_normaliser
@@ -168,10 +169,8 @@ class SweepEngine(ABC):
     @torch.no_grad()
     def sample(self, logits_TN: Tensor, potential: Tensor | None, key_T: Tensor) -> Tensor:
         """See :class:`circuitroute.engines.base.Engine`."""
-        mask = self._settled(Inputs(logits_TN, potential), key_T, moments=False).mask
-        if mask is None:
-            raise RuntimeError("a sweep that is given keys draws a sample")  # cannot happen
-        return mask
+        swept = self._settled(Inputs(logits_TN, potential), key_T, moments=False)
+        return present(swept.mask, "a sweep that is given keys draws a sample")
 
     def _settled(self, rows: Inputs, key_T: Tensor | None, moments: bool) -> Sweep:
         """A sweep, and what the policy does about the rows it marks."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from circuitroute._tensors import traced, untraced
+from circuitroute._validate import present
 from circuitroute.circuit import Compiled, boolean
 from circuitroute.engines import ops
 from circuitroute.engines.autograd import Batch, Direct, Moments, Source, inference_of
@@ -90,8 +91,7 @@ class _Sample:
     circuit: Compiled
 
     def __call__(self, rows: Tensor, potential: Tensor | None, key_T: Tensor | None) -> Tensor:
-        if key_T is None:
-            raise RuntimeError("a sample without a key")  # cannot happen
+        key_T = present(key_T, "a sample has a key")
         if traced(rows):
             return ops.sample(self.circuit, rows, potential, key_T)
         return engine_of(self.circuit, rows.device).sample(rows, potential, key_T)

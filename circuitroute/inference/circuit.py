@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,14 @@ from circuitroute._validate import as_int, as_mask, plain_word
 from circuitroute.circuit import Graph, compiled
 from circuitroute.circuit.graph import count_range, model_count
 from circuitroute.circuit.verify.properties import check, widest
-from circuitroute.constraints import Constraint
+from circuitroute.constraints import Constraint, shown
+from circuitroute.deadline import DEFAULT_SECONDS, as_seconds, within
 from circuitroute.errors import InfeasibleError
 from circuitroute.inference.distribution import SubsetDistribution, satisfies
 from circuitroute.interop import drawing, graphs, polynomial, pyjuice_circuit, storage
+
+# What a message shows of a constraint whose text may be long.
+SHOWN = 400
 
 
 class Circuit:
@@ -55,9 +60,13 @@ class Circuit:
         self._counts = None if counts is None else tuple(sorted(as_int("counts", count) for count in counts))
         self._engine = plain_word(engine)
         self._known_range = (self._counts[0], self._counts[-1]) if self._counts else None
+        self._known_count: int | None = None
         self._handle = compiled.name(self)
         if self._counts == ():
-            raise InfeasibleError(f"{constraint!r} over {graph.n} variables: no allowed count in 0..{graph.n}")
+            raise InfeasibleError(
+                f"{constraint!r} over {graph.n} variables: no allowed count in 0..{graph.n}; counts=() leaves no "
+                "subset, give the graph's counts or None"
+            )
 
     @property
     def graph(self) -> Graph:
@@ -131,13 +140,28 @@ class Circuit:
         """The largest number of variables any allowed subset selects (K)."""
         return self._count_range[1]
 
-    @cached_property
-    def _model_count(self) -> int:
-        return model_count(self._graph)
+    def model_count(self, max_seconds: float | None = DEFAULT_SECONDS) -> int:
+        """Exact number of allowed subsets, a Python int of any size; counted once.
 
-    def model_count(self) -> int:
-        """Exact number of allowed subsets, a Python int of any size."""
-        return self._model_count
+        Args:
+            max_seconds: how long counting may take, in CPU seconds of this thread; None for no limit.
+
+        Raises:
+            CircuitTooLargeError: it takes longer, or numbers that do not fit in memory.
+        """
+        # Not a cached_property, whose lock would hold up other threads in some versions of Python.
+        if self._known_count is None:
+            with self._budget(max_seconds, "counting the subsets of"):
+                self._known_count = model_count(self._graph)
+        as_seconds(max_seconds)
+        return self._known_count
+
+    def _budget(self, max_seconds: float | None, what: str) -> AbstractContextManager[None]:
+        return within(
+            max_seconds,
+            lambda: f"{what} {shown(self._constraint, SHOWN)} over {self.n} variables, {self.num_nodes} nodes",
+            "take a constraint with a smaller circuit",
+        )
 
     def satisfies(self, mask: Tensor) -> Tensor:
         """Whether each subset is allowed.
@@ -153,18 +177,30 @@ class Circuit:
         """
         return satisfies(self, as_mask("mask", mask, self.n))
 
-    def check(self) -> None:
+    def check(self, max_seconds: float | None = DEFAULT_SECONDS) -> None:
         """Verify that the circuit is smooth, decomposable and deterministic.
+
+        Args:
+            max_seconds: how long that may take, in CPU seconds of this thread; None for no limit.
 
         Raises:
             CircuitPropertyError: it is not, or a node could not be seen to be deterministic; the message names it.
-            CircuitTooLargeError: the scopes of the nodes do not fit in memory.
+            CircuitTooLargeError: it takes longer, or the scopes of the nodes do not fit in memory.
         """
-        check(self._graph)
+        with self._budget(max_seconds, "verifying the circuit of"):
+            check(self._graph)
 
-    def summary(self) -> str:
-        """Sizes, depth, model count, op, engine, and the cost per token in multiply-adds and bytes."""
-        rows = describe(self)
+    def summary(self, max_seconds: float | None = DEFAULT_SECONDS) -> str:
+        """Sizes, depth, model count, op, engine, and the cost per token in multiply-adds and bytes.
+
+        Args:
+            max_seconds: how long finding them may take, in CPU seconds of this thread; None for no limit.
+
+        Raises:
+            CircuitTooLargeError: it takes longer.
+        """
+        with self._budget(max_seconds, "describing the circuit of"):
+            rows = describe(self)
         pad = max(map(len, rows))
         return "\n".join(f"{label:<{pad}}  {value}" for label, value in rows.items())
 

@@ -22,7 +22,7 @@ from torch.distributions import Distribution, constraints
 from torch.nn import functional as F
 
 from circuitroute._tensors import batched, cannot_look, traced, tracked, transformed, without_autocast
-from circuitroute._validate import as_mask
+from circuitroute._validate import as_mask, present
 from circuitroute.circuit import Compiled, boolean
 from circuitroute.circuit.graph import enumerate_models, model_count
 from circuitroute.engines import Inference, engine_of, layered_engine, ops, transforms
@@ -227,8 +227,7 @@ class SubsetDistribution(Distribution):
             engine = counting_engine(self.circuit, logits.device)
             found = engine.infer(logits.detach(), None)
             probs = (engine.attach(found, logits, None) if self.rows.needs_grad() else found).count_probs
-        if probs is None:
-            raise RuntimeError("an engine that counts gives the posterior of the count")  # cannot happen
+        probs = present(probs, "an engine that counts gives the posterior of the count")
         return probs if self.rows.nan is None else nan_rows(self.rows.nan, probs)
 
     @property
@@ -350,10 +349,7 @@ class SubsetDistribution(Distribution):
 
         What routers use: the tree is multiplied up once for the marginals and the sample.
         """
-        mask = self._infer(self.keys(key)).mask
-        if mask is None:
-            raise RuntimeError("an engine that is given keys returns a mask")  # cannot happen
-        return self._as_batch(mask)
+        return self._as_batch(present(self._infer(self.keys(key)).mask, "an engine that is given keys draws a sample"))
 
     @property
     def mode(self) -> Tensor:
@@ -362,7 +358,9 @@ class SubsetDistribution(Distribution):
             return self._float_mask(self.mode_mask().reshape(-1, self.circuit.n), Size())
 
     def mode_mask(self, count: Tensor | None = None) -> Tensor:
-        """[..., N] bool, the mode (all False in invalid rows); of count constraints, also among subsets of a ``count``.
+        """[..., N] bool, the mode; of count constraints, also among subsets of a ``count``.
+
+        All False in rows that nothing satisfies. Rows with NaN have one, too, of nobody's interest.
 
         Args:
             count: [...] int64, for count constraints: the size of each row's subset.

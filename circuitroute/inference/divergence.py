@@ -20,7 +20,9 @@ def _kl_subset_subset(p: SubsetDistribution, q: SubsetDistribution) -> Tensor:
     something that p allows. Differentiable."""
     same = p.circuit is q.circuit or (p.circuit.constraint == q.circuit.constraint and p.circuit.n == q.circuit.n)
     if not same:
-        raise NotImplementedError(f"KL between distributions on different circuits: {p.circuit!r} and {q.circuit!r}")
+        raise NotImplementedError(
+            f"KL between distributions on different circuits, {p.circuit!r} and {q.circuit!r}: make both from one"
+        )
     m = p.marginals
     difference = finite(p.logits) - finite(q.logits)
     result = (difference * m).sum(-1) - p.log_partition + q.log_partition

@@ -70,7 +70,7 @@ def condition_logits(
     unseen = batched() or traced(logits, chosen, banned)  # whose values cannot be branched on
     if not unseen and bool((chosen & banned).any()):
         both = (chosen & banned).nonzero()[:, -1].unique().tolist()
-        raise ValueError(f"include and exclude share the variables {both}")
+        raise ValueError(f"include and exclude share the variables {both}: give each in one of them only")
     result = torch.where(chosen, math.inf, torch.where(banned, -math.inf, logits))
     lost = ((chosen & (logits == -math.inf)) | (banned & ((logits == math.inf) | chosen))).any(-1)
     return torch.where(lost.unsqueeze(-1), math.nan, result), lost
@@ -85,8 +85,12 @@ def _as_selection(name: str, value: Tensor | Iterable[int] | None, n: int, devic
     if isinstance(value, Tensor) and (value.dtype == torch.bool or value.dtype.is_floating_point):
         if value.dim() == 0 or value.shape[-1] != n:
             raise ValueError(f"{name} has shape {tuple(value.shape)}: the last dimension of a mask must be n={n}")
-        if not unseen and not bool(((value == 0) | (value == 1)).all()):
-            raise ValueError(f"{name} holds values other than 0 and 1; pass integers to give indices")
+        wrong = (value != 0) & (value != 1)
+        if not unseen and bool(wrong.any()):
+            raise ValueError(
+                f"{name} holds {value[wrong][0].item()}: every value of a mask must be 0 or 1; pass integers to give "
+                "indices"
+            )
         return value.to(device) == 1
     if isinstance(value, Tensor) and unseen:
         return (value.reshape(-1, 1).to(device) == torch.arange(n, device=device)).any(0)

@@ -16,6 +16,7 @@ import torch
 from torch import Size, Tensor
 
 from circuitroute._tensors import cannot_look, plain, traced, tracked, transformed
+from circuitroute._validate import present
 from circuitroute.circuit import Compiled
 from circuitroute.engines import certainly_finite
 from circuitroute.inference.evidence import rows_text, unsatisfiable_rows
@@ -97,9 +98,8 @@ class Rows:
 
     def given(self) -> tuple[Tensor, Tensor]:
         """What a fused step is given, NaN in the logits of rows that have any: ([T, N], [J] or [T, J])."""
-        logits, potential = self.logits.reshape(-1, self.circuit.n), self._potential()
-        if potential is None:
-            raise RuntimeError("a circuit that is not a count constraint has no potential")  # cannot happen
+        logits = self.logits.reshape(-1, self.circuit.n)
+        potential = present(self._potential(), "only count constraints, which have a potential, have a fused step")
         if self.count_potential is None or (not cannot_look(logits) and self.nan is None):
             return logits, potential
         # A step looks for NaN in logits alone.

@@ -16,7 +16,8 @@ POSITIVE = f"must be positive and finite, {MIN_TEMPERATURE} at least; decide='mo
 
 
 def as_temperature(temperature: float | Tensor) -> float | Tensor:
-    """A positive number, or a tensor of them. Values on a GPU, or in a traced program, are not looked at.
+    """A positive number, or a tensor of them. Values on a GPU, or in a traced program, are not looked at; on the meta
+    device there are none.
 
     Raises:
         TypeError, ValueError: anything else.
@@ -32,7 +33,7 @@ def as_temperature(temperature: float | Tensor) -> float | Tensor:
             raise ValueError(f"temperature={number}: {POSITIVE}")
         return number
     temperature = as_real("temperature", temperature, floating=True)
-    if not cannot_look(temperature):
+    if not (cannot_look(temperature) or temperature.is_meta):
         wrong = ~((temperature >= MIN_TEMPERATURE) & (temperature < math.inf)).detach()
         if bool(wrong.any()):
             place = f" in {rows_text(wrong)}" if wrong.dim() else ""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from circuitroute._validate import as_int, as_number, int_at_least, plain_option
 from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Constraint
+from circuitroute.inference.circuit import Circuit
 from circuitroute.inference.temperature import as_temperature
 from circuitroute.keys import fold_in, random_key
 from circuitroute.routing.choice import Batch, Decide, as_share
@@ -40,7 +41,7 @@ class Decider:
     """A constraint in place of a host router's top-k; the host keeps its linear map and its rule for weights.
 
     Args:
-        constraint: what is allowed, over E experts.
+        constraint: what is allowed, over E experts; or a circuit, compiled already or read from a file.
         num_experts: E.
         estimator: as in :func:`circuitroute.route`.
         seed: keys are ``cr.random_key(seed, step, layer, token)``, see :func:`begin_step`; None draws from torch's
@@ -53,12 +54,13 @@ class Decider:
 
     Raises:
         InfeasibleError: no subset of E experts satisfies the constraint.
-        TypeError, ValueError: a constraint, estimator or seed of the wrong kind.
+        TypeError, ValueError: a constraint, estimator or seed of the wrong kind, or a circuit over another number of
+            experts.
     """
 
     def __init__(
         self,
-        constraint: Constraint,
+        constraint: Constraint | Circuit,
         num_experts: int,
         *,
         estimator: str | Estimator = "simple",
@@ -77,11 +79,14 @@ class Decider:
         self.recorded: list[Routing] | None = None
         self._position: Tensor | None = None  # [2] int64: the key of (seed, step, layer), the number of the first token
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "recorded": None}  # a list of whoever records, in this process
+
     def begin(self, step: int, layer: int, offset: int, device: torch.device) -> None:
         """Set what the keys of the next forward passes are derived from; see :func:`begin_step`."""
         if self.seed is None:
             return
-        position = torch.stack([random_key(self.seed, step, layer), torch.tensor(offset)]).to(device)
+        position = torch.stack([random_key(self.seed, step, layer), torch.tensor(offset, device="cpu")]).to(device)
         if self._position is None or self._position.device != position.device:
             self._position = position
         else:
@@ -209,14 +214,14 @@ def divided_by_sum(weights: Tensor, mask: Tensor | None = None) -> Tensor:
     return weights / (summed.sum(-1, keepdim=True) + 1e-20)
 
 
-def one_per_layer(constraint: Any, layers: int) -> list[Constraint]:
+def one_per_layer(constraint: Any, layers: int) -> list[Constraint | Circuit]:
     """The constraints of a model's mixture-of-experts layers, given one for all of them or one for each.
 
     Raises:
         ValueError: a sequence of another length.
     """
     several = isinstance(constraint, Sequence) and not isinstance(constraint, str)
-    constraints: list[Constraint] = list(constraint) if several else [constraint] * layers
+    constraints: list[Constraint | Circuit] = list(constraint) if several else [constraint] * layers
     if len(constraints) != layers:
         raise ValueError(
             f"constraint has {len(constraints)} entries, but the model has {layers} mixture-of-experts layers: give "

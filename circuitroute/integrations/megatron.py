@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from circuitroute._tensors import without_autocast
 from circuitroute.constraints import Constraint
+from circuitroute.inference.circuit import Circuit
 from circuitroute.integrations.hosted import GROUP_LIMIT, Decider, Weights, refuse_replaced
 from circuitroute.integrations.hosted import begin_step as begin_step
 from circuitroute.integrations.hosted import recorded_routings as recorded_routings
@@ -51,7 +52,7 @@ REPLACED = {
 
 
 def router(
-    constraint: Constraint,
+    constraint: Constraint | Circuit,
     *,
     estimator: str | Estimator = "simple",
     seed: int | None = None,
@@ -61,7 +62,7 @@ def router(
     """The router class for ``MoESubmodules(router=...)``, with a constraint in place of top-k.
 
     Args:
-        constraint: what is allowed, over the E experts.
+        constraint: what is allowed, over the E experts; or a circuit.
         estimator, seed, decide, temperature: see :class:`~circuitroute.integrations.hosted.Decider`.
     """
     options = {"estimator": estimator, "seed": seed, "decide": decide, "temperature": temperature}
@@ -92,13 +93,28 @@ class CircuitRouter(TopKRouter):
         config: Any,
         pg_collection: Any = None,
         *,
-        constraint: Constraint,
+        constraint: Constraint | Circuit,
         **options: Any,
     ) -> None:
         decider = Decider(constraint, config.num_moe_experts, **options)
         _check(config, decider)
         super().__init__(config, pg_collection)
         self.decider = decider
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled or copied.
+
+        Raises:
+            TypeError: the router is part of process groups, which no other process can be given.
+        """
+        held = [name for name, value in vars(self).items() if isinstance(value, ProcessGroup)]
+        if held:
+            raise TypeError(
+                f"a router of Megatron holds process groups ({', '.join(held)}), which can be neither pickled nor "
+                "copied: save its state_dict(), and build the layer again; what router() returns can be pickled"
+            )
+        state: dict[str, Any] = super().__getstate__()
+        return state
 
     def gating(self, input: Tensor) -> Tensor:
         """[S, B, E] logits of hidden states [S, B, H], in float64 if so configured, else in float32."""

@@ -16,8 +16,10 @@ from __future__ import annotations
 import io
 import math
 import os
+from collections.abc import Callable
 from typing import Literal, TypeAlias, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
@@ -32,6 +34,7 @@ from circuitroute.engines import layered_engine, ops
 from circuitroute.engines.layered import evaluated
 from circuitroute.engines.layered.torch.unrolled import MAX_UNROLLED, UnrolledMode, can_unroll
 from circuitroute.engines.subset.mode import best_count, best_scores
+from circuitroute.engines.tables import Array, Tables
 from circuitroute.inference.circuit import Circuit
 from circuitroute.integrations.hosted import divided_by_sum
 from circuitroute.routing.decision import chosen_first
@@ -73,9 +76,7 @@ def routing_function(
         TypeError, ValueError: an argument of the wrong kind, or a circuit over another number of experts.
     """
     experts = int_at_least("num_experts", num_experts, 1)
-    circuit = constraint if isinstance(constraint, Circuit) else compile_constraint(constraint, experts)
-    if circuit.n != experts:
-        raise ValueError(f"constraint is a circuit over {circuit.n} variables: num_experts={experts}")
+    circuit = compile_constraint(constraint, experts)
     combine = one_of("combine", combine, get_args(ServedCombine))
     score = one_of("score", score, get_args(Score))
     factor = _as_scaling(scaling)
@@ -103,17 +104,24 @@ class RoutingFunction(nn.Module):
         self.largest, self.rule = circuit.max_count, repr(circuit.constraint)  # not looked up where it may be traced
         self.unrolled: UnrolledMode | None = None
         self.allows_none = False
+        tables: dict[str, Array] = {} if bias is None else {"bias": bias.numpy(force=True)}
         if circuit.counts is not None:
-            allowed = torch.zeros(self.largest + 1, dtype=torch.bool)
-            allowed[list(circuit.counts)] = True
-            self.register_buffer("allowed", allowed, persistent=False)
+            tables["allowed"] = np.isin(np.arange(self.largest + 1), circuit.counts)
         else:
             self.allows_none = bool(circuit.satisfies(torch.zeros(circuit.n, dtype=torch.bool, device="cpu")))
-            graph = evaluated(circuit.graph)  # as in the engines: the order of its elements breaks ties
+            graph = evaluated(circuit.graph)  # as in the engines: the order of additions is the same
             self.unrolled = UnrolledMode(graph) if can_unroll(graph) else None
         self.portable = circuit.counts is not None or self.unrolled is not None
-        # As integers: casting a model to bfloat16 casts all floating-point buffers of its submodules.
-        self.register_buffer("bias_bits", None if bias is None else bias.view(torch.int32), persistent=False)
+        self.biased = bias is not None
+        self.tables = Tables(tables)
+        # Nothing, in the place where tables are to be: it moves with the module.
+        self.register_buffer("place", torch.empty(0, device="cpu"), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoutingFunction:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for tables in (self.tables, *([] if self.unrolled is None else [self.unrolled.tables])):
+            tables.prepare(self.get_buffer("place").device)
+        return self
 
     def forward(
         self, hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool
@@ -137,8 +145,8 @@ class RoutingFunction(nn.Module):
         topk = self._check(hidden_states, gating_output, topk)
         logits = gating_output.detach().to(torch.float32)
         score = torch.sigmoid(logits) if self.score == "sigmoid" else logits
-        if self.bias_bits is not None:
-            score = score + self.get_buffer("bias_bits").view(torch.float32)
+        if self.biased:
+            score = score + self.tables.on(score.device)["bias"]
         bad = score.isnan().any(-1)
         score = torch.where(bad[:, None], 0.0, score)
         if self.circuit.counts is not None:
@@ -150,7 +158,7 @@ class RoutingFunction(nn.Module):
 
     def _by_count(self, score: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
         """(ids [T, K], which are chosen [T, K], whether any subset is left [T]) for constraints on the count."""
-        potential = torch.where(self.get_buffer("allowed"), 0.0, -math.inf).double()
+        potential = torch.where(self.tables.on(score.device)["allowed"], 0.0, -math.inf).double()
         scores, order = best_scores(score, potential)
         used = torch.arange(topk, device=score.device) < best_count(scores)[:, None]
         possible = scores.amax(-1) > -math.inf
@@ -191,12 +199,13 @@ class RoutingFunction(nn.Module):
         """``topk``, as a plain integer."""
         if not is_compiling():
             _check_tensors(hidden_states, gating_output, self.circuit.n)
-            for table in self.buffers():
-                if table.device != gating_output.device:
-                    raise ValueError(
-                        f"gating_output is on {gating_output.device} and the routing function on {table.device}: move "
-                        f"it there with .to({str(gating_output.device)!r}), once"
-                    )
+            place = self.get_buffer("place").device
+            # A place of no memory is that of a function whose model was made there, and filled by assignment.
+            if place not in (gating_output.device, torch.device("meta")):
+                raise ValueError(
+                    f"gating_output is on {gating_output.device} and the routing function on {place}: move "
+                    f"it there with .to({str(gating_output.device)!r}), once"
+                )
             topk = int_at_least("topk", topk, 1)
         if topk < self.largest:
             raise ValueError(
@@ -235,13 +244,16 @@ def export(
         dtype: of hidden states and gating output.
 
     Raises:
-        ValueError: the circuit is too large to be unrolled, or ``topk`` does not fit.
+        ValueError: the circuit is too large to be unrolled, ``topk`` does not fit, or the function is on the meta
+            device.
         OSError: the file cannot be written.
     """
     if not function.portable:
         raise ValueError(_not_portable(function.circuit))
     topk, renormalize = int_at_least("topk", topk, 1), as_flag("renormalize", renormalize)
-    device = next((table.device for table in function.buffers()), None)
+    device = function.get_buffer("place").device
+    if device.type == "meta":
+        raise ValueError("function is on the meta device: move it to the program's with .to_empty(device='cpu')")
     # torch 2.6 refuses an open range, for a guard against the largest integer.
     tokens, hidden_size = Dim("tokens", max=2**31), Dim("hidden_size", max=2**31)
     program = torch.export.export(
@@ -283,6 +295,8 @@ def _as_bias(bias: Tensor, num_experts: int) -> Tensor:
     if not isinstance(bias, Tensor) or bias.shape != (num_experts,):
         given = f"has shape {tuple(bias.shape)}" if isinstance(bias, Tensor) else f"is a {type(bias).__name__}"
         raise ValueError(f"bias {given}: expected a tensor of shape ({num_experts},), one number per expert")
+    if bias.is_meta:
+        raise ValueError("bias is on the meta device, where it holds nothing: make it on the CPU")
     if bool(bias.isnan().any()):
         raise ValueError("bias holds NaN")
     return bias.detach().to(torch.float32, copy=True)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from circuitroute._validate import plain_word
 from circuitroute.constraints import Constraint
+from circuitroute.inference.circuit import Circuit
 from circuitroute.integrations.hosted import GROUP_LIMIT, Decider, one_per_layer, refuse_replaced
 from circuitroute.integrations.hosted import begin_step as begin_step
 from circuitroute.integrations.hosted import recorded_routings as recorded_routings
@@ -76,7 +77,7 @@ class CircuitRouter(TokenChoiceTopKRouter):
         ``probe_weights`` as in :class:`circuitroute.MoE`.
         """
 
-        constraint: Constraint
+        constraint: Constraint | Circuit
         estimator: str | Estimator = "simple"
         seed: int | None = None
         decide: Decide | float | None = None
@@ -169,7 +170,7 @@ def _slots(decider: Decider, probes: ProbeCount, weights: ProbeWeights) -> int:
 
 def circuit_moe(
     config: Any,
-    constraint: Constraint,
+    constraint: Constraint | Circuit,
     *,
     probes: ProbeCount = 0,
     probe_weights: ProbeWeights = "importance",
@@ -181,7 +182,7 @@ def circuit_moe(
 
     Args:
         config: a ``MoE.Config``, or that of a subclass; not changed.
-        constraint: what is allowed, over its experts.
+        constraint: what is allowed, over its experts; or a circuit.
         probes, probe_weights: in training, how many unchosen experts every token runs besides, or ``"all"``, and how
             much each counts in the gradient of the gates: see :class:`circuitroute.MoE`.
         options: ``estimator``, ``seed``, ``decide`` and ``temperature`` of
@@ -213,14 +214,14 @@ def circuit_moe(
 
 def convert(
     model: Any,
-    constraint: Constraint | Sequence[Constraint],
+    constraint: Constraint | Circuit | Sequence[Constraint | Circuit],
     **options: Any,
 ) -> int:
     """Replace top-k by a constraint in all mixture-of-experts layers of a model's config, which is changed.
 
     Args:
         model: a config that contains such layers, before ``build()``.
-        constraint: one for all layers, or one per layer, in order.
+        constraint: one for all layers, or one per layer, in order; or circuits.
         options: of :func:`circuit_moe`: ``estimator``, ``seed``, ``decide``, ``temperature``, ``probes`` and
             ``probe_weights``.
 
@@ -255,7 +256,11 @@ def _counting(owner: Any) -> Any:
     class CircuitMoE(owner):
         @dataclass(kw_only=True, slots=True)
         class Config(owner.Config):
-            pass
+            def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+                return _unpickled, (owner, True), *object.__reduce_ex__(self, 2)[2:]
+
+        def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+            return _unpickled, (owner, False), self.__getstate__()
 
         def __init__(self, config: Config) -> None:
             super().__init__(config)
@@ -279,5 +284,12 @@ def _counting(owner: Any) -> Any:
                 load_E = self.tokens_per_expert_E
                 load_E.index_add_(0, ids.flatten(), -(weights == 0).flatten().to(load_E.dtype))
 
+    # These classes have no names to be found by: they are made again.
     CircuitMoE.__name__ = CircuitMoE.__qualname__ = f"Circuit{owner.__name__}"
     return CircuitMoE
+
+
+def _unpickled(owner: Any, config: bool) -> Any:
+    """A layer of :func:`_counting`, or a config of one, that is about to be given its state."""
+    kind = _counting(owner)
+    return object.__new__(kind.Config if config else kind)

@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 from circuitroute.circuit.graph import Graph, NodeKind
 from circuitroute.circuit.verify.bitsets import Pool, members
+from circuitroute.deadline import tick
 from circuitroute.errors import CircuitTooLargeError
 
 Pair: TypeAlias = tuple[int, int]
@@ -61,6 +62,7 @@ class Builder:
         self._add(NodeKind.TRUE, -1, (), 0, -1)
 
     def _add(self, kind: NodeKind, variable: int, elements: Sequence[Pair], scope: int, origin: int) -> int:
+        tick(1 + len(elements))
         self._kind.append(int(kind))
         self._variable.append(variable)
         self._elements.append(elements)
@@ -104,6 +106,7 @@ class Builder:
         """The variables that two of the nodes share; none if their product is decomposable."""
         seen = shared = 0
         for factor in factors:
+            tick()
             shared |= seen & self.scope[factor]
             seen |= self.scope[factor]
         return shared
@@ -222,6 +225,7 @@ class Builder:
             return alive[0] if alive else None
         scope = 0
         for value in alive:
+            tick()
             scope |= self._scope_of(value)
         return self.sum([self._widened(value, scope, origin) for value in alive], origin)
 
@@ -269,6 +273,7 @@ class Builder:
         found = {top}
         waiting = [top]
         while waiting:
+            tick()
             for pair in self._elements[waiting.pop()]:
                 for child in pair:
                     if child not in found:

@@ -15,6 +15,11 @@ from typing import Any
 
 from circuitroute.circuit import Compiled
 from circuitroute.circuit.graph import Graph, NodeKind, count_ranges
+from circuitroute.deadline import tick, within
+from circuitroute.errors import CircuitTooLargeError
+
+# Nodes and products: networkx takes some two kilobytes of each product.
+MAX_ITEMS = 1_000_000
 
 
 def to_networkx(circuit: Compiled) -> Any:
@@ -24,7 +29,21 @@ def to_networkx(circuit: Compiled) -> Any:
     constants; a product has that of its sum) and ``count_range`` (the smallest and the largest number of selected
     variables in what satisfies it). Literals have ``variable``; products have ``element``, ``left`` and ``right``.
     The graph has ``n``, ``root`` and ``constraint`` (its repr).
+
+    Raises:
+        CircuitTooLargeError: the circuit has more than a million nodes and products, or it takes too many CPU seconds.
     """
+    items = circuit.graph.num_nodes + circuit.graph.num_edges
+    if items > MAX_ITEMS:
+        raise CircuitTooLargeError(
+            f"the circuit over {circuit.n} variables has {items} nodes and products, and networkx takes some two "
+            f"kilobytes for each; at most {MAX_ITEMS}: take a smaller n, or read the arrays of circuit.graph"
+        )
+    with within(doing=lambda: f"making a networkx graph of {items} nodes and products", remedy="take a smaller n"):
+        return _view(circuit)
+
+
+def _view(circuit: Compiled) -> Any:
     import networkx
 
     graph = circuit.graph
@@ -37,6 +56,7 @@ def to_networkx(circuit: Compiled) -> Any:
         view.add_node(node, kind=name, level=levels[node], count_range=counts, **literal)
     for parent, element, left, right in elements(graph):
         counts = (fewest[left] + fewest[right], most[left] + most[right])
+        tick(8)
         product = ("product", element)
         where = {"level": levels[parent], "element": element, "left": left, "right": right}
         view.add_node(product, kind="product", count_range=counts, **where)

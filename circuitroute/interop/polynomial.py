@@ -31,7 +31,7 @@ def to_sympy(circuit: Compiled) -> Any:
     if edges > MAX_ELEMENTS:
         raise ValueError(
             f"{circuit.constraint!r} over {circuit.n} variables has {edges} products, more than sympy "
-            f"handles well ({MAX_ELEMENTS}): take a smaller n, or circuit.to_networkx(), which has no limit"
+            f"handles well ({MAX_ELEMENTS}): take a smaller n, or circuit.to_networkx(), which takes a million"
         )
     import sympy
 

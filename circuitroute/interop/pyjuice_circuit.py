@@ -134,11 +134,11 @@ def _side(graph: Graph, literal: int) -> int:
 def _sums(pyjuice: Any, size: int, products: dict[tuple[Any, ...], list[tuple[int, tuple[int, ...], float]]]) -> Any:
     """A vector of ``size`` sums; products are given by the vectors they multiply: (sum, indices, weight)."""
     vectors = [
-        pyjuice.multiply(*children, edge_ids=torch.tensor([indices for _, indices, _ in elements]))
+        pyjuice.multiply(*children, edge_ids=torch.tensor([indices for _, indices, _ in elements], device="cpu"))
         for children, elements in products.items()
     ]
     elements = [element for group in products.values() for element in group]
-    edges = torch.stack([torch.tensor([i for i, _, _ in elements]), torch.arange(len(elements))])
+    edges = torch.tensor([[i for i, _, _ in elements], list(range(len(elements)))], device="cpu")
     sums = pyjuice.summate(*vectors, num_nodes=size, edge_ids=edges)
-    sums.set_params(torch.tensor([weight for _, _, weight in elements]), normalize=False)
+    sums.set_params(torch.tensor([weight for _, _, weight in elements], device="cpu"), normalize=False)
     return sums

@@ -44,6 +44,15 @@ def parse_constraint(text: str) -> Constraint | None:
     return found if isinstance(found, Constraint) and repr(found) == text else None
 
 
+def rebuilt(constraint: Constraint) -> Constraint | None:
+    """The constraint that its repr gives again; None where that is not the same one, and only looks like it.
+
+    A subclass may have inherited the repr of a built-in constraint, and a foreign class may have the same name as one.
+    """
+    again = parse_constraint(repr(constraint))
+    return again if type(again) is type(constraint) and again == constraint else None
+
+
 def _value(node: ast.expr) -> Any:
     """The value of a syntax tree; ValueError for every form but those above."""
     match node:

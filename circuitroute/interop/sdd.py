@@ -27,6 +27,7 @@ from typing import TypeAlias
 from circuitroute._validate import int_at_least
 from circuitroute.circuit import Parts
 from circuitroute.circuit.verify.properties import check
+from circuitroute.deadline import tick
 from circuitroute.errors import CircuitFileError, InfeasibleError
 from circuitroute.interop.building import TRUE, Builder
 from circuitroute.interop.imported import Imported
@@ -236,6 +237,7 @@ class _Reader:
         if place is None:
             return self._all_free(target)
         while place != target:
+            tick()
             parent = self.tree.parent[place]
             if (node, parent) not in self._lifted:
                 left, right = self.tree.halves[parent]

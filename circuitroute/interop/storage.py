@@ -33,9 +33,10 @@ from circuitroute.circuit.graph import count_range, model_count
 from circuitroute.circuit.verify.conflicts import UnverifiedError
 from circuitroute.circuit.verify.properties import check
 from circuitroute.constraints import Constraint
-from circuitroute.errors import CircuitFileError, CircuitPropertyError
+from circuitroute.deadline import tick
+from circuitroute.errors import CircuitFileError, CircuitPropertyError, CircuitTooLargeError
 from circuitroute.interop.imported import Opaque
-from circuitroute.interop.reprs import parse_constraint
+from circuitroute.interop.reprs import parse_constraint, rebuilt
 from circuitroute.interop.text import kind_of
 
 MAGIC = b"circuitroute circuit "
@@ -66,21 +67,19 @@ def save(circuit: Compiled, path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    replace_file(path, _content(circuit))
+    replace_file(path, content(circuit))
 
 
-def _content(circuit: Compiled) -> bytes:
+def content(circuit: Compiled) -> bytes:
+    """What :func:`save` writes: ASCII."""
     graph = circuit.graph
-    text = repr(circuit.constraint)
-    again = parse_constraint(text)
     header = {
         "n": graph.n,
         "nodes": graph.num_nodes,
         "elements": graph.num_edges,
         "counts": None if circuit.counts is None else list(circuit.counts),
-        "constraint": text,
-        # A subclass may have inherited the repr of a built-in, and a foreign class may have the same name as one.
-        "builtin": type(again) is type(circuit.constraint) and again == circuit.constraint,
+        "constraint": repr(circuit.constraint),
+        "builtin": rebuilt(circuit.constraint) is not None,
     }
     lines = [MAGIC + str(VERSION).encode(), json.dumps(header).encode("ascii")]
     for name, dtype in _ARRAYS.items():
@@ -95,17 +94,24 @@ def _content(circuit: Compiled) -> bytes:
 def read(path: str | os.PathLike[str]) -> Parts:
     """The parts of a circuit that :func:`save` wrote, verified; see :func:`circuitroute.load`."""
     source = as_path("path", path)
-    lines = _verified_lines(source, source.read_bytes())
+    return parse(source, source.read_bytes())
+
+
+def parse(source: Path | str, data: bytes) -> Parts:
+    """The parts of a circuit from what :func:`content` made of it, verified; ``source`` names it in errors."""
+    lines = _verified_lines(source, data)
     header = _header(source, lines[1])
     try:
         graph = _graph(header, lines[2:])
         _check_graph(graph, header)
+    except CircuitTooLargeError:
+        raise
     except (ValueError, CircuitPropertyError) as error:
         raise CircuitFileError(f"{source} does not hold a valid circuit: {error}") from None
     return Parts(graph, _constraint(header), header.counts)
 
 
-def _verified_lines(path: Path, data: bytes) -> list[bytes]:
+def _verified_lines(path: Path | str, data: bytes) -> list[bytes]:
     """The lines before the checksum, which is right."""
     if not data.startswith(MAGIC):
         raise CircuitFileError(f"{path} is not a saved circuit: it looks like {kind_of(data)}")
@@ -126,7 +132,7 @@ def _verified_lines(path: Path, data: bytes) -> list[bytes]:
     return lines
 
 
-def _header(path: Path, line: bytes) -> _Header:
+def _header(path: Path | str, line: bytes) -> _Header:
     try:
         given: Any = json.loads(line)
     except (ValueError, RecursionError):
@@ -224,13 +230,20 @@ def _check_counts(graph: Graph, counts: tuple[int, ...]) -> None:
     As many models as there should be, of sizes between the smallest and the largest, and the same number of each
     size: the polynomials sum_j (models of size j) x^j agree at a random point modulo a prime.
     """
-    sizes = [math.comb(graph.n, count) for count in counts]
+    models = expected = 0
     point = secrets.randbelow(_PRIME)
     leaves = np.where(graph.kind == NodeKind.PRESENT, point, 1).astype(object)
     value = graph.fold(leaves, lambda a, b: a * b % _PRIME, np.add)[-1] % _PRIME
-    expected = sum(size * pow(point, count, _PRIME) for size, count in zip(sizes, counts, strict=True)) % _PRIME
-    if value != expected or model_count(graph) != sum(sizes) or count_range(graph) != (counts[0], counts[-1]):
+    for count in counts:
+        size = _comb(graph.n, count)
+        models, expected = models + size, (expected + size * pow(point, count, _PRIME)) % _PRIME
+    if value != expected or model_count(graph) != models or count_range(graph) != (counts[0], counts[-1]):
         raise ValueError("the allowed counts are not those of the circuit")
+
+
+def _comb(n: int, count: int) -> int:
+    tick(1 + min(count, n - count) // 4)
+    return math.comb(n, count)
 
 
 def _constraint(header: _Header) -> Constraint:

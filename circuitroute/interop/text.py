@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from circuitroute._files import as_path
+from circuitroute.deadline import tick
 from circuitroute.errors import CircuitFileError
 
 MAX_DIGITS = 18
@@ -45,6 +46,7 @@ class TextFile:
     def lines(self) -> Iterator[Line]:
         """The lines in order."""
         for number, line in enumerate(self.data.removeprefix(BOM_UTF8).splitlines(), start=1):
+            tick(1 + (len(line) >> 6))
             words = line.split()
             if words and words[0] != b"c":
                 yield Line(number, words)

@@ -61,7 +61,7 @@ def random_key(seed: int | Tensor, *indices: int | Tensor) -> Tensor:
         indices: further integers or integer tensors; all are broadcast together. Order matters.
 
     Returns:
-        int64 tensor of the broadcast shape (a scalar tensor when all are integers).
+        int64 tensor of the broadcast shape (a scalar tensor on the CPU when all are integers).
 
     Raises:
         TypeError: an argument is neither an integer nor an integer tensor.
@@ -72,7 +72,7 @@ def random_key(seed: int | Tensor, *indices: int | Tensor) -> Tensor:
     key: int | Tensor = 0
     for part in parts:
         key = _fold(key, part if isinstance(part, int) or _is_number(part) else part.to(device))
-    return torch.tensor(_signed(key, 64)) if isinstance(key, int) else key
+    return torch.tensor(_signed(key, 64), device="cpu") if isinstance(key, int) else key
 
 
 def _is_number(part: Tensor) -> bool:

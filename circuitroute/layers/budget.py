@@ -23,9 +23,11 @@ enters a state that the budget cannot be met from.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,9 +36,14 @@ from circuitroute._validate import as_real, int_at_least
 from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Constraint
 from circuitroute.engines.subset.naive import log_count_weights
+from circuitroute.engines.tables import Tables
 from circuitroute.errors import InfeasibleError
 from circuitroute.inference.circuit import Circuit
 from circuitroute.routing.decision import Routing
+
+# What is allowed: a constraint, or its circuit.
+Rule: TypeAlias = Constraint | Circuit
+BoolArray = npt.NDArray[np.bool_]
 
 # In place of -inf inside sums of exponentials, so that gradients stay finite; beyond any sum of logits.
 DEAD = -1e30
@@ -73,23 +80,23 @@ class Budget(nn.Module):
     Args:
         num_experts: E, of every layer.
         layers: L, the number of layers that route; other layers of the model do not count.
-        per_layer: what one layer allows: a constraint on the count, such as ``Between(1, 8)``, or one per layer.
-        total: the budget, on the sum over all layers, such as ``AtMost(16)`` or ``Between(12, 16)``.
+        per_layer: what one layer allows: a constraint on the count, such as ``Between(1, 8)``, or one per layer. Or
+            circuits of such constraints, over E variables.
+        total: the budget, on the sum over all layers, such as ``AtMost(16)`` or ``Between(12, 16)``; or a circuit of
+            one, over L E variables.
 
     Raises:
         InfeasibleError: the layers' counts cannot add up to any allowed total.
-        TypeError, ValueError: arguments of the wrong kind; ``per_layer`` of another length than ``layers``.
+        TypeError, ValueError: arguments of the wrong kind; ``per_layer`` of another length than ``layers``; a circuit
+            over another number of variables.
     """
-
-    feasible: Tensor
-    counts: Tensor
 
     def __init__(
         self,
         num_experts: int,
         layers: int,
-        per_layer: Constraint | Sequence[Constraint],
-        total: Constraint,
+        per_layer: Rule | Sequence[Rule],
+        total: Rule,
         *,
         device: torch.device | str | None = None,
     ) -> None:
@@ -106,9 +113,24 @@ class Budget(nn.Module):
         self.preferences = nn.Parameter(torch.empty(self.layers, J, device=device))
         self.estimates = nn.Parameter(torch.empty(self.layers, J, device=device))
         feasible, counts = _reachable(allowed, totals, J, self.per_layer, total)
-        self.register_buffer("feasible", feasible.to(device), persistent=False)
-        self.register_buffer("counts", counts.to(device), persistent=False)
+        self._tables = Tables({"feasible": feasible, "counts": counts})
+        self._tables.prepare(self.preferences.device)
         self._reset_budget()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Budget:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._tables.prepare(self.preferences.device)
+        return self
+
+    @property
+    def feasible(self) -> Tensor:
+        """[L + 1, C] bool, from which spent counts the budget can still be met; a copy, on the parameters' device."""
+        return self._tables.on(self.preferences.device)["feasible"].clone()
+
+    @property
+    def counts(self) -> Tensor:
+        """[L, J] bool, the counts that each layer allows; a copy, on the parameters' device."""
+        return self._tables.on(self.preferences.device)["counts"].clone()
 
     def reset_parameters(self) -> None:
         """No preference among counts, and the count polynomials of logits that are all zero."""
@@ -142,7 +164,11 @@ class Budget(nn.Module):
         return BudgetState(state.layer + 1, state.spent + routing.counts.to(state.spent.device), state.messages)
 
     def messages(self, estimates: Tensor | None = None) -> Tensor:
-        """V [..., L + 1, C] float64: log weight of all continuations, ``DEAD`` where there is none."""
+        """V [..., L + 1, C] float64: log weight of all continuations, ``DEAD`` where there is none.
+
+        Raises:
+            ValueError: ``estimates`` of another shape.
+        """
         if estimates is None:
             estimates = self.estimates
         else:
@@ -153,14 +179,16 @@ class Budget(nn.Module):
                 f"estimates have shape {tuple(estimates.shape)}: expected [{L}, {J}] or [tokens, {L}, {J}]"
             )
         weights = self.preferences.double() + estimates.double().clamp(min=DEAD)
-        weights = weights.masked_fill(~self.counts, DEAD)
+        tables = self._tables.on(weights.device)
+        weights = weights.masked_fill(~tables["counts"], DEAD)
         J = weights.shape[-1]
-        later = torch.where(self.feasible[-1], 0.0, DEAD).double().expand(*weights.shape[:-2], -1)
+        feasible = tables["feasible"]
+        later = torch.where(feasible[-1], 0.0, DEAD).double().expand(*weights.shape[:-2], -1)
         found = [later]
         for layer in reversed(range(self.layers)):
             windows = F.pad(later, (0, J - 1), value=DEAD).unfold(-1, J, 1)
             log_sum = (windows + weights[..., layer, None, :]).logsumexp(-1)
-            later = torch.where(self.feasible[layer], log_sum, DEAD)
+            later = torch.where(feasible[layer], log_sum, DEAD)
             found.append(later)
         return torch.stack(found[::-1], dim=-2)
 
@@ -185,8 +213,9 @@ class Budget(nn.Module):
         more = self._more_preferences(layer, hidden)
         if more is not None:
             potential = potential + more[:, :J]
-        feasible = F.pad(self.feasible[layer + 1], (0, J))[at]
-        possible = self.counts[layer, :J] & feasible
+        tables = self._tables.on(at.device)
+        feasible = F.pad(tables["feasible"][layer + 1], (0, J))[at]
+        possible = tables["counts"][layer, :J] & feasible
         # Probabilities do not change under a constant; taken off in float64, so that float32 can hold the rest.
         largest = torch.where(possible, potential, -math.inf).amax(-1, keepdim=True).detach()
         relative = potential - largest
@@ -197,7 +226,11 @@ class Budget(nn.Module):
         return None
 
     def log_prob(self, routings: Sequence[Routing]) -> Tensor:
-        """[T] exact log-probability of every token's path through the layers; differentiable."""
+        """[T] exact log-probability of every token's path through the layers; differentiable.
+
+        Raises:
+            ValueError: not one routing per layer.
+        """
         self._check_complete(routings)
         return torch.stack([routing.log_prob for routing in routings]).sum(0)
 
@@ -206,6 +239,9 @@ class Budget(nn.Module):
 
         The mean over tokens and layers of KL(q || q'), q the exact posterior of the layer's count and q' the one that
         the estimate gives under the same potential. Its gradient reaches ``estimates`` alone.
+
+        Raises:
+            ValueError: not one routing per layer, or one of another router.
         """
         self._check_complete(routings)
         terms = []
@@ -213,7 +249,10 @@ class Budget(nn.Module):
             distribution = routing.distribution
             exact, potential = distribution.count_probs.detach(), distribution.count_potential
             if potential is None:
-                raise ValueError("routings hold a decision of another router: it has no count potential")
+                raise ValueError(
+                    "routings hold a decision of another router, which has no count potential: give those that this "
+                    "budget decided, one per layer"
+                )
             possible = potential > -math.inf
             scores = torch.where(possible, potential.detach() + estimate[: exact.shape[-1]], DEAD)
             log_ratio = torch.where(exact > 0, exact, 1.0).log() - scores.log_softmax(-1)
@@ -250,10 +289,10 @@ def log_count_polynomial(logits: Tensor, max_count: int) -> Tensor:
     return weights.reshape(*logits.shape[:-1], most + 1)
 
 
-def _per_layer(per_layer: Constraint | Sequence[Constraint], layers: int) -> tuple[Constraint, ...]:
-    if isinstance(per_layer, Constraint):
+def _per_layer(per_layer: Rule | Sequence[Rule], layers: int) -> tuple[Rule, ...]:
+    if isinstance(per_layer, (Constraint, Circuit)):
         return (per_layer,) * layers
-    if not isinstance(per_layer, Sequence) or not all(isinstance(c, Constraint) for c in per_layer):
+    if not isinstance(per_layer, Sequence) or not all(isinstance(c, (Constraint, Circuit)) for c in per_layer):
         raise TypeError(f"per_layer={per_layer!r}: expected a count such as cr.Between(1, 8), or one per layer")
     if len(per_layer) != layers:
         raise ValueError(f"per_layer has {len(per_layer)} entries: expected one for each of layers={layers}")
@@ -262,14 +301,17 @@ def _per_layer(per_layer: Constraint | Sequence[Constraint], layers: int) -> tup
 
 def _allowed_counts(name: str, circuit: Circuit) -> tuple[int, ...]:
     if circuit.counts is None:
-        raise TypeError(f"{name}={circuit.constraint!r}: expected a constraint on the count of all experts")
+        raise TypeError(
+            f"{name}={circuit.constraint!r}: expected a constraint on the count of all experts, or the circuit of one "
+            "that cr.compile made; of a circuit that another compiler made, give its counts, such as cr.CountIn({1, 2})"
+        )
     return circuit.counts
 
 
 def _allowed_totals(
-    total: Constraint, per_layer: Sequence[Constraint], allowed: Sequence[tuple[int, ...]], variables: int
+    total: Rule, per_layer: Sequence[Rule], allowed: Sequence[tuple[int, ...]], variables: int
 ) -> tuple[int, ...]:
-    if not isinstance(total, Constraint):
+    if not isinstance(total, (Constraint, Circuit)):
         raise TypeError(f"total={total!r}: expected a count such as cr.AtMost(16)")
     try:
         return _allowed_counts("total", compile_constraint(total, variables))
@@ -281,9 +323,9 @@ def _reachable(
     allowed: Sequence[tuple[int, ...]],
     totals: tuple[int, ...],
     J: int,
-    per_layer: Sequence[Constraint],
-    total: Constraint,
-) -> tuple[Tensor, Tensor]:
+    per_layer: Sequence[Rule],
+    total: Rule,
+) -> tuple[BoolArray, BoolArray]:
     """[L + 1, C] bool, from which spent counts the budget can be met; and [L, J] bool, the layers' own counts."""
     most = min(max(totals), sum(map(max, allowed)))
     can = [[c in set(totals) for c in range(most + 1)]]
@@ -291,13 +333,11 @@ def _reachable(
         can.append([any(c + j <= most and can[-1][c + j] for j in counts) for c in range(most + 1)])
     if not can[-1][0]:
         raise _unmeetable(total, per_layer, allowed)
-    own = torch.tensor([[j in counts for j in range(J)] for counts in allowed])
-    return torch.tensor(can[::-1]), own
+    own = np.array([[j in counts for j in range(J)] for counts in allowed])
+    return np.array(can[::-1]), own
 
 
-def _unmeetable(
-    total: Constraint, per_layer: Sequence[Constraint], allowed: Sequence[tuple[int, ...]]
-) -> InfeasibleError:
+def _unmeetable(total: Rule, per_layer: Sequence[Rule], allowed: Sequence[tuple[int, ...]]) -> InfeasibleError:
     low, high = sum(map(min, allowed)), sum(map(max, allowed))
     kinds = dict.fromkeys(per_layer)
     layers = "; ".join(f"{c!r} in {per_layer.count(c)} of {len(per_layer)} layers" for c in kinds)

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 from circuitroute._tensors import without_autocast
 from circuitroute._validate import as_flag, int_at_least, plain_option, plain_word
-from circuitroute.constraints import Constraint
+from circuitroute.compilation import compile as compile_constraint
 from circuitroute.inference.temperature import as_temperature
-from circuitroute.layers.budget import Budget, BudgetState
-from circuitroute.layers.routers import LogitMap, as_circuit
+from circuitroute.layers.budget import Budget, BudgetState, Rule
+from circuitroute.layers.routers import LogitMap, put_back, start_of
 from circuitroute.routing import choice
 from circuitroute.routing.choice import Decide
 from circuitroute.routing.decision import Routing
@@ -37,14 +37,14 @@ class BudgetLayer(LogitMap):
         self,
         hidden_size: int,
         num_experts: int,
-        constraint: Constraint,
+        constraint: Rule,
         *,
         bias: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__(hidden_size, num_experts, bias=bias, device=device, dtype=dtype)
-        self.circuit = as_circuit(constraint, self.num_experts)
+        self.circuit = compile_constraint(constraint, self.num_experts)
         self.reset_parameters()
 
     def forward(self, *_: Any, **__: Any) -> NoReturn:
@@ -60,6 +60,15 @@ class BudgetLayer(LogitMap):
     def extra_repr(self) -> str:
         """What repr() shows."""
         return f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, constraint={self.circuit.constraint!r}"
+
+
+class CountHead(nn.Linear):
+    """What a token adds to the preferences of a layer; nothing at first, by whomever modules are reset."""
+
+    def reset_parameters(self) -> None:
+        """No preference."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
 
 
 class BudgetRouter(Budget):
@@ -84,7 +93,8 @@ class BudgetRouter(Budget):
         hidden_size: H.
         num_experts: E, of every layer.
         layers: L, the number of layers that route; other layers of the model do not count.
-        per_layer: what one layer allows: a constraint on the count, such as ``Between(1, 8)``, or one per layer.
+        per_layer: what one layer allows: a constraint on the count, such as ``Between(1, 8)``, or one per layer; or
+            circuits of such constraints.
         total: the budget, on the sum over all layers, such as ``AtMost(16)`` or ``Between(12, 16)``.
         combine, estimator, decide, temperature: as for :class:`Router`, attributes of this module, for all its layers;
             ``decide="mode"`` is the rule of evaluation.
@@ -101,8 +111,8 @@ class BudgetRouter(Budget):
         hidden_size: int,
         num_experts: int,
         layers: int,
-        per_layer: Constraint | Sequence[Constraint],
-        total: Constraint,
+        per_layer: Rule | Sequence[Rule],
+        total: Rule,
         *,
         combine: Combine = "softmax",
         estimator: str | Estimator = "simple",
@@ -124,21 +134,26 @@ class BudgetRouter(Budget):
         self.combine, self.estimator = as_combine(combine), plain_word(estimator)
         self.decide: Any = plain_option("decide", decide)
         self.temperature = as_temperature(temperature)
-        J = self.preferences.shape[1]
-        self.heads = nn.ModuleList(
-            nn.Linear(self.hidden_size, J, device=device, dtype=dtype)
-            for _ in range(self.layers if as_flag("per_token", per_token) else 0)
-        )
+        self._initial_temperature = start_of(temperature)
+        J, heads = self.preferences.shape[1], self.layers if as_flag("per_token", per_token) else 0
+        self.heads = nn.ModuleList(CountHead(self.hidden_size, J, device=device, dtype=dtype) for _ in range(heads))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """No preference among counts, and the count polynomials of logits that are all zero."""
+        """No preference among counts, and the count polynomials of logits that are all zero.
+
+        Linear maps are drawn anew, and a learned temperature is put back to its start.
+
+        Raises:
+            ValueError: the temperature was given on the meta device, so that nothing is known of where it started.
+        """
+        if isinstance(self.temperature, nn.Parameter):
+            put_back("temperature", self.temperature, self._initial_temperature)
         for layer in range(self.layers):
             self.router(layer).reset_parameters()
+        for head in self.heads:
+            cast(CountHead, head).reset_parameters()
         super().reset_parameters()
-        with torch.no_grad():
-            for parameter in self.heads.parameters():
-                parameter.zero_()
 
     def router(self, layer: int) -> BudgetLayer:
         """The linear map and the circuit of one layer; it decides nothing by itself."""

@@ -77,7 +77,10 @@ class MoE(nn.Module):
         self.probe_weights: ProbeWeights = plain_probe_weights(probe_weights)
         self.call_idle = None if call_idle is None else as_flag("call_idle", call_idle)
         if router is not None and self.num_experts != router.num_experts:
-            raise ValueError(f"there are {self.num_experts} experts, but the router chooses among {router.num_experts}")
+            raise ValueError(
+                f"there are {self.num_experts} experts, but the router chooses among {router.num_experts}: give as "
+                f"many, or a router with num_experts={self.num_experts}"
+            )
 
     def forward(
         self,

@@ -30,6 +30,32 @@ from circuitroute.routing.route import route
 from circuitroute.routing.weights import Combine, as_combine
 
 
+def start_of(value: object) -> list[float] | None:
+    """What a tensor that a module was given holds at first; None of anything else, and of one without memory."""
+    if not isinstance(value, Tensor) or value.is_meta:
+        return None
+    start: list[float] = value.detach().double().reshape(-1).tolist()
+    return start
+
+
+@torch.no_grad()
+def put_back(name: str, value: object, start: list[float] | None) -> None:
+    """Let a tensor hold again what it held at first; nothing is done to numbers, and to tensors without memory.
+
+    Raises:
+        ValueError: it had no memory at first.
+    """
+    if not isinstance(value, Tensor) or value.is_meta:
+        return
+    if start is None:
+        raise ValueError(
+            f"{name} was given as a tensor on the meta device, so there is no value to reset it to: make it outside "
+            f"of the meta device, as by torch.tensor(0.5, device='cpu'), or load a state dict in place of "
+            f"reset_parameters()"
+        )
+    value.copy_(torch.tensor(start, dtype=torch.float64, device=value.device).reshape(value.shape))
+
+
 class LogitMap(nn.Module):
     """What routers have in common: a linear map from hidden states [..., H] to the logits of E experts.
 
@@ -59,7 +85,12 @@ class LogitMap(nn.Module):
             nn.init.zeros_(self.bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[T, E] float32 logits of hidden states [..., H], for inputs of any dtype, also under autocast."""
+        """[T, E] float32 logits of hidden states [..., H], for inputs of any dtype, also under autocast.
+
+        Raises:
+            TypeError: hidden states that are no plain tensor of real numbers.
+            ValueError: hidden states of another size.
+        """
         hidden = as_real("hidden", hidden)
         if hidden.dim() == 0 or hidden.shape[-1] != self.hidden_size:
             raise ValueError(
@@ -109,7 +140,8 @@ class Router(LinearRouter):
 
     Raises:
         InfeasibleError: no subset of E experts satisfies the constraint.
-        ValueError: a size below 1, or an unknown ``combine`` or ``estimator``.
+        ValueError: a size below 1, an unknown ``combine`` or ``estimator``, or a circuit over another number of
+            experts.
     """
 
     def __init__(
@@ -127,13 +159,24 @@ class Router(LinearRouter):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(hidden_size, num_experts, combine=combine, bias=bias, device=device, dtype=dtype)
-        self.circuit = as_circuit(constraint, self.num_experts)
+        self.circuit = compile_constraint(constraint, self.num_experts)
         # What is wrong is refused here, not in the first forward.
         as_share(decide, estimator)
         self.estimator: str | Estimator = plain_word(estimator)
         self.decide: Any = plain_option("decide", decide)
         self.temperature = as_temperature(temperature)
+        self._initial_temperature = start_of(temperature)
         self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weight as torch.nn.Linear does, the bias at zero; a learned temperature is put back to its start.
+
+        Raises:
+            ValueError: the temperature was given on the meta device, so that nothing is known of where it started.
+        """
+        super().reset_parameters()
+        if isinstance(self.temperature, nn.Parameter):
+            put_back("temperature", self.temperature, self._initial_temperature)
 
     def forward(
         self,
@@ -189,15 +232,6 @@ class Router(LinearRouter):
         )
 
 
-def as_circuit(constraint: Constraint | Circuit, n: int) -> Circuit:
-    """A constraint compiled over ``n`` variables, or the circuit that was given, which must be over as many."""
-    if not isinstance(constraint, Circuit):
-        return compile_constraint(constraint, n)
-    if constraint.n != n:
-        raise ValueError(f"constraint={constraint!r}: it is over {constraint.n} variables, and there are {n} experts")
-    return constraint
-
-
 class ExactKRouter(Router):
     """Exactly ``k`` experts per token, sampled, with SIMPLE gradients (ProbMoE, arXiv:2606.01509)."""
 
@@ -212,6 +246,8 @@ class ExactKRouter(Router):
         decide: Decide | float | None = None,
         temperature: float | Tensor = 1.0,
         bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             hidden_size,
@@ -222,6 +258,8 @@ class ExactKRouter(Router):
             decide=decide,
             temperature=temperature,
             bias=bias,
+            device=device,
+            dtype=dtype,
         )
 
 
@@ -240,6 +278,8 @@ class DynamicKRouter(Router):
         decide: Decide | float | None = None,
         temperature: float | Tensor = 1.0,
         bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             hidden_size,
@@ -250,6 +290,8 @@ class DynamicKRouter(Router):
             decide=decide,
             temperature=temperature,
             bias=bias,
+            device=device,
+            dtype=dtype,
         )
 
 
@@ -257,10 +299,26 @@ class TopKRouter(Router):
     """The deterministic baseline: the ``k`` largest logits, in training too; gradients through the weights only."""
 
     def __init__(
-        self, hidden_size: int, num_experts: int, k: int, *, combine: Combine = "softmax", bias: bool = False
+        self,
+        hidden_size: int,
+        num_experts: int,
+        k: int,
+        *,
+        combine: Combine = "softmax",
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            hidden_size, num_experts, Exactly(k), combine=combine, estimator="none", decide="mode", bias=bias
+            hidden_size,
+            num_experts,
+            Exactly(k),
+            combine=combine,
+            estimator="none",
+            decide="mode",
+            bias=bias,
+            device=device,
+            dtype=dtype,
         )
 
     def forward(

@@ -6,6 +6,7 @@ Legend: T tokens (all leading dimensions), H hidden size, E experts.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from circuitroute._tensors import without_autocast
 from circuitroute._validate import as_flag, as_number, int_at_least
 from circuitroute.inference.evidence import rows_text
-from circuitroute.layers.routers import LinearRouter
+from circuitroute.layers.routers import LinearRouter, put_back, start_of
 from circuitroute.routing.choice import per_token, recorded_mask
 from circuitroute.routing.decision import SoftRouting
 from circuitroute.routing.records import RoutingRecord
@@ -51,7 +52,8 @@ class SoftTopKRouter(LinearRouter):
         k: the soft mass of a token, a real number in 0..E; ``forward`` takes another.
         alpha: the temperature, in units of logits: a positive number, or a tensor of one element. A Parameter is
             learned.
-        threshold: the weight that an executed expert exceeds, in 0..1; kept as a buffer.
+        threshold: the weight that an executed expert exceeds, in 0..1; kept as a buffer, which casts of the module to
+            narrower types leave as it is.
         max_experts: the most that a token executes; None for no such cap.
         cap_factor: the most that a token executes, as a multiple of its soft mass k, rounded up (a product that exceeds
             a whole number by less than a millionth of itself counts as that number); None for no such cap.
@@ -139,6 +141,7 @@ class SoftTopKRouter(LinearRouter):
     def _set_alpha(self, alpha: float | Tensor) -> None:
         if isinstance(alpha, Tensor) and alpha.numel() != 1:
             raise ValueError(f"alpha has shape {tuple(alpha.shape)}: expected one temperature for all tokens")
+        self.initial_alpha = start_of(alpha)
         if isinstance(alpha, nn.Parameter):
             self.alpha = alpha
         elif isinstance(alpha, Tensor):
@@ -147,9 +150,23 @@ class SoftTopKRouter(LinearRouter):
             self.alpha = _positive_number("alpha", alpha, "the temperature ")
 
     def reset_parameters(self) -> None:
-        """Draw the linear map anew and put the threshold back to where it started."""
+        """Draw the linear map anew, and put the threshold and alpha back to where they started.
+
+        Raises:
+            ValueError: alpha was given on the meta device, so that nothing is known of where it started.
+        """
         super().reset_parameters()
         self.threshold.fill_(self.initial_threshold)
+        put_back("alpha", self.alpha, self.initial_alpha)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SoftTopKRouter:
+        before = self.threshold
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        after = self.threshold
+        # It decides between weights in float32: a model that is cast to bfloat16 keeps what was calibrated.
+        if after.dtype.itemsize < before.dtype.itemsize:
+            self.threshold = (after if before.is_meta else before).to(after.device, before.dtype)
+        return self
 
     def forward(
         self,

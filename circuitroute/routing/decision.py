@@ -5,7 +5,7 @@ Legend: T tokens, E experts, K slots of a padded projection; z the 0/1 mask of t
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -58,6 +58,9 @@ def chosen_first(mask: Tensor, scores: Tensor, slots: int) -> Tensor:
 
 class Routing:
     """The chosen experts of T tokens, with what training, serving and replay need of the choice.
+
+    Pickled, sent to another process or copied by ``copy.deepcopy`` it is one of the same values, without the graph that
+    autograd has of it, as ``detach()`` gives them; ``copy.copy`` keeps the graph.
 
     Attributes:
         mask: [T, E] bool, the chosen experts.
@@ -176,6 +179,9 @@ class Routing:
 
         Returns:
             (token_index [S], expert_index [S], weight [S]) with S the total number of chosen experts.
+
+        Raises:
+            ValueError: ``by`` is something else.
         """
         if by not in ("token", "expert"):
             raise ValueError(f"by={by!r}: choose 'token' or 'expert'")
@@ -189,9 +195,44 @@ class Routing:
             expert, token = self.mask.t().nonzero(as_tuple=True)
         return token, expert, self.gates[token, expert]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        tempered = None if self.distribution is self.untempered else _parameters(self.distribution)
+        temperature = self.temperature.detach() if isinstance(self.temperature, Tensor) else self.temperature
+        untempered, values = _parameters(self.untempered), (self.mask, self.gates.detach(), self.logits.detach())
+        return _restored, (tempered, untempered, *values, temperature)
+
+    def __copy__(self) -> Routing:
+        twin = object.__new__(type(self))
+        vars(twin).update(vars(self))
+        return twin
+
     def __repr__(self) -> str:
         tokens, experts = self.mask.shape
         return f"Routing({tokens} tokens, {experts} experts, {self.untempered.circuit.constraint!r})"
+
+
+# A circuit, logits and count potential.
+Parameters: TypeAlias = tuple[Any, Tensor, Tensor | None]
+
+
+def _parameters(distribution: SubsetDistribution) -> Parameters:
+    """What a distribution is of, without a graph."""
+    potential = distribution.count_potential
+    return distribution.circuit, distribution.logits.detach(), None if potential is None else potential.detach()
+
+
+def _restored(
+    tempered: Parameters | None,
+    untempered: Parameters,
+    mask: Tensor,
+    gates: Tensor,
+    logits: Tensor,
+    temperature: float | Tensor,
+) -> Routing:
+    """A pickled decision."""
+    first = SubsetDistribution(*untempered, validate_args=False)
+    distribution = first if tempered is None else SubsetDistribution(*tempered, validate_args=False)
+    return Routing(distribution, mask, gates, first, logits, temperature)
 
 
 class SoftRouting(Routing):
@@ -256,6 +297,10 @@ class SoftRouting(Routing):
             "a soft routing has no log_prob: its executed experts follow from the logits, nothing was drawn. Replay "
             "its .mask instead, or use ExactKRouter, DynamicKRouter or Router, whose decisions have a probability"
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = self.logits.detach(), self.marginals.detach(), self.mask, self.gates.detach()
+        return SoftRouting, (*values, self.max_count)
 
     def __repr__(self) -> str:
         tokens, experts = self.mask.shape

@@ -73,7 +73,7 @@ def send(invalid_T: Tensor) -> Sent | None:
     """On their way to the host, which does not wait; None where a graph is captured, which has no host."""
     if torch.cuda.is_current_stream_capturing():
         return None
-    invalid = torch.empty(invalid_T.shape, dtype=torch.bool, pin_memory=True)
+    invalid = torch.empty(invalid_T.shape, dtype=torch.bool, device="cpu", pin_memory=True)
     invalid.copy_(invalid_T, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record()

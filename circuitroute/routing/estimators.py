@@ -109,6 +109,13 @@ def as_estimator(estimator: str | Estimator) -> Estimator:
     return estimator
 
 
+def name_of(estimator: str | Estimator) -> str | None:
+    """The name that :func:`as_estimator` knows it by; None for one of the user's own, a subclass of ours included."""
+    if isinstance(estimator, str):
+        return estimator
+    return next((name for name, known in _BY_NAME.items() if type(known) is type(estimator)), None)
+
+
 def score_function_loss(log_prob: Tensor, cost: Tensor, dim: int = 0) -> Tensor:
     """A scalar whose gradient is the score-function estimate of that of the expected cost.
 

@@ -36,6 +36,9 @@ def load_balance(
 
     Returns:
         A scalar; zero when there are no tokens, or none of them uses an expert.
+
+    Raises:
+        ValueError: ``probabilities`` of another name.
     """
     if probabilities not in get_args(Probabilities):
         raise ValueError(f"probabilities={probabilities!r}: choose one of {get_args(Probabilities)}")

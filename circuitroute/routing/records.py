@@ -78,7 +78,7 @@ class LayerRecord:
         if self.form == "bits":
             return _unpack(self.data, self.experts)
         # One column more, for unused slots.
-        mask = torch.zeros(len(self.data), self.experts + 1, dtype=torch.bool)
+        mask = torch.zeros(len(self.data), self.experts + 1, dtype=torch.bool, device="cpu")
         return mask.scatter_(1, self.data.long(), True)[:, : self.experts].contiguous()
 
     def __getitem__(self, tokens: Any) -> LayerRecord:
@@ -388,7 +388,7 @@ def _mask_of_indices(name: str, indices: Tensor, experts: int) -> Tensor:
         raise ValueError(f"{name} has shape {tuple(indices.shape)}: expected [tokens, slots]")
     at = indices.cpu().long()
     at = torch.where((at >= 0) & (at < experts), at, experts)
-    times = torch.zeros(len(at), experts + 1, dtype=torch.int32)
+    times = torch.zeros(len(at), experts + 1, dtype=torch.int32, device="cpu")
     times = times.scatter_add_(1, at, torch.ones_like(at, dtype=torch.int32))[:, :experts]
     twice = (times > 1).any(-1)
     if bool(twice.any()):
@@ -406,8 +406,8 @@ def _indices(mask: Tensor, slots: int) -> Tensor:
     token, expert = mask.nonzero(as_tuple=True)
     counts = mask.sum(-1)
     start = counts.cumsum(0) - counts
-    rows = torch.full((len(mask), slots), mask.shape[1])
-    rows[token, torch.arange(len(token)) - start[token]] = expert
+    rows = torch.full((len(mask), slots), mask.shape[1], device="cpu")
+    rows[token, torch.arange(len(token), device="cpu") - start[token]] = expert
     return rows
 
 
@@ -422,7 +422,7 @@ def _unpack(bits: Tensor, experts: int) -> Tensor:
 
 
 def _as_index(tokens: Tensor | Sequence[int]) -> Tensor:
-    index = torch.as_tensor(tokens).cpu()
+    index = tokens.cpu() if isinstance(tokens, Tensor) else torch.as_tensor(tokens, device="cpu")
     index = index.long() if index.numel() == 0 else index
     if index.dim() != 1 or index.is_floating_point():
         raise IndexError(f"record[{tokens!r}]: give a slice, indices or a mask of tokens, such as [0] for the first")

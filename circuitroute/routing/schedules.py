@@ -1,4 +1,4 @@
-"""Temperatures and prices as plain functions of the step: no state, nothing to save.
+"""Temperatures and prices as plain functions of the step: no state, nothing to save; they can be pickled and compared.
 
 A step is a number, as a counter gives it; a schedule raises TypeError or ValueError for anything else, NaN included.
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from circuitroute._validate import as_number, int_at_least
@@ -26,8 +27,7 @@ def constant(value: float) -> Schedule:
     Raises:
         ValueError: a value that is not finite.
     """
-    number = _finite("value", value)
-    return lambda step: number
+    return _Constant(_finite("value", value))
 
 
 def geometric(start: float, end: float, steps: int) -> Schedule:
@@ -40,9 +40,7 @@ def geometric(start: float, end: float, steps: int) -> Schedule:
     for name, value in (("start", low), ("end", high)):
         if value <= 0:
             raise ValueError(f"{name}={value}: a geometric schedule has positive ends")
-    count = int_at_least("steps", steps, 1)
-    # Powers of each, since their ratio may be more than a float can hold.
-    return lambda step: low ** (1 - _progress(step, count)) * high ** _progress(step, count)
+    return _Geometric(low, high, int_at_least("steps", steps, 1))
 
 
 def cosine(start: float, end: float, steps: int) -> Schedule:
@@ -52,8 +50,37 @@ def cosine(start: float, end: float, steps: int) -> Schedule:
         ValueError: an end that is not finite, or no steps.
     """
     low, high = (_finite(name, value) for name, value in (("start", start), ("end", end)))
-    count = int_at_least("steps", steps, 1)
-    return lambda step: high + (low - high) * (1 + math.cos(math.pi * _progress(step, count))) / 2
+    return _Cosine(low, high, int_at_least("steps", steps, 1))
+
+
+@dataclass(frozen=True)
+class _Constant:
+    value: float
+
+    def __call__(self, step: float) -> float:
+        return self.value
+
+
+@dataclass(frozen=True)
+class _Geometric:
+    start: float
+    end: float
+    steps: int
+
+    def __call__(self, step: float) -> float:
+        # Powers of each, since their ratio may be more than a float can hold.
+        progress = _progress(step, self.steps)
+        return math.pow(self.start, 1 - progress) * math.pow(self.end, progress)
+
+
+@dataclass(frozen=True)
+class _Cosine:
+    start: float
+    end: float
+    steps: int
+
+    def __call__(self, step: float) -> float:
+        return self.end + (self.start - self.end) * (1 + math.cos(math.pi * _progress(step, self.steps))) / 2
 
 
 def _progress(step: float, steps: int) -> float:

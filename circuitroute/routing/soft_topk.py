@@ -176,7 +176,7 @@ def _evidence(sorted_TN: Tensor) -> tuple[Tensor, Tensor]:
     """[T] int64 each: how many logits are +inf, how many are -inf."""
     ends = sorted_TN[..., :: max(1, sorted_TN.shape[-1] - 1)]
     if sorted_TN.device.type == "cpu" and not traced(sorted_TN) and not bool(ends.isinf().any()):
-        none = torch.zeros(sorted_TN.shape[:-1], dtype=torch.int64)
+        none = torch.zeros(sorted_TN.shape[:-1], dtype=torch.int64, device="cpu")
         return none, none
     return (sorted_TN == math.inf).sum(-1), (sorted_TN == -math.inf).sum(-1)
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from circuitroute._tensors import batchable, cannot_look, traced, transformed, without_autocast
+from circuitroute._validate import present
 from circuitroute.circuit import Compiled
 from circuitroute.engines import Inference, engine_of
 from circuitroute.engines.step import Inputs, Rule, Slopes, Step, Stepper, Upstream
@@ -282,11 +283,10 @@ class TracedFound(Found):
 
 def inference(step: Step, found: Step | Results, marginals: Tensor) -> Inference:
     """What a sweep would find."""
-    if found.log_partition is None or step.shift is None or step.log_root is None:
-        raise RuntimeError("a step without moments knows no distribution")  # cannot happen
-    return Inference(
-        found.log_partition, marginals, found.count_probs, step.shift, step.log_root, step.mask, step.fallback
-    )
+    why = "a step with moments knows its distribution"
+    log_partition = present(found.log_partition, why)
+    shift, log_root = present(step.shift, why), present(step.log_root, why)
+    return Inference(log_partition, marginals, found.count_probs, shift, log_root, step.mask, step.fallback)
 
 
 # ---------------------------------------------------------------------------------------------- the decision

@@ -86,11 +86,23 @@ class DistributionChecks(Suite):
 
     @check
     def test_mode(self, case: Case) -> None:
-        """As probable as the most probable world; it may be any of several."""
+        """The most probable world; of several, the one of fewest variables, then the one with the first indices."""
         dist, _, truth = self.distribution(case)
-        index = (dist.mode.numpy().astype(np.int64) << np.arange(case.n)).sum(1)
-        reached = torch.from_numpy(truth.log_probs[np.arange(len(index)), index])
+        mode = dist.mode.numpy().astype(np.int64)
+        reached = torch.from_numpy(truth.log_probs[np.arange(len(mode)), (mode << np.arange(case.n)).sum(1)])
         require_close(case, "true log-probability of the mode", reached, truth.log_probs.max(1), DOUBLE)
+        worlds_WN = worlds(case.n)
+        # As numbers with variable 0 in the highest bit, of two sets of one size the larger has the first indices.
+        order_W = np.lexsort((-(worlds_WN << np.arange(case.n)[::-1]).sum(1), worlds_WN.sum(1)))
+        first = worlds_WN[order_W[truth.log_probs[:, order_W].argmax(1)]]
+        wrong = np.flatnonzero((mode != first).any(1))
+        if len(wrong):
+            row = wrong[0]
+            raise AssertionError(
+                f"{case}: mode of logits {rows_of_logits(case.allowed, case.n)[row]}: expected the variables "
+                f"{np.flatnonzero(first[row]).tolist()}, fewest first and then the lowest among equally probable "
+                f"worlds, got {np.flatnonzero(mode[row]).tolist()}"
+            )
 
     @check
     def test_contradicting_evidence(self, case: Case) -> None:

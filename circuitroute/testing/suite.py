@@ -80,8 +80,8 @@ class Suite:
     """
 
     namespace: Mapping[str, Any] | None = MappingProxyType({})
-    """Names that evaluating a ``repr`` needs, apart from those of circuitroute and the constraint's type; None if the
-    ``repr`` is not an expression."""
+    """Names that evaluating a ``repr`` needs, apart from those of circuitroute, of the types it is made of and of their
+    modules; None if the ``repr`` is not an expression."""
 
     def cases(self) -> Iterable[Case]:
         """The constraints to check, with their meaning; to be defined by the subclass.

@@ -6,8 +6,8 @@ import copy
 
 import numpy as np
 
-import circuitroute as cr
 from circuitroute.testing.case import Case
+from circuitroute.testing.names import evaluated
 from circuitroute.testing.suite import Suite, check, require
 
 
@@ -43,10 +43,8 @@ class ValueChecks(Suite):
         """``eval(repr(constraint))`` is an equal constraint, unless :attr:`namespace` is None."""
         if self.namespace is None:
             return
-        kind = type(any_case.constraint)
-        names = {**vars(cr), kind.__name__: kind, **self.namespace}
         try:
-            again = eval(repr(any_case.constraint), names)
+            again = evaluated(any_case.constraint, self.namespace, type(self))
         except Exception as error:
             raise AssertionError(
                 f"{any_case}: expected repr to evaluate back, got {type(error).__name__}: {error}; add what it needs "

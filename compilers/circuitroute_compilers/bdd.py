@@ -10,8 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from circuitroute.constraints.formula import Formula
+from circuitroute.deadline import tick
 
 ZERO, ONE = 0, 1
+# Results of ``ite`` that are remembered before all are forgotten: half a gibibyte of them.
+MAX_REMEMBERED = 3_000_000
 BEYOND = 1 << 30  # the level of the constants: below every variable
 
 
@@ -59,6 +62,9 @@ class Bdd:
         results = self._results
         waiting = [(test, then, otherwise)]
         while waiting:
+            tick()
+            if len(results) > MAX_REMEMBERED:
+                results.clear()
             here = waiting[-1]
             if here in results:
                 waiting.pop()
@@ -146,6 +152,7 @@ class Bdd:
         found = {root: None}
         waiting = [root]
         while waiting:
+            tick()
             here = waiting.pop()
             for child in (self.low[here], self.high[here]):
                 if child not in found:

@@ -24,8 +24,9 @@ from itertools import combinations, islice
 
 from circuitroute import Circuit, CircuitTooLargeError, Constraint, InfeasibleError, register_compiler
 from circuitroute.circuit import DeferredGraph, Graph
-from circuitroute.compilation import Prediction
-from circuitroute.constraints import And, Cost, Count, CountIn, Logic, Over
+from circuitroute.compilation import SHOWN, Prediction
+from circuitroute.constraints import And, Cost, Count, CountIn, Logic, Over, shown
+from circuitroute.deadline import OutOfTimeError, note
 from circuitroute_compilers.choice import Choice, choose, is_foreign
 from circuitroute_compilers.counted import CountSize
 from circuitroute_compilers.forecast import explosion
@@ -33,6 +34,7 @@ from circuitroute_compilers.graph import UnhashableStateError, build_graph, most
 from circuitroute_compilers.lowering import Capped, flattened, joined, lower, only_counts
 from circuitroute_compilers.plans import simple_parts
 from circuitroute_compilers.terms import Machine, check_associative
+from circuitroute_compilers.trees import MAX_VARIABLES
 
 # The limit that predictions are made for: that of circuitroute.compile.
 USUAL_NODES = 1_000_000
@@ -57,13 +59,15 @@ def compile_builtin(constraint: Constraint, n: int, max_nodes: int) -> Circuit:
         needs = _count_needs(size, max_nodes)
         if needs is not None:
             raise _too_large(simple, n, max_nodes, size.prediction(simple), needs)
-        if size.mergeable(max_nodes):
-            build = partial(_graph, simple, n, max_nodes)
-            return Circuit(DeferredGraph(n, size.nodes, size.edges, build), constraint, counts)
+        if not size.mergeable(max_nodes):
+            needs = f"{size.largest_table} pairs of states at one tree node"
+            raise _too_large(simple, n, max_nodes, size.prediction(simple), needs)
+        build = partial(_graph, simple, n, max_nodes)
+        return Circuit(DeferredGraph(n, size.nodes, size.edges, build), constraint, counts)
     try:
         return Circuit(_graph(simple, n, max_nodes), constraint, counts)
     except InfeasibleError as error:
-        raise InfeasibleError(_contradiction(constraint, n) or str(error)) from None
+        raise InfeasibleError(_blame(constraint, n) or str(error)) from None
 
 
 def _count_needs(size: CountSize, max_nodes: int) -> str | None:
@@ -88,8 +92,11 @@ def _graph(constraint: Constraint, n: int, max_nodes: int) -> Graph:
             f"about {_about(exploding.merges)} merges, since its machine keeps a state for every subset of "
             f"{exploding.variables} variables",
         )
+    note(lambda: f"building its circuit; {_most(choice.prediction)}")
     try:
         graph = build_graph(constraint, choice.term, choice.tree, max_nodes)
+    except OutOfTimeError:
+        raise
     except CircuitTooLargeError as error:
         raise _too_large(constraint, n, max_nodes, choice.prediction, str(error)) from None
     for part in foreign:
@@ -98,6 +105,11 @@ def _graph(constraint: Constraint, n: int, max_nodes: int) -> Graph:
 
 
 def _chosen(constraint: Constraint, n: int, max_nodes: int) -> Choice:
+    if n > MAX_VARIABLES:
+        raise CircuitTooLargeError(
+            f"{shown(constraint, SHOWN)} over {n} variables: only counts over all variables are compiled for more than "
+            f"{MAX_VARIABLES}; compile other rules over fewer"
+        )
     try:
         return choose(constraint, lower(constraint, tuple(range(n))), n, max_nodes)
     except UnhashableStateError as error:
@@ -112,6 +124,14 @@ def _simplest(constraint: Constraint, n: int, counts: list[int] | None) -> Const
 
 
 # ---------------------------------------------------------------------------------------------- why it cannot be built
+
+
+def _blame(constraint: Constraint, n: int) -> str | None:
+    """What contradicts what, if that is found in the time that is left."""
+    try:
+        return _contradiction(constraint, n)
+    except OutOfTimeError:
+        return None
 
 
 def _contradiction(constraint: Constraint, n: int) -> str | None:
@@ -132,6 +152,8 @@ def _is_impossible(constraint: Constraint, n: int) -> bool:
         _graph(constraint, n, USUAL_NODES)
     except InfeasibleError:
         return True
+    except OutOfTimeError:
+        raise
     except CircuitTooLargeError:
         pass
     return False
@@ -142,11 +164,15 @@ def _too_large(
 ) -> CircuitTooLargeError:
     """The error for a circuit over the limits: what it would take, which part costs most, and what would help."""
     return CircuitTooLargeError(
-        f"{constraint!r} over {n} variables needs {needs}, more than max_nodes={max_nodes} allows; estimated without "
-        f"building: width {_about(predicted.width)}, at most {_about(predicted.nodes)} nodes and "
-        f"{_about(predicted.edges)} elements, about {predicted.seconds:.2g} seconds. {predicted.culprit!r} costs most: "
-        f"{_remedy(predicted.culprit)}, or raise max_nodes"
+        f"{shown(constraint, SHOWN)} over {n} variables needs {needs}, more than max_nodes={max_nodes} allows; "
+        f"estimated without building: width {_about(predicted.width)}, at most {_about(predicted.nodes)} nodes and "
+        f"{_about(predicted.edges)} elements, about {predicted.seconds:.2g} seconds. {_most(predicted)}, "
+        "or raise max_nodes"
     )
+
+
+def _most(predicted: Prediction) -> str:
+    return f"{shown(predicted.culprit, SHOWN)} costs most: {_remedy(predicted.culprit)}"
 
 
 def _about(number: int) -> str:

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from circuitroute import CircuitTooLargeError, Constraint
-from circuitroute.compilation import Prediction
-from circuitroute.constraints import Cost
+from circuitroute.compilation import SHOWN, Prediction
+from circuitroute.constraints import Cost, shown
+from circuitroute.deadline import OutOfTimeError, note, tick
 from circuitroute_compilers.lowering import Capped
 from circuitroute_compilers.plans import Number, Plan, Proposition, along, simple_parts
 from circuitroute_compilers.profile import UNTOUCHED, Profiles, Tree, profiles, together
@@ -49,18 +50,23 @@ def choose(constraint: Constraint, plan: Plan, n: int, max_nodes: int) -> Choice
     Raises:
         CircuitTooLargeError: a formula needs too large a decision diagram in every one of the orders.
     """
-    choices: list[Choice] = []
+    best: Choice | None = None  # the others, and their trees, need not stay in memory
     refusals: list[CircuitTooLargeError] = []
     for tree in _possible(plan, n):
+        note(lambda: "looking for a good order of its variables")
+        tick()
         try:
             term = along(plan, met(tree), max(max_nodes, LEAST_DIAGRAM_NODES))
+            found = _predicted(constraint, plan, term, tree)
+        except OutOfTimeError:
+            raise
         except CircuitTooLargeError as error:
             refusals.append(error)
         else:
-            choices.append(_predicted(constraint, plan, term, tree))
-    if not choices:
+            best = found if best is None or found.cost < best.cost else best
+    if best is None:
         raise refusals[-1]
-    return min(choices, key=lambda choice: choice.cost)
+    return best
 
 
 def _possible(plan: Plan, n: int) -> Iterator[Vtree]:
@@ -94,7 +100,10 @@ def _scopes(parts: Sequence[Machine | Proposition]) -> Iterator[Scope]:
 def _predicted(constraint: Constraint, plan: Plan, term: Term, tree: Vtree) -> Choice:
     numbered = Tree(tree)
     if isinstance(plan, Number) and isinstance(term, HowMany):
-        parts, names = [profiles(part, numbered) for part in term.terms], plan.names
+        parts, names = (
+            [_counted(part, name, numbered) for part, name in zip(term.terms, plan.names, strict=True)],
+            plan.names,
+        )
         whole = together(term, parts, numbered)
     else:
         whole = profiles(term, numbered)
@@ -109,6 +118,11 @@ def _predicted(constraint: Constraint, plan: Plan, term: Term, tree: Vtree) -> C
     culprit = names[_costliest(parts, whole)]
     certain = sum(p.open for p in whole.values() if p.exact)
     return Choice(plan, tree, term, Prediction(width, nodes, edges, seconds, culprit), certain)
+
+
+def _counted(term: Term, name: Constraint, tree: Tree) -> Profiles:
+    note(lambda: f"counting the states of {shown(name, SHOWN)}")
+    return profiles(term, tree)
 
 
 def seconds_to_build(nodes: int, edges: int) -> float:

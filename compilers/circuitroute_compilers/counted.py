@@ -54,7 +54,7 @@ class CountSize:
     def mergeable(self, max_nodes: int) -> bool:
         """Whether building gets beyond merging states, before which the size of the circuit is not looked at."""
         most = most_states(max_nodes, self.n), most_pairs(max_nodes)
-        return self._reachable <= most[0] and self._largest_table <= most[1]
+        return self._reachable <= most[0] and self.largest_table <= most[1]
 
     def excess(self, max_nodes: int) -> str | None:
         """What is over the limits, in the words of :func:`.graph.excess`; None where nothing is."""
@@ -95,7 +95,8 @@ class CountSize:
         return sum(number * self._states(size) for size, number in self._blocks.items())
 
     @property
-    def _largest_table(self) -> int:
+    def largest_table(self) -> int:
+        """The most pairs of states that are merged at one tree node."""
         halves = [_halves(size) for size, _ in self._inner()]
         return max((self._states(a) * self._states(b) for a, b in halves), default=0)
 

@@ -14,15 +14,19 @@ from functools import cached_property
 from typing import NamedTuple, cast
 
 from circuitroute import CircuitTooLargeError, Constraint
-from circuitroute.constraints import State
+from circuitroute.compilation import SHOWN
+from circuitroute.constraints import State, shown
 from circuitroute.constraints.formula import Formula
+from circuitroute.deadline import tick
 from circuitroute_compilers.bdd import ONE, ZERO, Bdd, TooManyNodesError
-from circuitroute_compilers.terms import FALSE, FREE, TRUE, Scope, settled
+from circuitroute_compilers.terms import FALSE, FREE, TRUE, Scope, scope_of, settled
 
 # Formulas that share variables become one diagram of up to this many nodes; beyond, each is a machine by itself.
 JOINED_NODES = 2_000
 # New nodes that all this joining together may make.
 JOINING_NODES = 100_000
+# Ways into all intervals of one diagram together: half a gibibyte of them.
+MAX_ENTRIES = 5_000_000
 
 
 class Passage(NamedTuple):
@@ -45,7 +49,7 @@ class Diagram:
 
     @cached_property
     def scope(self) -> Scope:
-        return sum(1 << v for v in self.order)
+        return scope_of(self.order)
 
     @cached_property
     def _number(self) -> dict[int, int]:
@@ -54,9 +58,16 @@ class Diagram:
     @cached_property
     def _entries(self) -> list[dict[int, int]]:
         """The nodes reached before each variable, numbered."""
-        entries = [{self.root: 0}]
+        entries, total = [{self.root: 0}], 1
         for level in self.levels:
+            tick(len(entries[-1]))
             reached = sorted({after for node in entries[-1] for after in self._after(node, level)})
+            total += len(reached)
+            if total > MAX_ENTRIES:
+                raise CircuitTooLargeError(
+                    f"{shown(self.constraint, SHOWN)}: its decision diagram is wide, with more than {MAX_ENTRIES} ways "
+                    "into the intervals of its variables; split the formula into smaller ones"
+                )
             entries.append({node: i for i, node in enumerate(reached)})
         return entries
 
@@ -78,6 +89,7 @@ class Diagram:
             return known
         first, second = cast(Passage, left), cast(Passage, right)
         number = self._entries[second.start]
+        tick(len(first.leaves) >> 4)
         return _passage(first.start, tuple(second.leaves[number[node]] for node in first.leaves))
 
     def settle(self, state: State, block: Scope) -> State:
@@ -112,8 +124,8 @@ def diagrams(constraint: Constraint, formulas: Sequence[Formula], order: Sequenc
             root = bdd.of(formula, level_of.__getitem__)
         except TooManyNodesError:
             raise CircuitTooLargeError(
-                f"{constraint!r}: its decision diagram needs more than {limit} nodes in every order of variables that "
-                "was tried; split the formula into smaller ones, or raise max_nodes"
+                f"{shown(constraint, SHOWN)}: its decision diagram needs more than {limit} nodes in every order of "
+                "variables that was tried; split the formula into smaller ones, or raise max_nodes"
             ) from None
         joined.take(root, set(formula.variables))
     orders = [(root, sorted(names, key=level_of.__getitem__)) for root, names in joined.found]

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from circuitroute.constraints import State
+from circuitroute.deadline import tick
 from circuitroute_compilers.graph import distinct, leaf_states, most_states
 from circuitroute_compilers.terms import FALSE, Term
 from circuitroute_compilers.trees import Vtree, nodes
@@ -52,7 +53,7 @@ def explosion(term: Term, tree: Vtree, max_nodes: int) -> Explosion | None:
         found[id(node)] = None
         if left is None or right is None:
             continue
-        merged = [state for a in left.states for b in right.states if (state := term.merge(a, b)) is not FALSE]
+        merged = [state for a in left.states for b in right.states if (state := _merged(term, a, b)) is not FALSE]
         sampled = len(left.states) * len(right.states)
         live = left.count * right.count * len(merged) // max(sampled, 1)
         merges += live
@@ -62,6 +63,11 @@ def explosion(term: Term, tree: Vtree, max_nodes: int) -> Explosion | None:
             kept = [state for a in merged if (state := term.settle(a, node.scope)) is not FALSE]
             found[id(node)] = _Block(_spread(kept), live)
     return None
+
+
+def _merged(term: Term, left: State, right: State) -> State:
+    tick()
+    return term.merge(left, right)
 
 
 def _spread(states: Sequence[State]) -> Sequence[State]:

@@ -13,6 +13,7 @@ deterministic automaton (Moore 1956) carried over to trees, where a state's cont
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -23,6 +24,7 @@ import numpy.typing as npt
 from circuitroute import CircuitTooLargeError, Constraint, InfeasibleError
 from circuitroute.circuit import Graph, NodeKind
 from circuitroute.constraints import State
+from circuitroute.deadline import tick
 from circuitroute_compilers.terms import FALSE, Term
 from circuitroute_compilers.trees import Vtree, nodes
 
@@ -73,19 +75,12 @@ class _Classes:
 
 @dataclass(eq=False)
 class _Block:
-    """A tree node, its state list, and for an inner one its table and halves."""
+    """A tree node, its state list, and for an inner one its table and two halves."""
 
     tree: Vtree
     states: int
-    table: _Table | None = None
-    halves: tuple[_Block, _Block] | None = None
+    inner: tuple[_Table, _Block, _Block] | None = None
     classes: _Classes = field(default_factory=lambda: _Classes(np.zeros(1, np.int64), np.ones(1, np.bool_)))
-
-    def inner(self) -> tuple[_Table, _Block, _Block]:
-        """Table and halves of a block that is not a single variable."""
-        if self.table is None or self.halves is None:
-            raise RuntimeError("a single variable has no halves")  # cannot happen: callers look first
-        return self.table, *self.halves
 
 
 class UnhashableStateError(Exception):
@@ -102,6 +97,14 @@ def distinct(states: Sequence[State]) -> tuple[State, ...]:
     except TypeError as error:
         raise UnhashableStateError(str(error)) from None
     return tuple(sorted(found)) if all(type(state) is int for state in found) else found  # type: ignore[type-var]
+
+
+def _number(met: dict[State, int], state: State) -> int:
+    """The number of a state among those met."""
+    try:
+        return met.setdefault(state, len(met))
+    except TypeError as error:
+        raise UnhashableStateError(str(error)) from None
 
 
 def leaf_states(term: Term, variable: int) -> tuple[State, State]:
@@ -132,13 +135,14 @@ class _Builder:
         """Find the states of every block, halves before wholes."""
         block_of: dict[int, _Block] = {}
         for node in nodes(tree):
+            tick()
             if node.halves is None:
                 states = distinct([s for s in leaf_states(self.term, node.first) if s is not FALSE])
                 block = _Block(node, self._intern(states))
             else:
                 left, right = (block_of[id(half)] for half in node.halves)
                 table = self._table(left.states, right.states, node)
-                block = _Block(node, table.states, table, (left, right))
+                block = _Block(node, table.states, (table, left, right))
             block_of[id(node)] = block
             self._count(block)
             self.blocks.append(block)
@@ -166,24 +170,29 @@ class _Builder:
     def _merge_all(self, lefts: Sequence[State], rights: Sequence[State], tree: Vtree) -> _Table:
         if len(lefts) * len(rights) > most_pairs(self.max_nodes):
             raise self._too_large(f"{len(lefts)} x {len(rights)} pairs of states at one tree node")
-        merged = [
-            (a, b, state)
-            for a, left in enumerate(lefts)
-            for b, right in enumerate(rights)
-            if (state := self.term.settle(self.term.merge(left, right), tree.scope)) is not FALSE
-        ]
-        states = distinct([state for _, _, state in merged])
-        index = {state: i for i, state in enumerate(states)}
-        array = np.array([(a, b, index[state]) for a, b, state in merged], dtype=np.int64).reshape(-1, 3)
-        return _Table(array[:, 0], array[:, 1], array[:, 2], self._intern(states))
+        merge, settle, scope = self.term.merge, self.term.settle, tree.scope
+        met: dict[State, int] = {}
+        live = array("q")  # left, right, result: 24 bytes a pair, where a tuple takes a hundred
+        for a, left in enumerate(lefts):
+            for b, right in enumerate(rights):
+                tick()
+                state = settle(merge(left, right), scope)
+                if state is not FALSE:
+                    live.extend((a, b, _number(met, state)))
+        states = distinct(list(met))
+        place = {state: i for i, state in enumerate(states)}
+        renumbered = np.array([place[state] for state in met], dtype=np.int64)
+        pairs = np.frombuffer(live, dtype=np.int64).reshape(-1, 3) if live else np.zeros((0, 3), dtype=np.int64)
+        return _Table(pairs[:, 0], pairs[:, 1], renumbered[pairs[:, 2]], self._intern(states))
 
     def down(self) -> None:
         """Find the classes of every block, from the root, whose only state is accepted, down to the variables."""
         for block in reversed(self.blocks):
-            if block.halves is None:
+            tick()
+            if block.inner is None:
                 self.nodes += self._leaf_nodes(block)
                 continue
-            table, left, right = block.inner()
+            table, left, right = block.inner
             left.classes, right.classes, edges = self._halves(table, left, right, block.classes)
             self.nodes += block.classes.count
             self.edges += edges
@@ -254,6 +263,7 @@ def _alike(own: IntArray, siblings: IntArray, result: IntArray, count: int) -> _
     first = np.zeros(count, dtype=np.bool_)
     known: dict[bytes, int] = {}
     for state, (start, end) in enumerate(zip(np.concatenate([[0], ends[:-1]]).tolist(), ends.tolist(), strict=True)):
+        tick()
         if start < end:
             fresh = len(known)
             of[state] = known.setdefault(behaviour[start:end].tobytes(), fresh)
@@ -277,11 +287,12 @@ class _Emitter:
         """The whole graph; the root has one class and becomes the last node."""
         node_of_class: dict[int, IntArray] = {}
         for block in self._builder.blocks:
-            if block.halves is None:
+            tick()
+            if block.inner is None:
                 node_of_class[id(block)] = self._leaf(block)
             else:
-                halves = [node_of_class.pop(id(half)) for half in block.halves]
-                node_of_class[id(block)] = self._inner(block, *halves)
+                halves = [node_of_class.pop(id(half)) for half in block.inner[1:]]
+                node_of_class[id(block)] = self._inner(block.classes, *block.inner, *halves)
         return Graph(
             n=self._builder.n,
             kind=np.array(self._kind, dtype=np.uint8),
@@ -291,10 +302,11 @@ class _Emitter:
             right=np.concatenate(self._right).astype(np.int32),
         )
 
-    def _inner(self, block: _Block, left_nodes: IntArray, right_nodes: IntArray) -> IntArray:
-        """One sum per class, made of the pairs of classes that lead there; returns the nodes."""
-        table, left, right = block.inner()
-        owner = block.classes.of[table.result]
+    def _inner(
+        self, whole: _Classes, table: _Table, left: _Block, right: _Block, left_nodes: IntArray, right_nodes: IntArray
+    ) -> IntArray:
+        """One sum per class of the whole, made of the pairs of classes that lead there; returns the nodes."""
+        owner = whole.of[table.result]
         # The first state of a class stands for all of it.
         order = np.flatnonzero((owner >= 0) & left.classes.first[table.left] & right.classes.first[table.right])
         order = order[np.argsort(owner[order], kind="stable")]

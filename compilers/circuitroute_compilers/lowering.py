@@ -26,6 +26,7 @@ from circuitroute.constraints import (
     Over,
     State,
 )
+from circuitroute.deadline import tick
 from circuitroute_compilers.plans import Negation, Number, Plan, number
 from circuitroute_compilers.rules import check_indices, formula_of, propositions, torn_counts
 from circuitroute_compilers.terms import Machine
@@ -42,6 +43,7 @@ def lower(constraint: Constraint, scope: Indices) -> Plan:
         InfeasibleError: a part that nothing satisfies, named.
         UnsupportedConstraintError: neither a rule nor a machine.
     """
+    tick()
     kind = type(constraint)
     if any(getattr(kind, name) is getattr(Constraint, name) for name in ("leaf", "merge", "accepts")):
         raise unsupported(constraint)
@@ -64,6 +66,7 @@ def _(constraint: Count, scope: Indices) -> Plan:
 
 def allowed_counts(constraint: Count, n: int) -> list[int]:
     """The counts of n variables that are allowed."""
+    tick(n)
     return [j for j in range(n + 1) if constraint.allows(j)]
 
 
@@ -129,6 +132,7 @@ def _(constraint: Logic, scope: Indices) -> Plan:
 
 def flattened(constraint: Constraint, n: int) -> list[Constraint]:
     """The parts of a conjunction over n variables; nested conjunctions are taken apart."""
+    tick()
     if isinstance(constraint, And):
         return [p for part in constraint.parts for p in flattened(part, n)]
     if isinstance(constraint, LayerBudget):
@@ -144,6 +148,7 @@ def joined(parts: list[Constraint], n: int) -> list[Constraint]:
     counts: dict[Indices, list[Constraint]] = {}
     rest: list[Constraint] = []
     for part in parts:
+        tick()
         count, over = count_of(part, n)
         if count is None:
             rest.append(part)
@@ -235,6 +240,7 @@ def only_counts(constraint: Constraint, n: int) -> list[int] | None:
 
 
 def _count_set(constraint: Constraint, n: int) -> set[int] | None:
+    tick()
     if isinstance(constraint, Not):
         inner = _count_set(constraint.part, n)
         return None if inner is None else set(range(n + 1)) - inner

@@ -10,7 +10,7 @@ from typing import TypeAlias
 from circuitroute import Constraint
 from circuitroute.constraints.formula import Formula
 from circuitroute_compilers.diagram import diagrams
-from circuitroute_compilers.terms import Complement, HowMany, Machine, Scope, Term
+from circuitroute_compilers.terms import Complement, HowMany, Machine, Scope, Term, scope_of
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Proposition:
 
     @cached_property
     def scope(self) -> Scope:
-        return sum(1 << v for v in {v for formula in self.formulas for v in formula.variables})
+        return scope_of({v for formula in self.formulas for v in formula.variables})
 
 
 @dataclass(frozen=True)

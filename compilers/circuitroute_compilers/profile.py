@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from circuitroute.constraints import Cost, State
+from circuitroute.deadline import tick
 from circuitroute_compilers.graph import distinct, leaf_states
 from circuitroute_compilers.lowering import Capped
 from circuitroute_compilers.terms import FALSE, FREE, TRUE, Complement, HowMany, Machine, Scope, Term, variables
@@ -64,6 +65,7 @@ class Tree:
         found: set[int] = set()
         for v in variables(scope):
             here = self._leaf[v]
+            tick()
             while here not in found:
                 found.add(here)
                 if not scope & ~self.nodes[here].scope:
@@ -89,6 +91,7 @@ def _counts(count: Capped, scope: Scope, tree: Tree) -> Profiles:
     found: Profiles = {}
     known: dict[tuple[int, int, bool], Profile] = {}
     for node in tree.touched(scope):
+        tick()
         whole = not scope & ~tree.nodes[node].scope
         halves = [found[half].open if half in found else 1 for half in tree.halves[node]] or [2, 1]
         key = (halves[0], halves[1], whole)
@@ -101,11 +104,12 @@ def _counts(count: Capped, scope: Scope, tree: Tree) -> Profiles:
 
 def counted(count: Capped, left: int, right: int, whole: bool) -> Profile:
     """The profile of a count on a block whose halves are in so many states, 0, 1, ... on either side."""
-    sums = np.add.outer(np.arange(left), np.arange(right))
+    ways = np.minimum(np.arange(left + right - 1), np.arange(left + right - 1)[::-1])  # of each sum, but one
+    ways = np.minimum(ways, min(left, right) - 1) + 1
     states = [count.state(j) for j in range(left + right - 1)]
     useful = [state is not None and (count.accepts(state) or not whole) for state in states]
     different = {state for state, use in zip(states, useful, strict=True) if use}
-    pairs = int(np.array(useful)[sums].sum())
+    pairs = int(ways[np.array(useful)].sum())
     return Profile(0, bool(different), False, pairs) if whole else Profile(len(different), pairs=pairs)
 
 
@@ -124,6 +128,7 @@ def _merged(term: Term, tree: Tree) -> Profiles:
     states: dict[int, tuple[State, ...]] = {}
     known: dict[tuple[Hashable, ...], tuple[tuple[State, ...], Profile]] = {}
     for node in tree.touched(term.scope):
+        tick()
         block = tree.nodes[node].scope
         if not tree.halves[node]:
             leaf = leaf_states(term, tree.nodes[node].first)
@@ -144,10 +149,15 @@ def _merged(term: Term, tree: Tree) -> Profiles:
 def _merge_all(
     term: Term, lefts: Sequence[State], rights: Sequence[State], block: Scope
 ) -> tuple[tuple[State, ...], Profile]:
-    merged = [term.settle(term.merge(a, b), block) for a in lefts for b in rights]
+    merged = [_settled(term, a, b, block) for a in lefts for b in rights]
     live = [state for state in merged if state is not FALSE]
     states = distinct(live)
     return states, _listed(states, len(live) < len(merged), len(live))
+
+
+def _settled(term: Term, left: State, right: State, block: Scope) -> State:
+    tick()
+    return term.settle(term.merge(left, right), block)
 
 
 def _listed(states: Sequence[State], false: bool, pairs: int) -> Profile:
@@ -177,6 +187,7 @@ def together(term: HowMany, parts: Sequence[Profiles], tree: Tree) -> Profiles:
     done: dict[int, _Done] = {}
     found: Profiles = {}
     for node in tree.touched(term.scope):
+        tick(1 + len(present.get(node, ())))
         block = tree.nodes[node].scope
         done[node] = _Done.of(wholes.get(node, []), [done[h] for h in tree.halves[node] if h in done])
         halves = [found.get(half, UNTOUCHED) for half in tree.halves[node]]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import TypeAlias
 
 from circuitroute import Constraint, InfeasibleError
 from circuitroute.constraints import And, Count, Logic, Not, Or, Over
 from circuitroute.constraints.formula import Formula, Writer, combined
+from circuitroute.deadline import tick
 from circuitroute_compilers.plans import Plan, Proposition
 
 # Variables, the formulas connected by them, and the rules these came from.
@@ -31,6 +32,7 @@ def formula_of(constraint: Constraint, n: int) -> Formula | None:
     Raises:
         ValueError: it uses a variable that does not exist.
     """
+    tick()
     match constraint:
         case Logic(formula=formula):
             largest = max(formula.variables, default=0)
@@ -66,6 +68,7 @@ def torn_counts(parts: Sequence[Constraint], n: int) -> dict[Constraint, Formula
     scopes: dict[Constraint, int] = {}
     for part in parts:
         formula = formula_of(part, n)
+        tick(len(parts) >> 2)
         if formula is not None:
             scopes[part] = sum(1 << v for v in formula.variables)
         elif isinstance(part, Over) and isinstance(part.constraint, Count) and len(part.indices) <= FEW:
@@ -74,10 +77,14 @@ def torn_counts(parts: Sequence[Constraint], n: int) -> dict[Constraint, Formula
     return {
         part: count_formula(part.constraint, part.indices)
         for part, scope in scopes.items()
-        if isinstance(part, Over)
-        and isinstance(part.constraint, Count)
-        and any(scope & other and scope & ~other and other & ~scope for other in scopes.values())
+        if isinstance(part, Over) and isinstance(part.constraint, Count) and _is_torn(scope, scopes.values())
     }
+
+
+def _is_torn(scope: int, others: Collection[int]) -> bool:
+    """Whether a scope overlaps one of the others in part."""
+    tick(1 + len(others) * (1 + (scope.bit_length() >> 12)) // 8)
+    return any(scope & other and scope & ~other and other & ~scope for other in others)
 
 
 def count_formula(count: Count, indices: Sequence[int]) -> Formula:
@@ -108,6 +115,7 @@ def propositions(rules: Mapping[Constraint, Formula], scope: tuple[int, ...]) ->
 
 def _gather(gathered: list[_Gathered], formula: Formula, rule: Constraint) -> None:
     """Add a formula to the set it shares variables with, joining all such sets."""
+    tick(1 + (len(gathered) >> 2))
     variables, formulas, names = set(formula.variables), [formula], [rule]
     for known in [known for known in gathered if known[0] & variables]:
         gathered.remove(known)

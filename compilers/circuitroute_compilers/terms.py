@@ -10,13 +10,14 @@ from __future__ import annotations
 import enum
 import functools
 import operator
-from collections.abc import Callable, Generator, Hashable
+from collections.abc import Callable, Generator, Hashable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice, product
 from typing import NamedTuple, Protocol, TypeAlias, cast
 
 from circuitroute.constraints import Constraint, State
+from circuitroute.deadline import tick
 
 Scope: TypeAlias = int  # a bit per variable
 
@@ -70,7 +71,7 @@ class Machine:
 
     @cached_property
     def scope(self) -> Scope:
-        return sum(1 << v for v in self.indices)
+        return scope_of(self.indices)
 
     @cached_property
     def _position(self) -> dict[int, int]:
@@ -222,7 +223,16 @@ class HowMany:
 
 def variables(scope: Scope) -> list[int]:
     """The variables of a scope, increasing."""
-    return [v for v in range(scope.bit_length()) if scope >> v & 1]
+    return [v for v, bit in enumerate(reversed(f"{scope:b}")) if bit == "1"]
+
+
+def scope_of(indices: Iterable[int]) -> Scope:
+    """The scope of some variables; in linear time, unlike a sum of powers of two."""
+    some = list(indices)
+    bits = bytearray(max(some, default=0) // 8 + 1)
+    for v in some:
+        bits[v // 8] |= 1 << v % 8
+    return int.from_bytes(bits, "little")
 
 
 # ---------------------------------------------------------------------------------------------- a check of machines
@@ -240,6 +250,7 @@ def check_associative(machine: Machine) -> None:
     """
     constraint = machine.constraint
     for a, b, c in islice(_neighbours(constraint, 0, len(machine.indices)), MAX_CHECKED):
+        tick()
         one = _merged(constraint, _merged(constraint, a, b), c)
         other = _merged(constraint, a, _merged(constraint, b, c))
         if one != other:
@@ -265,4 +276,5 @@ def _neighbours(
 
 
 def _merged(constraint: Constraint, a: State | None, b: State | None) -> State | None:
+    tick()
     return None if a is None or b is None else constraint.merge(a, b)

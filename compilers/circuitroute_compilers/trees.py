@@ -12,15 +12,22 @@ Trees may be as deep as they have variables: nothing here recurses.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from circuitroute_compilers.terms import Scope, variables
+from circuitroute.deadline import tick
+from circuitroute_compilers.terms import Scope, scope_of, variables
 
 # Beyond these a tree decomposition takes longer than it is worth.
 MAX_DECOMPOSED_VARIABLES = 150
 MAX_DECOMPOSED_EDGES = 1_500
+# Nor is a narrow band looked for where the scopes have more variables than this, all together.
+MAX_BAND_EDGES = 300_000
+# Every node of a tree knows its scope, an eighth of a byte per variable, and two trees are in memory at once.
+MAX_VARIABLES = 92_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +75,10 @@ def around(scopes: Iterable[Scope], order: Sequence[int]) -> Vtree:
     cut across smaller ones."""
     position = {v: i for i, v in enumerate(order)}
     items = [leaf(v) for v in order]
-    everything = sum(1 << v for v in order)
+    everything = scope_of(order)
+    words = 1 + (everything.bit_length() >> 12)
     for scope in sorted(set(scopes) - {0, everything}, key=lambda s: (s.bit_count(), s)):
+        tick(1 + len(items) * words // 16)
         inside = [item for item in items if item.scope & scope]
         if len(inside) == 1 or any(item.scope & ~scope for item in inside):
             continue
@@ -120,14 +129,21 @@ def candidates(scopes: Iterable[Scope], n: int) -> Iterator[Vtree]:
     torn = [scope for scope in known if scope not in whole]
     if not torn:
         return
-    crossing = [scope for scope in known if scope not in whole or any(_cross(scope, other) for other in torn)]
-    nested = [scope for scope in known if scope not in set(crossing)]
-    band = _narrow_band(crossing, n)
-    yield around(nested, band)
-    yield linear([leaf(v) for v in band])
+    crossing = [scope for scope in known if scope not in whole or _crosses(scope, torn)]
+    among = set(crossing)
+    nested = [scope for scope in known if scope not in among]
+    if sum(scope.bit_count() for scope in crossing) <= MAX_BAND_EDGES:
+        band = _narrow_band(crossing, n)
+        yield around(nested, band)
+        yield linear([leaf(v) for v in band])
     yield natural(n)
     yield linear([leaf(v) for v in range(n)])
     yield from _decomposed(crossing, nested, n)
+
+
+def _crosses(scope: Scope, others: Sequence[Scope]) -> bool:
+    tick(1 + len(others) // 16)
+    return any(_cross(scope, other) for other in others)
 
 
 def _cross(one: Scope, other: Scope) -> bool:
@@ -149,6 +165,8 @@ def _decomposed(scopes: Sequence[Scope], nested: Sequence[Scope], n: int) -> Ite
     """The tree of a tree decomposition, rooted at its middle: each variable stands where it is met first."""
     import networkx as nx
 
+    if functools.reduce(operator.or_, scopes, 0).bit_count() > MAX_DECOMPOSED_VARIABLES:
+        return
     edges = {(a, b) for scope in scopes for a in variables(scope) for b in variables(scope) if a < b}
     touched = {v for edge in edges for v in edge}
     if len(touched) > MAX_DECOMPOSED_VARIABLES or len(edges) > MAX_DECOMPOSED_EDGES:

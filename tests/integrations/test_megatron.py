@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 import textwrap
 import warnings
@@ -388,3 +390,13 @@ def test_temperature_and_decide_are_those_of_route(decide: Any) -> None:
 def test_temperatures_and_shares_that_make_no_sense_are_refused(options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(megatron.router(cr.Exactly(4), **options))
+
+
+def test_a_circuit_stands_for_its_constraint_and_what_can_be_pickled_is() -> None:
+    circuit = cr.compile(cr.ActiveGroups(cr.Groups(4), at_most=1) & cr.Exactly(2), 8)
+    make = pickle.loads(pickle.dumps(megatron.router(circuit, seed=0)))
+    layer = build(make, moe_router_topk=2, num_moe_experts=8)
+    assert layer.router.decider.circuit.constraint == circuit.constraint
+    for copied in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(TypeError, match=r"holds process groups .* save its state_dict\(\)"):
+            copied(layer.router)

@@ -313,7 +313,7 @@ def test_too_large_a_circuit_is_served_but_not_exported(monkeypatch, tmp_path):
         ({"num_experts": 0}, ValueError, "num_experts=0"),
         ({"constraint": cr.Exactly(13)}, cr.InfeasibleError, r"Exactly\(13\)"),
         ({"constraint": "Exactly(3)"}, TypeError, "Exactly"),
-        ({"constraint": cr.compile(cr.Exactly(2), 8)}, ValueError, "a circuit over 8 variables: num_experts=12"),
+        ({"constraint": cr.compile(cr.Exactly(2), 8)}, ValueError, "it is over 8 variables, and there are to be n=12"),
         ({"combine": "marginal"}, ValueError, "combine='marginal': choose one of 'softmax', 'normalized', 'sigmoid'"),
         ({"score": "softmax"}, ValueError, "score='softmax': choose one of 'logits', 'sigmoid'"),
         ({"scaling": math.inf}, ValueError, "scaling=inf"),

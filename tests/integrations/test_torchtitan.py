@@ -6,6 +6,8 @@ dispatcher and the layer as they are.
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 import textwrap
 import warnings
@@ -391,3 +393,23 @@ def test_temperature_and_decide_are_those_of_route(decide: Any) -> None:
 def test_temperatures_and_shares_that_make_no_sense_are_refused(options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         torchtitan.circuit_moe(layer_config(), cr.Exactly(2), **options)
+
+
+@pytest.mark.parametrize("probes", [0, 1])
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))], ids=["copy", "pickle"]
+)
+def test_configs_and_layers_of_circuits_are_copied(way: Any, probes: int) -> None:
+    """Their classes have no names, and their hooks belong to the layer; a circuit stands for its constraint."""
+    circuit = cr.compile(cr.ActiveGroups(cr.Groups(4), at_most=1) & cr.Between(1, 2), E)
+    config = way(torchtitan.circuit_moe(layer_config(), circuit, seed=1, probes=probes))
+    layer = config.build().train()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    assert layer.router.decider.circuit.counts is None
+    torchtitan.begin_step(layer, 3)
+    twin, x = way(layer), torch.randn(B, L, D)
+    assert torch.equal(twin(x), layer(x))
+    assert all(hook.__self__ is twin for hook in twin.router._forward_hooks.values())
+    with pytest.raises(ValueError, match="it is over 8 variables, and there are to be n=4"):
+        torchtitan.CircuitRouter.Config(num_experts=4, gate=config.router.gate, top_k=2, constraint=circuit).build()

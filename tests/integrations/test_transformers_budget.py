@@ -244,6 +244,15 @@ def test_layers_run_in_order() -> None:
         block_of(model, 1)(torch.randn(1, 4, 32))
 
 
+def test_a_layer_cannot_run_for_the_first_time_in_a_backward_pass() -> None:
+    model, _ = patched()
+    model.train()
+    leaf = torch.zeros(1, requires_grad=True)
+    leaf.register_hook(lambda gradient: block_of(model, 1)(torch.randn(1, 3, 32)) and None)
+    with pytest.raises(RuntimeError, match=r"layer 1 runs in a backward pass.*run a forward pass of the model first"):
+        leaf.sum().backward()
+
+
 # ---------------------------------------------------------------------------------------------- in and out
 
 

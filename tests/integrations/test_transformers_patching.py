@@ -290,6 +290,14 @@ def test_patching_twice_is_refused() -> None:
         adapter.patch(model, {1: cr.Exactly(1)})
 
 
+def test_a_router_that_was_wrapped_since_cannot_be_restored() -> None:
+    model = tiny("OLMoE")
+    handle = adapter.patch(model, cr.Exactly(1))
+    router_of(model).__class__ = type("FSDPRouter", (type(router_of(model)),), {})
+    with pytest.raises(RuntimeError, match="has become a FSDPRouter since it was patched: unpatch the model before"):
+        handle.unpatch()
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

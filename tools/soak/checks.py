@@ -10,8 +10,8 @@ gradients              5e-5     1e-8
 second derivatives     5e-4     1e-7
 ==================  =======  =======
 
-Entropies (and their gradients) and log-probabilities are relative to a tenth of the sum of all |logits|, if that is more
-than 1: composed circuits find them as differences of such numbers. Gradients of half-precision leaves are rounded to
+Entropies (and their gradients) and log-probabilities are relative to a tenth of the sum of all |logits|, if that is
+more than 1: composed circuits find them as differences of such numbers. Gradients of half-precision leaves are rounded to
 their dtype once more. What is equal by promise is compared to the bit: samples and modes between engines, batches,
 processes and after storage.
 
@@ -179,6 +179,8 @@ def _gradients(run: Run, distribution: cr.SubsetDistribution, truth: Truth, pote
     outputs = list(outputs_of(distribution, truth))
     name, found, true = outputs[rng.integers(len(outputs))]
     upstream = torch.from_numpy(rng.normal(size=found.shape))
+    if not found.requires_grad:  # a certain number
+        found = found + 0.0 * case.leaf.to(found.dtype).nan_to_num().sum()
     leaves = [case.leaf] if potential is None else [case.leaf, potential]
     exact = [derivative(true, truth.theta, upstream)]
     if potential is not None and truth.phi is not None:

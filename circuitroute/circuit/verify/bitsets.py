@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from circuitroute.deadline import tick
 from circuitroute.errors import CircuitTooLargeError
 
 # The most memory that the bit sets of one circuit may take, in bytes.
-MAX_BYTES = 1 << 30
+MAX_BYTES = 1 << 29
 
 
 class Pool:
@@ -21,8 +22,9 @@ class Pool:
         """The object that stands for ``bits``.
 
         Raises:
-            CircuitTooLargeError: all of them together take more than a gibibyte.
+            CircuitTooLargeError: all of them together take more than half a gibibyte.
         """
+        tick(1 + (bits.bit_length() >> 10))
         known = self._known.setdefault(bits, bits)
         if known is bits:
             self._bytes += bits.bit_length() // 8

@@ -17,6 +17,7 @@ from typing import TypeAlias
 
 from circuitroute.circuit.graph import Graph, NodeKind
 from circuitroute.circuit.verify.bitsets import Pool
+from circuitroute.deadline import tick
 from circuitroute.errors import CircuitPropertyError
 
 Literals: TypeAlias = int  # bit 2 v: variable v is absent; bit 2 v + 1: it is present
@@ -70,6 +71,7 @@ class _Judge:
 
     def judge(self, node: int, elements: range) -> None:
         """Decide one sum, and note what it implies; its children come first."""
+        tick(len(elements))
         implied = [self._implied[self._left[e]] | self._implied[self._right[e]] for e in elements]
         common = implied[0]
         for literals in implied:
@@ -88,6 +90,7 @@ class _Judge:
         waiting = [list(implied)]
         while waiting:
             elements = waiting.pop()
+            tick(len(elements))
             if len(elements) < 2:
                 continue
             halves = self._halves(elements, implied) if len(elements) > 2 else None
@@ -100,8 +103,12 @@ class _Judge:
                     f"cannot verify that {self._name(node)} is deterministic: it has {len(implied)} elements, and "
                     f"comparing all pairs of elements takes more than {MAX_PAIRS} comparisons"
                 )
-            found += [(e, f) for e, f in combinations(elements, 2) if not self._opposite(implied[e]) & implied[f]]
+            found += [pair for pair in combinations(elements, 2) if self._may_meet(*pair, implied)]
         return found
+
+    def _may_meet(self, e: int, f: int, implied: dict[int, Literals]) -> bool:
+        tick()
+        return not self._opposite(implied[e]) & implied[f]
 
     def _halves(self, elements: list[int], implied: dict[int, Literals]) -> list[list[int]] | None:
         """The elements split on a variable that all of them decide, but not all the same way; None if there is none."""
@@ -118,6 +125,7 @@ class _Judge:
     def _enumerate(self, node: int, pairs: list[Pair]) -> None:
         """Compare pairs of elements on all assignments of what they depend on."""
         for e, f in pairs:
+            tick()
             over = self._tables.depends(e) | self._tables.depends(f)
             if over.bit_count() > MAX_ENUMERATED:
                 raise UnverifiedError(
@@ -160,20 +168,22 @@ class _Tables:
             bits = 0 if kind in (NodeKind.TRUE, NodeKind.SUM) else 1 << self._variable[node]
             if kind == NodeKind.SUM and not self._is_free(node):
                 for e in self._elements(node):
+                    tick()
                     bits |= found[self._left[e]] | found[self._right[e]]
             found.append(bits)
         return found
 
     def _is_free(self, node: int) -> bool:
         """Whether a sum is "x or not x": every assignment satisfies it."""
+        if len(self._elements(node)) != 2:
+            return False
         factors = [(self._left[e], self._right[e]) for e in self._elements(node)]
         literals = [b if self._kind[a] == NodeKind.TRUE else a for a, b in factors]
         others = [a if self._kind[a] == NodeKind.TRUE else b for a, b in factors]
-        return (
-            len(factors) == 2
-            and all(self._kind[other] == NodeKind.TRUE for other in others)
-            and {self._kind[x] for x in literals} == {NodeKind.ABSENT, NodeKind.PRESENT}
-        )
+        return all(self._kind[other] == NodeKind.TRUE for other in others) and {self._kind[x] for x in literals} == {
+            NodeKind.ABSENT,
+            NodeKind.PRESENT,
+        }
 
     def _elements(self, node: int) -> range:
         return range(self._first[node], self._first[node + 1])
@@ -192,6 +202,7 @@ class _Tables:
         waiting = [self._left[element], self._right[element]]
         while waiting:
             node = waiting.pop()
+            tick()
             if node not in found and node not in known:
                 found.add(node)
                 for e in self._elements(node):
@@ -206,6 +217,7 @@ class _Tables:
             if kind == NodeKind.SUM and not self._is_free(node):
                 table = 0
                 for e in self._elements(node):
+                    tick(1 + rows // 10_000)
                     table |= tables[self._left[e]] & tables[self._right[e]]
                     self.words += 64 + rows // 64
             elif kind in (NodeKind.TRUE, NodeKind.SUM) or not over >> self._variable[node] & 1:

@@ -23,6 +23,7 @@ import numpy as np
 
 from circuitroute.circuit.graph import Graph, IntArray, NodeKind
 from circuitroute.circuit.verify.worlds import BoolArray, Split, Worlds, count_up
+from circuitroute.deadline import tick
 from circuitroute.errors import CircuitPropertyError
 
 # Asks for pairs of nodes of a scope; is answered with which of them overlap.
@@ -48,7 +49,10 @@ def check_structured(graph: Graph, scopes: list[int], name: Callable[[int], str]
         TooManyPairsError: the circuit is structured, but deciding takes too long.
     """
     numbers: dict[int, int] = {0: 0}
-    scope_of = np.array([numbers.setdefault(scope, len(numbers)) for scope in scopes], dtype=np.int64)
+    scope_of = np.zeros(len(scopes), dtype=np.int64)
+    for node, scope in enumerate(scopes):
+        tick(1 + (scope.bit_length() >> 10))
+        scope_of[node] = numbers.setdefault(scope, len(numbers))
     narrow = np.array([scope.bit_count() <= 1 for scope in numbers], dtype=np.bool_)
     splits = _splits(graph, scope_of, narrow)
     if splits is None:
@@ -93,6 +97,7 @@ def _covers(graph: Graph, narrow: BoolArray, name: Callable[[int], str]) -> IntA
     covers[graph.kind == NodeKind.PRESENT] = 2
     for node in np.flatnonzero(narrow & (graph.kind == NodeKind.SUM)).tolist():
         for e in range(int(graph.first[node]), int(graph.first[node + 1])):
+            tick()
             part = covers[graph.left[e]] & covers[graph.right[e]]
             if covers[node] & part:
                 raise CircuitPropertyError(f"not deterministic: two elements of {name(node)} can both hold")
@@ -122,6 +127,7 @@ def _exclusive(
     present = np.bincount(scope_of, weights=covers >> 1, minlength=len(narrow))
     found = {scope: bool(absent[scope] <= 1 and present[scope] <= 1) for scope in np.flatnonzero(narrow).tolist()}
     for scope in upward:
+        tick(1 + len(splits[scope].owner) // 10)
         split = splits[scope]
         found[scope] = found[split.left_scope] and found[split.right_scope] and not _occurs_twice(split)
     return found
@@ -158,6 +164,7 @@ class _Comparisons:
 
     def _allow(self, pairs: int) -> None:
         self._listed += pairs
+        tick(1 + pairs // 10)
         if pairs > MAX_PAIRS or self._listed > MAX_ALL_PAIRS:
             raise TooManyPairsError(f"comparing the factors of its sums takes more than {MAX_PAIRS} pairs")
 
@@ -208,6 +215,7 @@ class _Judge:
         waiting: list[Inquiry] = [self._overlap(root, nothing, nothing)]
         answer: BoolArray | None = None
         while waiting:
+            tick(10)
             try:
                 question = next(waiting[-1]) if answer is None else waiting[-1].send(answer)
             except StopIteration as done:

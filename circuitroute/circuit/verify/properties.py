@@ -18,6 +18,7 @@ from typing import TypeAlias
 from circuitroute.circuit.graph import Graph, NodeKind
 from circuitroute.circuit.verify import conflicts, overlaps
 from circuitroute.circuit.verify.bitsets import Pool, listed, members
+from circuitroute.deadline import tick
 from circuitroute.errors import CircuitPropertyError
 
 Scope: TypeAlias = int  # a bit per variable
@@ -86,6 +87,7 @@ def _sum_scope(node: int, span: range, left: list[int], right: list[int], scopes
         raise CircuitPropertyError(f"{name(node)} is a sum without elements")
     found = -1
     for e in span:
+        tick()
         a, b = left[e], right[e]
         if a >= node or b >= node:
             raise CircuitPropertyError(f"{name(node)} comes before its child {max(a, b)}: not topologically ordered")

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from circuitroute.circuit.graph import IntArray
+from circuitroute.deadline import tick
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -63,6 +64,7 @@ class Worlds:
         self._listed = 0
         self._count = (covers & 1) + (covers >> 1)
         for scope in upward:
+            tick()
             if sizes[scope] <= MAX_VARIABLES:
                 split = splits[scope]
                 # Beyond the limit they are not listed, so the exact number does not matter.
@@ -85,6 +87,7 @@ class Worlds:
         possible = totals <= min(1 << self._sizes[scope], MAX_LISTED)
         chunk = np.cumsum(np.where(possible, totals, 0)) // MAX_LISTED
         for number in np.unique(chunk).tolist():
+            tick(1_000)
             chosen = possible & (chunk == number)
             self._listed += int(totals[chosen].sum())
             if self._listed > MAX_ALL_LISTED:

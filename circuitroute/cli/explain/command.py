@@ -11,6 +11,7 @@ from typing import Any
 
 import circuitroute as cr
 from circuitroute.compilation import predict
+from circuitroute.deadline import DEFAULT_SECONDS, within
 
 from .facts import Facts, facts_of
 from .table import print_tables
@@ -31,7 +32,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "target",
         metavar="MODULE:CONSTRAINT",
-        help="an importable module (or the path of a .py file) and the name in it of a constraint, or of a "
+        help="an importable module (or the path of a .py file) and the name in it of a constraint, a circuit, or a "
         "function without arguments that returns one",
     )
     parser.add_argument("-n", type=int, required=True, metavar="N", help="number of variables (experts)")
@@ -40,6 +41,13 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--max-nodes", type=int, default=MAX_NODES, metavar="N", help=f"the largest circuit (default {MAX_NODES})"
+    )
+    parser.add_argument(
+        "--max-seconds",
+        type=float,
+        default=DEFAULT_SECONDS,
+        metavar="S",
+        help=f"how long all of it may take, in CPU seconds; inf for no limit (default {DEFAULT_SECONDS:g})",
     )
     parser.add_argument("--json", action="store_true", help="print the same facts as JSON")
     parser.add_argument("--draw", type=Path, metavar="PATH", help="draw the circuit to a .png, .svg or .pdf file")
@@ -53,7 +61,8 @@ def run(options: argparse.Namespace, command: str) -> int:
     command: the command line, unused: nothing is recorded.
     """
     try:
-        with importable_from_here():
+        doing, remedy = f"explaining {options.target} over {options.n} variables", "explain a smaller constraint"
+        with within(options.max_seconds, lambda: doing, remedy), importable_from_here():
             facts = _facts(options)
             if options.draw is not None:
                 facts.circuit.draw(options.draw)

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 import circuitroute as cr
+
+Rule: TypeAlias = cr.Constraint | cr.Circuit
 
 
 class TargetError(ValueError):
@@ -28,11 +30,11 @@ def importable_from_here() -> Iterator[None]:
         sys.path[:] = before
 
 
-def constraint_of(target: str) -> cr.Constraint:
-    """The constraint that MODULE:CONSTRAINT names.
+def constraint_of(target: str) -> Rule:
+    """The constraint that MODULE:CONSTRAINT names, or the circuit.
 
     MODULE is the dotted name of a module, or the path of a .py file; CONSTRAINT an attribute of it, possibly
-    dotted: a constraint, or something that returns one when called without arguments.
+    dotted: a constraint, a circuit, or something that returns one when called without arguments.
 
     Raises:
         TargetError: there is no such module or attribute, it fails to import, or it is not a constraint.
@@ -47,14 +49,14 @@ def constraint_of(target: str) -> cr.Constraint:
             found = getattr(found, part)
         except AttributeError:
             raise TargetError(f"{place} has no {name!r}; {_constraints_in(module)}") from None
-    if isinstance(found, cr.Constraint):
-        return found
+    if isinstance(found, (cr.Constraint, cr.Circuit)):
+        return found  # a circuit can be called, too, on logits
     if not callable(found):
         raise TargetError(f"{target} is of type {type(found).__name__}, not a constraint; {_constraints_in(module)}")
     return _called(found, target)
 
 
-def _called(function: Any, target: str) -> cr.Constraint:
+def _called(function: Any, target: str) -> Rule:
     try:
         made = function()
     except Exception as error:  # whatever the caller's own code raises
@@ -62,7 +64,7 @@ def _called(function: Any, target: str) -> cr.Constraint:
             f"calling {target} without arguments failed with {type(error).__name__}: {error}; "
             "name a constraint, or a function of no arguments that returns one"
         ) from error
-    if not isinstance(made, cr.Constraint):
+    if not isinstance(made, (cr.Constraint, cr.Circuit)):
         raise TargetError(f"{target}() returned something of type {type(made).__name__}, not a constraint")
     return made
 
@@ -96,5 +98,5 @@ def _module_in_file(path: Path) -> ModuleType:
 
 
 def _constraints_in(module: ModuleType) -> str:
-    names = sorted(name for name, value in vars(module).items() if isinstance(value, cr.Constraint))
+    names = sorted(name for name, value in vars(module).items() if isinstance(value, (cr.Constraint, cr.Circuit)))
     return f"its constraints are {', '.join(names)}" if names else "it has no constraints of its own"

@@ -4,7 +4,8 @@ Legend: T tokens, N variables, M nodes, e elements of one level, m sums of one l
 
 The value of a node is the log-probability that independent coins with the given logits satisfy it. A sum is the
 logsumexp of its elements, an element the sum of its two factors. Marginals are the derivative of log Z, by
-autograd. Sampling and the mode walk down from the root and pick one element of every sum they reach.
+autograd. Sampling and the mode walk down from the root and pick one element of every sum they reach. What the mode
+picks among equals is told in :mod:`circuitroute.engines.layered.precedence`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import torch
 from torch import Tensor
 
 from circuitroute.circuit.graph import Graph, NodeKind, count_range
+from circuitroute.engines.layered.precedence import LOWEST, Precedence
 from circuitroute.engines.logspace import is_zero, log_coins, log_weights, nan_rows
 from circuitroute.engines.naive import NaiveEngine
+from circuitroute.engines.tables import constant, lasting
 from circuitroute.keys import uniform
 
 # Values held at once while walking down, which bounds memory for any circuit.
@@ -47,13 +50,15 @@ class _Plan:
         place[order] = np.arange(len(order))
         leaves = order[: int((graph.level_of == 0).sum())]
         self.nodes = graph.num_nodes
-        self.kind = torch.as_tensor(graph.kind[leaves].astype(np.int64), device=device)
-        self.variable = torch.as_tensor(np.maximum(graph.variable[leaves], 0).astype(np.int64), device=device)
+        self.kind = constant(graph.kind[leaves].astype(np.int64), device)
+        self.variable = constant(np.maximum(graph.variable[leaves], 0).astype(np.int64), device)
+        # [W, M], in level order; those of sums with a choice are filled in per token.
+        self.words = constant(Precedence.of(graph).words[:, order], device)
         self.steps: list[_Step] = []
         first = len(leaves)
         for level in graph.levels:
             arrays = (place[level.left], place[level.right], level.segment, level.starts)
-            left, right, segment, starts = (torch.as_tensor(a, device=device) for a in arrays)
+            left, right, segment, starts = (constant(a, device) for a in arrays)
             self.steps.append(_Step(left, right, segment, starts, len(level.nodes), first))
             first += len(level.nodes)
 
@@ -79,9 +84,12 @@ class NaiveLayered(NaiveEngine):
         self.gives_counts = K is not None
 
     def _plan(self, device: torch.device) -> _Plan:
-        if device not in self._plans:
-            self._plans[device] = _Plan(self._graph, device)
-        return self._plans[device]
+        plan = self._plans.get(device)
+        if plan is None:
+            plan = _Plan(self._graph, device)
+            if lasting():
+                self._plans[device] = plan
+        return plan
 
     def log_root(self, logits_TN: Tensor, potential_TJ: Tensor | None) -> tuple[Tensor, Tensor]:
         """See :class:`circuitroute.engines.naive.NaiveEngine`; the coins are taken as they are."""
@@ -116,7 +124,8 @@ class NaiveLayered(NaiveEngine):
         return self._in_chunks(logits_TN, None)
 
     def _in_chunks(self, logits_TN: Tensor, key_T: Tensor | None) -> Tensor:
-        rows = max(1, MAX_VALUES // (self._graph.num_nodes + self._graph.num_edges))
+        words = 0 if key_T is not None else len(self._plan(logits_TN.device).words)
+        rows = max(1, MAX_VALUES // ((1 + words) * (self._graph.num_nodes + self._graph.num_edges)))
         parts = [
             self._walk(logits_TN[i : i + rows].double(), None if key_T is None else key_T[i : i + rows])
             for i in range(0, len(logits_TN), rows)
@@ -126,14 +135,16 @@ class NaiveLayered(NaiveEngine):
     def _walk(self, logits_TN: Tensor, key_T: Tensor | None) -> Tensor:
         """From the root, pick one element of every sum that is reached: at random, or the best without a key."""
         plan = self._plan(logits_TN.device)
+        best: list[Tensor] = []
         if key_T is not None:
             values = self._log_values(logits_TN)
         else:
             values = plan.upward(self._leaves(*log_weights(logits_TN)), _best_elements)
+            best = _preferred(plan, values)
         reached = torch.zeros_like(values, dtype=torch.bool)
         reached[-1] = ~is_zero(values[-1])
         for step in reversed(plan.steps):
-            chosen = _draw(step, values, key_T) if key_T is not None else _first_best(step, values)
+            chosen = _draw(step, values, key_T) if key_T is not None else best.pop()
             live = chosen & reached[step.first : step.first + step.sums][step.segment]
             for child in (step.left, step.right):
                 hits = torch.zeros_like(reached, dtype=torch.int32).index_add_(0, child, live.to(torch.int32))
@@ -205,9 +216,22 @@ def _draw(step: _Step, values: Tensor, key_T: Tensor) -> Tensor:
     return _first(step, ~below & (probs > 0))
 
 
-def _first_best(step: _Step, values: Tensor) -> Tensor:
-    elements = values[step.left] + values[step.right]
-    return _first(step, elements >= values[step.first : step.first + step.sums][step.segment])
+def _preferred(plan: _Plan, values: Tensor) -> list[Tensor]:
+    """[e, T] of every level: the best element of every sum, by value and then word by word."""
+    words = plan.words[:, :, None].repeat(1, 1, values.shape[1])
+    found = []
+    for step in plan.steps:
+        sums = slice(step.first, step.first + step.sums)
+        best = values[step.left] + values[step.right] == values[sums][step.segment]
+        for word in words:
+            elements = word[step.left] + word[step.right]
+            index = step.segment[:, None].expand_as(elements)
+            word[sums] = torch.full_like(word[sums], LOWEST).scatter_reduce(
+                0, index, torch.where(best, elements, LOWEST), "amax"
+            )
+            best &= elements == word[sums][step.segment]
+        found.append(_first(step, best))
+    return found
 
 
 def _first(step: _Step, candidate: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from circuitroute._validate import as_int
 from circuitroute.integrations.transformers.experts import leave_ragged
 from circuitroute.integrations.transformers.extra import transformers
 from circuitroute.integrations.transformers.routers import (
+    OWNER,
     CircuitRouting,
     Session,
     restore_class,
@@ -182,6 +183,8 @@ class Handle:
             forget_turns(owner)
             delattr(owner, BUDGET)
             self._session.walk = None
+        if owner is not None:
+            vars(owner).pop(OWNER, None)
         config = getattr(self.model, "config", None)
         if hasattr(config, SETTINGS):
             delattr(config, SETTINGS)
@@ -238,6 +241,9 @@ def _step_setter(handle: Handle) -> Any:
             # Room for 2^32 tokens per part and 2^16 parts per process.
             share = _share(handle.model, args.process_index)
             handle.set_step(state.global_step, ((share << 16) + part) << 32)
+
+        def __reduce__(self) -> Any:
+            return _step_setter, (handle,)
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self._set(args, state, 0)

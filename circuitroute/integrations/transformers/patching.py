@@ -10,15 +10,24 @@ from torch import nn
 
 from circuitroute._validate import as_int
 from circuitroute.compilation import compile as compile_constraint
-from circuitroute.constraints import Constraint
+from circuitroute.constraints import Constraint, CountIn
+from circuitroute.inference.circuit import Circuit
 from circuitroute.integrations.hosted import one_per_layer
 from circuitroute.integrations.transformers.experts import Padding
 from circuitroute.integrations.transformers.extra import transformers
 from circuitroute.integrations.transformers.families import Found, find_layers
 from circuitroute.integrations.transformers.handle import BUDGET, Handle, patched_routers
-from circuitroute.integrations.transformers.routers import Plan, Session, exchange_class, use_ragged_experts
-from circuitroute.integrations.transformers.settings import SETTINGS, Eval, Options, as_json
+from circuitroute.integrations.transformers.routers import (
+    OWNER,
+    Owner,
+    Plan,
+    Session,
+    exchange_class,
+    use_ragged_experts,
+)
+from circuitroute.integrations.transformers.settings import SETTINGS, Eval, Options, as_json, as_rule
 from circuitroute.integrations.transformers.walk import Walk
+from circuitroute.interop.reprs import rebuilt
 from circuitroute.layers.budget import Budget
 from circuitroute.layers.budget_router import BudgetRouter
 from circuitroute.routing.choice import Decide
@@ -29,7 +38,7 @@ from circuitroute.routing.weights import Combine, as_combine
 
 def patch(
     model: nn.Module,
-    constraint: Constraint | Sequence[Constraint] | Mapping[int, Constraint] | Budget,
+    constraint: Constraint | Circuit | Sequence[Constraint | Circuit] | Mapping[int, Constraint | Circuit] | Budget,
     *,
     combine: Combine | None = None,
     estimator: str | Estimator = "simple",
@@ -50,7 +59,8 @@ def patch(
         model: of one of the families in :func:`supported`; it may be wrapped by PEFT.
         constraint: one for all layers, a sequence with one per mixture-of-experts layer, or a mapping from the numbers
             of layers in the model to constraints; layers that it does not name stay as they are.
-            :func:`own_constraints` returns those of the model. Or a :class:`circuitroute.Budget` over all layers, to
+            :func:`own_constraints` returns those of the model. Circuits, compiled already or read from files, are taken
+            wherever constraints are; a saved model holds them. Or a :class:`circuitroute.Budget` over all layers, to
             which the experts of every token keep. It becomes ``model.circuitroute_budget``: patch before optimizers
             are made. Of a :class:`circuitroute.BudgetRouter`, the preferences and estimates are taken, and shared.
         combine: how chosen experts are weighted, see :func:`circuitroute.route`; None keeps the model's own rule
@@ -101,8 +111,10 @@ def patch(
     if budget is not None:
         model.add_module(BUDGET, budget)
         session.walk = Walk(budget, session.model)
-    total = None if budget is None else budget.total
-    setattr(model.config, SETTINGS, as_json(options, [constraints.get(i) for i in range(len(layers))], total))
+    setattr(model, OWNER, Owner(session))
+    rules = [as_rule(constraints[i], plans[i].circuit) if i in plans else None for i in range(len(layers))]
+    total = None if budget is None else _kept_total(budget)
+    setattr(model.config, SETTINGS, as_json(options, rules, total))
     return Handle(model, session)
 
 
@@ -127,7 +139,7 @@ def own_constraints(model: nn.Module) -> dict[int, Constraint]:
     return {layer.number: layer.own_constraint for layer in find_layers(model)}
 
 
-def _by_position(constraint: Any, layers: Sequence[Found]) -> dict[int, Constraint]:
+def _by_position(constraint: Any, layers: Sequence[Found]) -> dict[int, Constraint | Circuit]:
     """The constraints of the layers to patch, by position among the mixture-of-experts layers."""
     if not isinstance(constraint, Mapping):
         return dict(enumerate(one_per_layer(constraint, len(layers))))
@@ -162,13 +174,24 @@ def _fitted(given: Budget, layers: Sequence[Found]) -> Budget:
     return budget.to(next(layers[0].routers[0].parameters()).device)
 
 
-def _plan(session: Session, position: int, layer: Found, constraint: Constraint) -> Plan:
+def _kept_total(budget: Budget) -> Constraint:
+    """The total as a constraint that its text tells all of: of others, the counts are what matters."""
+    if isinstance(budget.total, Constraint) and rebuilt(budget.total) is not None:
+        return budget.total
+    counts = compile_constraint(budget.total, budget.layers * budget.num_experts).counts
+    if counts is None:
+        raise RuntimeError("a budget's total is a count")  # cannot happen
+    return CountIn(counts)
+
+
+def _plan(session: Session, position: int, layer: Found, constraint: Constraint | Circuit) -> Plan:
+    circuit = compile_constraint(constraint, layer.num_experts)
     return Plan(
         session=session,
         position=position,
         layer=layer.number,
         family=layer.family,
-        circuit=compile_constraint(constraint, layer.num_experts),
-        own=constraint == layer.own_constraint,
+        circuit=circuit,
+        own=circuit.constraint == layer.own_constraint,
         experts=layer.experts,
     )

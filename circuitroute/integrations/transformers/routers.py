@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from circuitroute.integrations.transformers.experts import (
 )
 from circuitroute.integrations.transformers.families import Family
 from circuitroute.integrations.transformers.settings import Options
-from circuitroute.integrations.transformers.walk import Walk, in_backward
+from circuitroute.integrations.transformers.walk import Model, Walk, in_backward, no_model
 from circuitroute.keys import drawn_keys, random_key
 from circuitroute.routing.choice import Batch, Rule, as_share, decide
 from circuitroute.routing.decision import Decision, Routing, chosen_first
@@ -42,6 +42,8 @@ from circuitroute.routing.route import routed
 from circuitroute.routing.weights import estimated_mask
 
 PREFIX = "Circuit"
+# The attribute of a patched model that leads to its session.
+OWNER = "circuitroute_owner"
 
 
 @dataclass(eq=False)
@@ -55,9 +57,12 @@ class Session:
         recording: whether forward passes record their decisions.
         records: the decisions of the last forward pass, by position of the layer.
         walk: the progress of forward passes through the budget over the layers; None without a budget.
+
+    Pickled, a session is without its model, which the model's own :class:`Owner` gives back: so a router can be pickled
+    without the model, and a model with its routers and its handle.
     """
 
-    model: weakref.ref[nn.Module]
+    model: Model
     options: Options
     step: int | Tensor = 0
     token_offset: int | Tensor = 0
@@ -66,11 +71,20 @@ class Session:
     walk: Walk | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
-        model = weakref.ref(memo[id(self.model())])
-        walk = None if self.walk is None else Walk(copy.deepcopy(self.walk.budget, memo), model)
-        copied = replace(self, model=model, records={}, walk=walk)
+        copied = replace(self, records={}, walk=None)
         memo[id(self)] = copied
+        copied.walk = None if self.walk is None else Walk(copy.deepcopy(self.walk.budget, memo), copied.model)
+        copied.belong_to(memo[id(self.model())])
         return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "model": no_model, "records": {}}
+
+    def belong_to(self, model: nn.Module) -> None:
+        """Let ``model`` be the one whose layers share this."""
+        self.model = weakref.ref(model)
+        if self.walk is not None:
+            self.walk.model = self.model
 
     def keys(self, layer: int, tokens: int, device: torch.device) -> Tensor | None:
         """[T] int64 sampling keys; None without a seed, for a decision that draws from torch's global generator."""
@@ -83,6 +97,26 @@ class Session:
         """Keep a decision, unless it is recomputed: then it belongs to a graph of the backward pass."""
         if self.recording and not in_backward():
             self.records[position] = routing
+
+
+class Owner:
+    """What a patched model keeps, as its attribute ``OWNER``, so that a pickled one finds its session again."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"session": self.session, "model": self.session.model()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.session = state["session"]
+        if state["model"] is not None:
+            self.session.belong_to(state["model"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Owner:
+        if id(self.session.model()) not in memo:
+            return self
+        return Owner(copy.deepcopy(self.session, memo))
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,6 +277,12 @@ class CircuitRouting(nn.Module):
         weights, indices = plan.project_with_probes(routing, key) if probing else plan.project(routing)
         return logits, weights.to(plan.family.dtype(hidden_states, logits)), indices
 
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        # The class has no name to be found by: it is made again, of the stock class, which has one.
+        if type(self) not in _classes.values():
+            return super().__reduce_ex__(protocol)
+        return _unpickled, (type(self).__mro__[2],), self.__getstate__()  # type: ignore[no-untyped-call]
+
     def extra_repr(self) -> str:
         """What repr() shows."""
         return f"constraint={self.circuitroute_plan.circuit.constraint!r}"
@@ -282,12 +322,22 @@ def use_ragged_experts(plans: Iterable[Plan], options: Options) -> None:
 _classes: dict[type[nn.Module], type[CircuitRouting]] = {}
 
 
-def exchange_class(router: nn.Module, plan: Plan) -> None:
-    """Let a router decide by ``plan``."""
-    stock = type(router)
+def _class_of(stock: type[nn.Module]) -> type[CircuitRouting]:
+    """The class of patched routers of that class."""
     if stock not in _classes:
         _classes[stock] = type(PREFIX + stock.__name__, (CircuitRouting, stock), {"__module__": __name__})
-    router.__class__ = _classes[stock]
+    return _classes[stock]
+
+
+def _unpickled(stock: type[nn.Module]) -> CircuitRouting:
+    """A patched router that is about to be given its state, perhaps in a process that has patched nothing yet."""
+    register()
+    return object.__new__(_class_of(stock))
+
+
+def exchange_class(router: nn.Module, plan: Plan) -> None:
+    """Let a router decide by ``plan``."""
+    router.__class__ = _class_of(type(router))
     router.circuitroute_plan = plan  # type: ignore[assignment]
     _rebind(router)
 

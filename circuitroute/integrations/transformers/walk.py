@@ -10,7 +10,6 @@ Legend: T tokens, L layers, E experts, J counts.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +24,13 @@ from circuitroute.layers.budget import Budget, BudgetState
 from circuitroute.routing.decision import Routing
 
 CHECKPOINTING = "_gradient_checkpointing_func"
+
+# What leads to a patched model and does not keep it alive: a weak reference.
+Model: TypeAlias = Callable[[], nn.Module | None]
+
+
+def no_model() -> None:
+    """In place of a model that was not pickled along."""
 
 
 def in_backward() -> bool:
@@ -55,13 +61,17 @@ Turns: TypeAlias = dict[int, Turn]
 class Walk:
     """The forward passes of a model through the layers of its budget."""
 
-    def __init__(self, budget: Budget, model: weakref.ref[nn.Module]) -> None:
+    def __init__(self, budget: Budget, model: Model) -> None:
         self.budget = budget
-        self._model = model
+        self.model = model
         # The turns of the last forward pass in training mode, and of the last one in evaluation mode.
         self._last: dict[bool, Turns] = {True: {}, False: {}}
         # The turns of the checkpointed function that is running, if any.
         self._kept: Turns | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Turns are of passes of this process; the model is given back by its owner.
+        return {"budget": self.budget, "model": no_model, "_last": {True: {}, False: {}}, "_kept": None}
 
     def decide(self, position: int, logits: Tensor, training: bool, choose: Callable[[Tensor], Routing]) -> Routing:
         """The decision of ``choose`` for the layer at ``position``, given its count potential [T, J].
@@ -87,7 +97,7 @@ class Walk:
         """The state for a layer that runs for the first time, and whether its messages were computed for it."""
         if position == 0:
             self._last[training] = {}
-            keep_turns(self._model(), self)
+            keep_turns(self.model(), self)
             return self._begin(logits), True
         if position - 1 not in self._last[training]:
             raise RuntimeError(
@@ -109,7 +119,10 @@ class Walk:
             return self._begin(logits)
         turns = self._last[training] if self._kept is None else self._kept
         if position not in turns:
-            raise RuntimeError(f"mixture-of-experts layer {position} is recomputed, but has never run")
+            raise RuntimeError(
+                f"mixture-of-experts layer {position} runs in a backward pass, as if recomputed, but has never run; "
+                "run a forward pass of the model first"
+            )
         turn = turns[position]
         _check_tokens(turn.before, logits, position)
         # Messages that the layer made are recomputed with it, and those of a run without gradients have no graph.
@@ -147,6 +160,14 @@ class TurnKeeper:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Unwrapped: a copied model wraps it again, with its own walk."""
         return self.checkpoint
+
+    def __reduce__(self) -> Any:
+        return _unwrapped, (self.checkpoint,)
+
+
+def _unwrapped(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """What a pickled :class:`TurnKeeper` becomes."""
+    return checkpoint
 
 
 def keep_turns(model: nn.Module | None, walk: Walk) -> None:

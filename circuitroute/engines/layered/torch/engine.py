@@ -25,7 +25,9 @@ from circuitroute.circuit.graph import Graph
 from circuitroute.engines.layered.naive import NaiveLayered
 from circuitroute.engines.layered.torch import sweep
 from circuitroute.engines.layered.torch.plan import Plan, lay_out
+from circuitroute.engines.layered.torch.unrolled import UnrolledMode
 from circuitroute.engines.sweep import Inputs, Sweep, SweepEngine
+from circuitroute.engines.tables import lasting
 
 
 class TorchLayered(SweepEngine):
@@ -42,13 +44,17 @@ class TorchLayered(SweepEngine):
         self._graph = graph
         self._max_count = max_count
         self._plans: dict[torch.device, Plan] = {}
+        self._ranked: dict[torch.device, UnrolledMode] = {}
         self.gives_counts = has_definite_counts(graph)
         self.naive = NaiveLayered(graph, max_count if self.gives_counts else None)
 
     def _plan(self, device: torch.device) -> Plan:
-        if device not in self._plans:
-            self._plans[device] = lay_out(self._graph, device)
-        return self._plans[device]
+        plan = self._plans.get(device)
+        if plan is None:
+            plan = lay_out(self._graph, device)
+            if lasting():
+                self._plans[device] = plan
+        return plan
 
     def sweep(self, rows: Inputs, key_T: Tensor | None, moments: bool) -> Sweep:
         """See :class:`circuitroute.engines.sweep.SweepEngine`."""
@@ -64,7 +70,14 @@ class TorchLayered(SweepEngine):
     @torch.no_grad()
     def mode(self, logits_TN: Tensor) -> Tensor:
         """See :class:`circuitroute.engines.base.LayeredEngine`."""
-        return sweep.mode(self._plan(logits_TN.device), logits_TN)
+        device = logits_TN.device
+        return sweep.mode(self._plan(device), lambda: self._by_rank(device), logits_TN)
+
+    def _by_rank(self, device: torch.device) -> UnrolledMode:
+        """What decides between equals, made when there are some."""
+        if device not in self._ranked:
+            self._ranked[device] = UnrolledMode(self._graph, portable=False).to(device)
+        return self._ranked[device]
 
     def counting(self) -> TorchLayered:
         """See :class:`circuitroute.engines.base.LayeredEngine`: of the circuit's product with a counter."""

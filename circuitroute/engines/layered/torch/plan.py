@@ -23,6 +23,7 @@ import torch
 from circuitroute.circuit.graph import Graph, Level, NodeKind, count_ranges
 from circuitroute.engines.layered.torch.runs import Contraction, IntArray
 from circuitroute.engines.layered.torch.steps import Dense, Pairs, Pool, Step, Table
+from circuitroute.engines.tables import constant, lasting
 
 # With fewer products per tensor operation, gathering pairs is as good as a dense step.
 MIN_PRODUCTS_PER_RUN = 12
@@ -91,10 +92,13 @@ class Plan:
         return slice(self.n, 2 * self.n)
 
     def tensor(self, name: str, array: IntArray) -> torch.Tensor:
-        """``array`` on the plan's device, made once."""
-        if name not in self.tensors:
-            self.tensors[name] = torch.as_tensor(array, device=self.device)
-        return self.tensors[name]
+        """``array`` on the plan's device, made once, unless it cannot be kept."""
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            tensor = constant(array, self.device)
+            if lasting():
+                self.tensors[name] = tensor
+        return tensor
 
 
 def lay_out(graph: Graph, device: torch.device) -> Plan:

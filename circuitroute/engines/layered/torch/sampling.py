@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from circuitroute.engines.layered.torch.plan import Plan
+from circuitroute.engines.logspace import is_zero
 from circuitroute.engines.sampling import invert
 from circuitroute.keys import uniform_at
 
@@ -45,9 +46,26 @@ class Draw:
         return index
 
 
-def first_best(scores: Tensor, row: Tensor) -> Tensor:
-    """Choice of the first element with the largest score."""
-    return (scores == scores.amax(0)).to(torch.uint8).argmax(0)
+class Best:
+    """Choice of the first element with the largest score; collects the tokens where others have it too."""
+
+    def __init__(self, tokens: int, device: torch.device) -> None:
+        self.tied = torch.zeros(tokens, dtype=torch.bool, device=device)
+
+    def __call__(self, scores: Tensor, row: Tensor) -> Tensor:
+        largest = scores.amax(0)
+        best = scores == largest
+        many = best.sum(0, dtype=torch.uint8 if len(best) < 256 else torch.int32) > 1
+        self.tied |= (many & ~is_zero(largest)).any(0)
+        return first(best)
+
+
+def first(candidates: Tensor) -> Tensor:
+    """[m, B] int64, the index of the first that holds, of [F, m, B] bool; argmax is many times slower along dim 0."""
+    F = candidates.shape[0]
+    dtype = torch.uint8 if F < 256 else torch.int32
+    falling = torch.arange(F, 0, -1, dtype=dtype, device=candidates.device)
+    return F - (candidates.to(dtype) * falling[:, None, None]).amax(0).long()
 
 
 def walk(

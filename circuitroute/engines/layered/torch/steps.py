@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from circuitroute.engines.layered.torch.runs import Contraction, IntArray, LargestSum
+from circuitroute.engines.tables import constant
 
 # Products that Pairs computes at once, and terms it adds one after the other.
 MAX_PRODUCTS = 1 << 20
@@ -55,7 +56,7 @@ class Pool:
         self._shape = rows_Am.shape
         self._start = int(rows_Am[0, 0])
         self._strides = _even_strides(rows_Am)
-        self._index = torch.as_tensor(rows_Am.reshape(-1), device=device)
+        self._index = constant(rows_Am.reshape(-1), device)
 
     def read(self, rows: Tensor) -> Tensor:
         """[A, m, B]."""
@@ -176,8 +177,8 @@ class _Ends:
             sizes.append(len(to))
         stages.append(to)
         return _Ends(
-            torch.as_tensor(rows, device=device),
-            tuple(torch.as_tensor(stage, device=device) for stage in stages),
+            constant(rows, device),
+            tuple(constant(stage, device) for stage in stages),
             tuple(sizes),
         )
 

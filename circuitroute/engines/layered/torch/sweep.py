@@ -6,6 +6,7 @@ Legend: T tokens, B tokens of one block, N variables, M rows (one per node), J t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from circuitroute.engines.coins import coins
 from circuitroute.engines.layered.torch import tree
 from circuitroute.engines.layered.torch.plan import Plan
-from circuitroute.engines.layered.torch.sampling import Draw, first_best, walk
+from circuitroute.engines.layered.torch.sampling import Best, Draw, walk
+from circuitroute.engines.layered.torch.unrolled import UnrolledMode
 from circuitroute.engines.logspace import LOG_ZERO, is_zero, log_weights
 from circuitroute.engines.root import weigh
 from circuitroute.engines.shift import Evidence, Shift, solve_shift
@@ -33,7 +35,7 @@ DEPTH_OF_MARGIN = 32
 def forward(plan: Plan, logits_TN: Tensor, J: int, key_T: Tensor | None, moments: bool) -> Sweep:
     """A sweep; where the root tells counts apart, with the posterior of ``J`` of them."""
     sweep = Sweep.empty(logits_TN, J if plan.counts else None, moments, key_T is not None)
-    for part in _blocks(logits_TN, plan):
+    for part in _blocks(logits_TN, plan.rows):
         sweep.fill(part, _Block.up(plan, logits_TN[part]), key_T)
     return sweep
 
@@ -44,7 +46,7 @@ def second_derivative(
     """The derivative of (m, q) along u in the logits and v in a potential on the counts; None for q as in forward."""
     dm = torch.empty_like(u_TN)
     dq = logits_TN.new_zeros(len(u_TN), J) if plan.counts else None
-    for part in _blocks(logits_TN, plan):
+    for part in _blocks(logits_TN, plan.rows):
         block = _Block.up(plan, logits_TN[part], Shift.from_exact(shift_T[part], logits_TN.dtype))
         dm_NB, dq_JB = block.derivative(u_TN[part].t(), None if v_TJ is None else v_TJ[part].t())
         dm[part] = dm_NB.t()
@@ -53,21 +55,28 @@ def second_derivative(
     return dm, dq
 
 
-def mode(plan: Plan, logits_TN: Tensor) -> Tensor:
-    """[T, N] bool, a most probable subset; ties go to the first element of a sum, as on the naive engine.
+def mode(plan: Plan, by_rank: Callable[[], UnrolledMode], logits_TN: Tensor) -> Tensor:
+    """[T, N] bool, the most probable subset; see :mod:`circuitroute.engines.layered.precedence` for ties.
 
-    In float64, where each value is the very number the naive engine computes: a sum of logits.
+    In float64, where each value is the very number the naive engine computes: a sum of logits. Where the walk down
+    meets no equals there is a single best subset; the other tokens are decided again, ``by_rank``.
     """
     mask = torch.zeros_like(logits_TN, dtype=torch.bool, memory_format=torch.contiguous_format)
-    for part in _blocks(logits_TN, plan):
-        mask[part] = _mode_block(plan, logits_TN[part].double())
+    tied = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
+    for part in _blocks(logits_TN, plan.rows):
+        mask[part], tied[part] = _mode_block(plan, logits_TN[part].double())
+    again = tied.nonzero()[:, 0]
+    if len(again):
+        decide = by_rank()
+        for part in _blocks(again, decide.values_per_token):
+            mask[again[part]] = decide(logits_TN[again[part]])
     return mask
 
 
-def _blocks(logits_TN: Tensor, plan: Plan) -> list[slice]:
-    values = BLOCK_VALUES.get(logits_TN.device.type, BLOCK_VALUES_ELSEWHERE)
-    size = max(MIN_BLOCK, values // plan.rows)
-    return [slice(i, min(i + size, len(logits_TN))) for i in range(0, len(logits_TN), size)]
+def _blocks(tokens: Tensor, values_per_token: int) -> list[slice]:
+    values = BLOCK_VALUES.get(tokens.device.type, BLOCK_VALUES_ELSEWHERE)
+    size = max(MIN_BLOCK, values // values_per_token)
+    return [slice(i, min(i + size, len(tokens))) for i in range(0, len(tokens), size)]
 
 
 @dataclass(frozen=True)
@@ -131,16 +140,19 @@ class _Block(Block):
         return dm, by_coefficients + self.root.probs * slope
 
 
-def _mode_block(plan: Plan, logits_BN: Tensor) -> Tensor:
+def _mode_block(plan: Plan, logits_BN: Tensor) -> tuple[Tensor, Tensor]:
+    """([B, N], [B] bool): a most probable subset, and whether there may be others."""
     rows = logits_BN.new_full((plan.rows, len(logits_BN)), 2 * LOG_ZERO)
     _set_leaves(plan, rows, *log_weights(logits_BN), 0.0)
     tree.largest_up(plan.steps, rows)
+    choose = Best(len(logits_BN), logits_BN.device)
     chosen = torch.zeros(len(logits_BN), dtype=torch.int64, device=logits_BN.device)
     best = rows[_coefficients(plan)].amax(0)
     if plan.root is not None:
         left, right = (plan.tensor(f"root {i}", plan.root[i]) for i in (0, 1))
-        chosen = first_best(rows[left] + rows[right], chosen)
-    return walk(plan, rows, torch.Tensor.add_, -math.inf, first_best, torch.where(is_zero(best), -1, chosen))
+        chosen = choose((rows[left] + rows[right])[:, None], chosen[None])[0]
+    root = torch.where(is_zero(best), -1, chosen)
+    return walk(plan, rows, torch.Tensor.add_, -math.inf, choose, root), choose.tied
 
 
 def _set_leaves(plan: Plan, rows: Tensor, absent_NB: Tensor, present_NB: Tensor, true: float) -> None:

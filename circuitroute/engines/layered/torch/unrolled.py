@@ -1,15 +1,19 @@
 """The mode of any circuit as a fixed list of plain tensor operations, for programs that leave this process.
 
 Legend: T tokens, N variables, R rows (literals, the constant true, nothing, then the sums), F elements of a sum, m sums
-of one group.
+of one group, W words of a rank.
 
 Traced programs usually call engines by name, in the process that holds the circuit. The operations here depend on the
 circuit alone, so tracing unrolls them, and what is exported runs wherever torch does. Up: every sum's largest element,
-and which one it is, the first among equals. Down: from the root along these. The values are the same numbers as on the
-engine ``naive``, hence so is the mode.
+and which one it is, by rank among equals (:mod:`circuitroute.engines.layered.precedence`). Down: from the root along
+these. The values are the same numbers as on the engine ``naive``, hence so is the mode.
 
 Sums of a level with about the same number of elements are a *group*: one gather on each side, padded with the row
 nothing, whose value is log 0.
+
+Words have rows of their own: first the constants, which are few, then one for every sum and every word in which its
+elements can differ. Sums of one group that differ in other words, since they stand for other variables, are compared
+together, each in its first such word, then each in its second.
 """
 
 from __future__ import annotations
@@ -23,8 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from circuitroute.circuit.graph import Graph, Level, NodeKind
+from circuitroute.engines.layered.precedence import LOWEST, IntArray, Precedence
+from circuitroute.engines.layered.torch.sampling import first
+from circuitroute.engines.tables import Tables
 
-IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 
 # Products of one group, with padding, unless a single sum has more: what an operation holds per token.
 MAX_PRODUCTS = 1 << 13
@@ -35,15 +42,27 @@ MAX_UNROLLED = 1 << 15
 
 
 class _Group(NamedTuple):
-    """Sums in rows ``first`` to ``first + m``, and the rows of their elements' children, each [F, m]."""
+    """Sums in rows ``first`` to ``first + m``, and the rows of their elements' children, each [F, m].
+
+    Equals among the elements are told apart by ``words``, one after the other.
+    """
 
     first: int
+    left: IntArray
+    right: IntArray
+    words: list[_Word]
+
+
+class _Word(NamedTuple):
+    """One word of every sum of a group: its rows [m], and those of its elements' children, each [F, m]."""
+
+    sums: IntArray
     left: IntArray
     right: IntArray
 
 
 def can_unroll(graph: Graph) -> bool:
-    """Whether the circuit is small enough, see ``MAX_UNROLLED``."""
+    """Whether the circuit is small enough for a program that leaves this process, see ``MAX_UNROLLED``."""
     return graph.num_edges <= MAX_UNROLLED
 
 
@@ -52,22 +71,37 @@ class UnrolledMode(nn.Module):
 
     Args:
         graph: a smooth, decomposable circuit. Infinite logits are evidence; there must be no NaN.
+        portable: refuse circuits that are too large for a program that leaves this process.
+
+    Attributes:
+        tables: which rows are added to which, on any device; they are no buffers, see
+            :mod:`circuitroute.engines.tables`.
 
     Raises:
-        ValueError: the circuit has more than ``MAX_UNROLLED`` products.
+        ValueError: it is to be portable and the circuit has more than ``MAX_UNROLLED`` products.
+
+    Attributes:
+        values_per_token: how many values an evaluation holds at once, about.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, *, portable: bool = True) -> None:
         super().__init__()
-        if not can_unroll(graph):
+        if portable and not can_unroll(graph):
             raise ValueError(f"graph has {graph.num_edges} products: at most {MAX_UNROLLED} are unrolled")
-        groups, root, rows = _groups(graph)
-        self._n, self._rows = graph.n, rows
+        groups, root, rows, words = _groups(graph)
+        self._n, self._rows, self._word_rows = graph.n, rows, words.rows
         self._firsts = tuple(group.first for group in groups)
+        self._words = tuple(len(group.words) for group in groups)
         self._root = root
+        self.values_per_token = rows + words.rows + 3 * max((group.left.size for group in groups), default=0)
+        tables = {"constants": words.constants}
         for i, group in enumerate(groups):
-            self.register_buffer(f"left_{i}", torch.as_tensor(group.left), persistent=False)
-            self.register_buffer(f"right_{i}", torch.as_tensor(group.right), persistent=False)
+            tables |= {f"left_{i}": group.left, f"right_{i}": group.right}
+            for j, word in enumerate(group.words):
+                sides = zip(("sums", "left", "right"), word, strict=True)
+                tables |= {f"{side}_{i}_{j}": table for side, table in sides}
+        self.tables = Tables(tables)
+        self.tables.prepare(torch.device("cpu"))
 
     def forward(self, logits: Tensor) -> Tensor:
         """[T, N] floating to [T, N] bool."""
@@ -79,30 +113,39 @@ class UnrolledMode(nn.Module):
             theta.clamp(max=0.0),
             0.0,
         )
+        tables = self.tables.on(values.device)
+        words = torch.zeros(self._word_rows, theta.shape[1], dtype=torch.int64, device=theta.device)
+        constants = tables["constants"]
+        words[: len(constants)] = constants[:, None]
         choices = []
-        for i, first in enumerate(self._firsts):
-            left, right = self._children(i)
+        for i, start in enumerate(self._firsts):
+            left, right = tables[f"left_{i}"], tables[f"right_{i}"]
+            sums = slice(start, start + left.shape[1])
             elements = _take(values, left) + _take(values, right)
-            best = elements.amax(0)
-            choices.append(_first(elements == best))
-            values[first : first + len(best)] = best
+            values[sums] = elements.amax(0)
+            best = elements == values[sums]
+            for j in range(self._words[i]):
+                rows, left, right = (tables[f"{side}_{i}_{j}"] for side in ("sums", "left", "right"))
+                ranks = _take(words, left) + _take(words, right)
+                top = torch.where(best, ranks, LOWEST).amax(0)
+                words.index_copy_(0, rows, top)
+                best = best & (ranks == top)
+            choices.append(first(best))
         return self._present(values, choices)
 
     def _present(self, values: Tensor, choices: list[Tensor]) -> Tensor:
         """Which of the literals "present" lie below the root along the choices."""
+        tables = self.tables.on(values.device)
         reached = torch.zeros_like(values, dtype=torch.bool)
         reached[self._root] = values[self._root] > -math.inf
         for i in reversed(range(len(self._firsts))):
-            first, choice = self._firsts[i], choices[i]
-            live = reached[first : first + len(choice)]
-            for table in self._children(i):
+            start, choice = self._firsts[i], choices[i]
+            live = reached[start : start + len(choice)]
+            for table in (tables[f"left_{i}"], tables[f"right_{i}"]):
                 # The row nothing is never read.
-                child = torch.where(live, table.t().gather(1, choice.long()), 2 * self._n + 1)
+                child = torch.where(live, table.t().gather(1, choice), 2 * self._n + 1)
                 reached.scatter_(0, child, True)
         return reached[self._n : 2 * self._n].t()
-
-    def _children(self, group: int) -> tuple[Tensor, Tensor]:
-        return self.get_buffer(f"left_{group}"), self.get_buffer(f"right_{group}")
 
 
 def _take(values: Tensor, at: Tensor) -> Tensor:
@@ -110,16 +153,8 @@ def _take(values: Tensor, at: Tensor) -> Tensor:
     return values.index_select(0, at.reshape(-1)).view(*at.shape, values.shape[1])
 
 
-def _first(candidates: Tensor) -> Tensor:
-    """[m, T] the index of the first that holds, of [F, m, T] bool; argmax is many times slower along dim 0."""
-    F = candidates.shape[0]
-    dtype = torch.uint8 if F < 256 else torch.int32
-    falling = torch.arange(F, 0, -1, dtype=dtype, device=candidates.device)
-    return F - (candidates.to(dtype) * falling[:, None, None]).amax(0)
-
-
-def _groups(graph: Graph) -> tuple[list[_Group], int, int]:
-    """All sums in groups, children first; the row of the root; and R."""
+def _groups(graph: Graph) -> tuple[list[_Group], int, int, _Words]:
+    """All sums in groups, children first; the row of the root; R; and the rows of words."""
     kind = np.asarray(graph.kind)
     row = np.full(graph.num_nodes, -1, dtype=np.int64)
     literal = np.maximum(np.asarray(graph.variable), 0)
@@ -127,16 +162,49 @@ def _groups(graph: Graph) -> tuple[list[_Group], int, int]:
     row[kind == NodeKind.PRESENT] = graph.n + literal[kind == NodeKind.PRESENT]
     row[kind == NodeKind.TRUE] = 2 * graph.n
     nothing = 2 * graph.n + 1
+    words = _Words(Precedence.of(graph))
     groups: list[_Group] = []
     next_row = nothing + 1
     for level in graph.levels:
         sizes = np.diff(np.append(level.starts, len(level.left)))
         for members in _alike(sizes):
-            left, right = _padded(level, row, members, sizes[members], nothing)
+            left, right, inside = _padded(level, members, sizes[members])
             row[level.nodes[members]] = next_row + np.arange(len(members))
-            groups.append(_Group(next_row, left, right))
+            rows = [np.where(inside, row[side], nothing) for side in (left, right)]
+            groups.append(_Group(next_row, rows[0], rows[1], words.of(level.nodes[members], left, right)))
             next_row += len(members)
-    return groups, int(row[-1]), next_row
+    return groups, int(row[-1]), next_row, words
+
+
+class _Words:
+    """The rows of all words.
+
+    Attributes:
+        constants: [C] int64, what the first rows hold.
+        rows: how many there are.
+    """
+
+    def __init__(self, precedence: Precedence) -> None:
+        self._open = precedence.open
+        self.constants, at = np.unique(precedence.words, return_inverse=True)
+        self._row = at.reshape(precedence.words.shape)
+        self.rows = len(self.constants)
+        self._row[self._open] = self.rows + np.arange(int(self._open.sum()))
+        self.rows += int(self._open.sum())
+
+    def of(self, nodes: IntArray, left: IntArray, right: IntArray) -> list[_Word]:
+        """The words in which the elements (left, right) [F, m] of the sums ``nodes`` [m] can differ.
+
+        A sum that has fewer of them than others repeats its last one, or, without any, its first word, a constant.
+        """
+        choice = self._open[:, nodes]
+        found = []
+        for place in range(int(choice.sum(0).max())):
+            # The number of the word in that place, per sum.
+            last = np.maximum(np.minimum(place, choice.sum(0) - 1), 0)
+            word = np.argmax((choice.cumsum(0) == last + 1) & choice, axis=0)
+            found.append(_Word(*(self._row[word, side] for side in (nodes, left, right))))
+        return found
 
 
 def _alike(sizes: IntArray) -> list[IntArray]:
@@ -153,9 +221,8 @@ def _alike(sizes: IntArray) -> list[IntArray]:
     return groups
 
 
-def _padded(level: Level, row: IntArray, members: IntArray, sizes: IntArray, nothing: int) -> tuple[IntArray, IntArray]:
-    """The rows of the members' left and right children, [F, m] each, in the order of the elements."""
+def _padded(level: Level, members: IntArray, sizes: IntArray) -> tuple[IntArray, IntArray, BoolArray]:
+    """The members' left and right children, in the order of the elements, and where there are any: [F, m] each."""
     place = np.arange(int(sizes.max()))[:, None]
     at = np.minimum(level.starts[members] + place, len(level.left) - 1)
-    inside = place < sizes
-    return np.where(inside, row[level.left[at]], nothing), np.where(inside, row[level.right[at]], nothing)
+    return level.left[at], level.right[at], place < sizes

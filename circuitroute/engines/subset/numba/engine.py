@@ -19,6 +19,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -121,8 +122,8 @@ class NumbaSubset(SweepEngine):
     def _swept(self, rows: Inputs, arrays: _Arrays, key_T: Tensor | None, moments: bool) -> Sweep:
         """One sweep; the fallback of a narrow tree are the rows that need a whole one, too."""
         found = Sweep.empty(rows.logits, arrays.phi.shape[1], moments, key_T is not None)
-        key = torch.empty(0, dtype=torch.int64) if key_T is None else key_T
-        mask = torch.empty(0, 0, dtype=torch.bool) if found.mask is None else found.mask
+        key = torch.empty(0, dtype=torch.int64, device="cpu") if key_T is None else key_T
+        mask = torch.empty(0, 0, dtype=torch.bool, device="cpu") if found.mask is None else found.mask
         lines = (found.log_partition, found.log_root, found.shift, found.fallback, found.uncertain)
         outputs = (found.marginals, found.count_probs, mask)
         arguments = (tuple(map(_array, lines)), *(_array(x) for x in outputs if x is not None))
@@ -150,8 +151,8 @@ class NumbaSubset(SweepEngine):
         self, rows: Inputs, arrays: _Arrays, shift_T: Tensor, u_TN: Tensor, v_TJ: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The derivative, and the rows that need a whole tree."""
-        dm, dq = (torch.empty(x.shape, dtype=rows.logits.dtype) for x in (u_TN, v_TJ))
-        strayed_T = torch.empty(len(u_TN), dtype=torch.bool)
+        dm, dq = (torch.empty(x.shape, dtype=rows.logits.dtype, device="cpu") for x in (u_TN, v_TJ))
+        strayed_T = torch.empty(len(u_TN), dtype=torch.bool, device="cpu")
         tensors = (shift_T, u_TN, v_TJ, dm, dq, strayed_T)
         _in_threads(_kernels().second_derivative, arrays, tuple(map(_array, tensors)))
         return dm, dq, strayed_T
@@ -243,7 +244,8 @@ class NumbaSubset(SweepEngine):
         by_logits = torch.empty_like(theta, memory_format=torch.contiguous_format)
         by_choice = theta.new_zeros(0 if one else len(theta), theta.shape[1])
         by_potential = theta.new_empty(len(theta), inputs.potential.shape[-1])
-        known = (_array(step.mask), _array(_optional(step.shift, 1, torch.float64)), _array(step.invalid))
+        shift = _given(step.shift) if sweeps else _optional(step.shift, 1, torch.float64)
+        known = (_array(step.mask), _array(shift), _array(step.invalid))
         slots = (_array(step.indices), _array(_optional(upstream.weights)))
         lines = tuple(_array(_optional(x, 1)) for x in (upstream.log_partition, upstream.log_prob))
         arguments = (
@@ -283,12 +285,12 @@ def _step(inputs: StepInputs, rule: Rule, moments: bool) -> tuple[Step, Tensor, 
     arrays, theta = _Arrays.of(Inputs(inputs.logits, inputs.potential)), inputs.logits
     (T, n), J = theta.shape, inputs.potential.shape[-1]
     rows, S = T if moments else 0, max(1, J - 1)
-    weights, indices = theta.new_empty(T, S), torch.empty(T, S, dtype=torch.int64)
-    chosen, probs = torch.empty(T, n, dtype=torch.bool), theta.new_empty(rows, J)
+    weights, indices = theta.new_empty(T, S), torch.empty(T, S, dtype=torch.int64, device="cpu")
+    chosen, probs = torch.empty(T, n, dtype=torch.bool, device="cpu"), theta.new_empty(rows, J)
     log_partition, log_prob = theta.new_empty(rows), theta.new_empty(rows)
     log_root, shift = (theta.new_empty(rows, dtype=torch.float64) for _ in range(2))
-    invalid, underflow, uncertain = (torch.empty(T, dtype=torch.bool) for _ in range(3))
-    key = torch.empty(0, dtype=torch.int64) if inputs.key is None else inputs.key
+    invalid, underflow, uncertain = (torch.empty(T, dtype=torch.bool, device="cpu") for _ in range(3))
+    key = torch.empty(0, dtype=torch.int64, device="cpu") if inputs.key is None else inputs.key
     arguments = (
         _array(theta[:0] if inputs.choice is theta else inputs.choice),
         _temperatures(inputs),
@@ -313,7 +315,7 @@ def _temperatures(inputs: StepInputs) -> NDArray[np.float32]:
 
 def _optional(x: Tensor | None, dims: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
     """x, or nothing at all in as many dimensions."""
-    return torch.empty((0,) * dims, dtype=dtype) if x is None else x.to(dtype)
+    return torch.empty((0,) * dims, dtype=dtype, device="cpu") if x is None else x.to(dtype)
 
 
 def _given(x: Tensor | None) -> Tensor:
@@ -436,13 +438,13 @@ def _compile(kernel: Any, run: Callable[[tuple[int, int]], None]) -> None:
 
 def warmup() -> None:
     """Compile all kernels, for both dtypes, or read them from numba's cache."""
-    engine = NumbaSubset()
+    engine, zeros = NumbaSubset(), partial(torch.zeros, device="cpu")
     for dtype in (torch.float32, torch.float64):
-        logits, potential, key = torch.zeros(1, 2, dtype=dtype), torch.zeros(2, dtype=dtype), torch.zeros(1).long()
+        logits, potential, key = zeros(1, 2, dtype=dtype), zeros(2, dtype=dtype), zeros(1, dtype=torch.int64)
         inference = engine.infer(logits, potential, key)
         engine.second_derivative(logits, potential, inference, logits, None)
-    logits, potential, key = torch.zeros(1, 2), torch.zeros(2), torch.zeros(1).long()
+    logits, potential = zeros(1, 2, dtype=torch.float32), zeros(2, dtype=torch.float32)
     inputs, rule = StepInputs(logits, logits, 1.0, potential, key), Rule("softmax", 1.0, True)
     step = engine.step(inputs, rule, moments=True)
-    engine.step_marginals(inputs, step, torch.empty(1, 2))
+    engine.step_marginals(inputs, step, zeros(1, 2, dtype=torch.float32))
     engine.step_gradient(inputs, rule, step, Upstream(weights=step.weights))

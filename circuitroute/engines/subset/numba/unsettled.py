@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from circuitroute._validate import present
 from circuitroute.engines import combine
 from circuitroute.engines.step import SHARE, Inputs, Rule, Slopes, Step, Upstream
 from circuitroute.engines.sweep import SweepEngine
@@ -42,7 +43,7 @@ def drawn(inputs: Inputs, share: float) -> Tensor:
     """[T] bool, the tokens that are sampled."""
     T = len(inputs.logits)
     if inputs.key is None or share in (0.0, 1.0):
-        return torch.full((T,), inputs.key is not None and share == 1.0)
+        return torch.full((T,), inputs.key is not None and share == 1.0, device="cpu")
     folded = fold_in(inputs.key, inputs.key.new_tensor(SHARE))
     return uniform(folded, 0, 1, torch.float64)[0] < share
 
@@ -62,9 +63,8 @@ def slopes(engine: SweepEngine, inputs: Inputs, rule: Rule, step: Step, upstream
     """The way back of these rows, by the formulas of :mod:`circuitroute.engines.step`; all rows are valid."""
     x, phi, z = divided(inputs).double(), inputs.potential.double(), step.mask.double()
     found = engine.naive.infer(x, phi)
-    if found.count_probs is None:
-        raise RuntimeError("engines of the count family give the posterior")  # cannot happen
-    m, q, theta = found.marginals, found.count_probs, inputs.logits.double()
+    q = present(found.count_probs, "engines of the count family give the posterior")
+    m, theta = found.marginals, inputs.logits.double()
     v = combine.gates_gradient(step, upstream).double()
     u, by_theta = combine.slopes(theta, step.mask, m, v, rule.combine, rule.simple)
     u = u if upstream.marginals is None else u + upstream.marginals.double()

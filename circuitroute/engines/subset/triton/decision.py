@@ -20,7 +20,7 @@ from circuitroute.keys import _GOLDEN64, mix64
 
 LAST_INDEX = tl.constexpr(0xFFFF)
 # fold_in(key, SHARE) but for the row's key.
-SHARE_MIX = tl.constexpr(mix64(torch.tensor(SHARE)).item() % 2**64)
+SHARE_MIX = tl.constexpr(mix64(torch.tensor(SHARE, device="cpu")).item() % 2**64)
 GOLDEN = tl.constexpr(_GOLDEN64)
 
 # ---------------------------------------------------------------------------------------------- rows

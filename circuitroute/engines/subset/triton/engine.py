@@ -37,6 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from circuitroute._validate import present
 from circuitroute.engines import step as stepping
 from circuitroute.engines.autograd import attach
 from circuitroute.engines.base import Inference, given
@@ -232,10 +233,8 @@ class TritonSubset:
         """See :class:`circuitroute.engines.base.Engine`."""
         if logits_TN.dtype == torch.float64:
             return TorchSubset().sample(logits_TN, potential, key_T)
-        mask = self._problem(logits_TN, potential).forward(key_T, with_moments=False).mask
-        if mask is None:
-            raise RuntimeError("a sweep that is given keys returns a mask")  # cannot happen
-        return mask
+        swept = self._problem(logits_TN, potential).forward(key_T, with_moments=False)
+        return present(swept.mask, "a sweep that is given keys draws a sample")
 
     def steps(self, inputs: stepping.Inputs) -> bool:
         """See :class:`circuitroute.engines.step.Stepper`."""
