@@ -11,8 +11,8 @@ second derivatives     5e-4     1e-7
 ==================  =======  =======
 
 Entropies (and their gradients) and log-probabilities are relative to a tenth of the sum of all |logits|, if that is
-more than 1: composed circuits find them as differences of such numbers. Gradients of half-precision leaves are rounded to
-their dtype once more. What is equal by promise is compared to the bit: samples and modes between engines, batches,
+more than 1: composed circuits find them as differences of such numbers. Gradients of half-precision leaves are rounded
+to their dtype once more. What is equal by promise is compared to the bit: samples and modes between engines, batches,
 processes and after storage.
 
 Legend: T rows, N variables, C = N + 1 counts.
