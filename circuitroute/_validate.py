@@ -109,9 +109,22 @@ def as_items(name: str, values: object, expected: str) -> list[object]:
     return list(values)
 
 
+def as_real(name: str, value: object, *, floating: bool = False) -> Tensor:
+    """``value`` as a plain tensor of real numbers, in floating point where that is asked for."""
+    tensor = plain(name, value)
+    # Those of 8 bits have no arithmetic.
+    odd = floating and not (tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1)
+    if tensor.is_complex() or odd:
+        expected = "a floating-point dtype of 16 bits at least" if floating else "real numbers"
+        raise TypeError(f"{name} has dtype {tensor.dtype}: expected {expected}")
+    return tensor
+
+
 def as_mask(name: str, mask: Tensor, n: int) -> Tensor:
     """``mask`` as bool [..., n]; values other than 0 and 1 are refused."""
     mask = plain(name, mask)
+    if mask.is_complex():
+        raise TypeError(f"{name} has dtype {mask.dtype}: expected bool, or real numbers that are 0 or 1")
     if mask.dim() == 0 or mask.shape[-1] != n:
         raise ValueError(f"{name} has shape {tuple(mask.shape)}: its last dimension must be n={n}")
     if mask.dtype == torch.bool:

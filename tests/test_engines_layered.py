@@ -276,6 +276,18 @@ def test_a_circuit_that_is_no_tree():
     np.testing.assert_allclose(covariance_times(dist, u), (truth.covariance @ u.numpy()[..., None])[..., 0], atol=1e-12)
 
 
+@pytest.mark.parametrize("engine", ["torch", "naive"])
+@pytest.mark.parametrize("batch", [(0,), (0, 3), (2, 0)])
+def test_no_rows_have_counts_too(engine, batch):
+    """There is no Fourier transform of nothing."""
+    circuit = cr.compile(cr.Exactly(1).over([0, 2]), 4).with_engine(engine)
+    logits = torch.zeros(*batch, 4, requires_grad=True)
+    counts = circuit(logits).count_probs
+    assert counts.shape == (*batch, circuit.max_count + 1)
+    (gradient,) = torch.autograd.grad(counts.sum(), logits)
+    assert gradient.shape == logits.shape
+
+
 @pytest.mark.parametrize("case", SMALL, ids=name)
 def test_splitting_by_count_changes_no_subset(case):
     circuit = cr.compile(*case)

@@ -226,3 +226,36 @@ def test_gates_of_the_score_estimator_carry_no_gradient_across_the_sample() -> N
 def test_costs_that_do_not_fit_are_refused(log_prob: Tensor, cost: Tensor, dim: int, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         score_function_loss(log_prob, cost, dim)
+
+
+def test_dense_weights_are_over_the_chosen_however_little_of_the_softmax_they_have():
+    """A chosen expert may have 1e-50 of the softmax: nothing is divided by that."""
+    circuit, logits = cr.compile(cr.Exactly(1).over([0, 1]), 3), torch.tensor([[-60.0, -61.0, 60.0]])
+    replay, gates = torch.tensor([[True, False, False]]), {}
+    for estimator in ("dense", "none"):
+        leaf = logits.clone().requires_grad_()
+        gates[estimator] = cr.route(leaf, circuit, combine="normalized", estimator=estimator, replay=replay).gates
+        assert gates[estimator].isfinite().all()
+        (gradient,) = torch.autograd.grad(gates[estimator].sum(), leaf)
+        assert gradient.isfinite().all()
+    assert torch.equal(gates["dense"], gates["none"])
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])
+def test_dense_normalized_weights_have_the_gradient_of_the_softmax_over_a_constant_sum(scale):
+    torch.manual_seed(0)
+    circuit, key = cr.compile(cr.AtMost(2), 5), torch.arange(40)
+    leaf = (torch.randn(40, 5, dtype=torch.float64) * scale).requires_grad_()
+    routing = cr.route(leaf, circuit, combine="normalized", estimator="dense", key=key)
+    weights, chosen = torch.softmax(leaf, -1), routing.mask
+    total = torch.where(chosen, weights, 0.0).sum(-1, keepdim=True)
+    total = torch.where(total > 0, total, 1.0)
+    shares = torch.where(chosen, weights / total, weights / total.detach() - (weights / total).detach())
+    u = torch.randn(40, 5, dtype=torch.float64)
+    torch.testing.assert_close(routing.gates, shares)
+    (ours,) = torch.autograd.grad(routing.gates, leaf, u, create_graph=True)
+    (theirs,) = torch.autograd.grad(shares, leaf, u, create_graph=True)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours.square().sum(), leaf), torch.autograd.grad(theirs.square().sum(), leaf)
+    )

@@ -7,7 +7,7 @@ import math
 from torch import Size, Tensor
 
 from circuitroute._tensors import cannot_look
-from circuitroute._validate import as_number
+from circuitroute._validate import as_number, as_real
 from circuitroute.inference.evidence import rows_text
 
 # Below it finite logits might overflow when they are divided, and pass for evidence.
@@ -32,8 +32,7 @@ def as_temperature(temperature: float | Tensor) -> float | Tensor:
         if not MIN_TEMPERATURE <= number < math.inf:
             raise ValueError(f"temperature={number}: {POSITIVE}")
         return number
-    if not temperature.dtype.is_floating_point:
-        raise TypeError(f"temperature has dtype {temperature.dtype}: expected a floating-point dtype")
+    temperature = as_real("temperature", temperature, floating=True)
     if not (cannot_look(temperature) or temperature.is_meta):
         wrong = ~((temperature >= MIN_TEMPERATURE) & (temperature < math.inf)).detach()
         if bool(wrong.any()):

@@ -26,6 +26,7 @@ from torch.compiler import is_compiling
 from torch.export import Dim, ExportedProgram
 
 from circuitroute._files import replace_file
+from circuitroute._tensors import plain
 from circuitroute._validate import as_flag, as_number, int_at_least, one_of
 from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Constraint
@@ -305,6 +306,7 @@ def _check_tensors(hidden_states: Tensor, gating_output: Tensor, num_experts: in
     if not isinstance(gating_output, Tensor) or not gating_output.is_floating_point():
         kind = gating_output.dtype if isinstance(gating_output, Tensor) else type(gating_output).__name__
         raise TypeError(f"gating_output is {kind}: expected a floating-point tensor of logits")
+    plain("gating_output", gating_output)
     if gating_output.dim() != 2 or gating_output.shape[1] != num_experts:
         raise ValueError(
             f"gating_output has shape {tuple(gating_output.shape)}: expected [tokens, num_experts={num_experts}]"

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from circuitroute._validate import int_at_least
+from circuitroute._validate import as_real, int_at_least
 from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Constraint
 from circuitroute.engines.subset.naive import log_count_weights
@@ -171,7 +171,9 @@ class Budget(nn.Module):
         """
         if estimates is None:
             estimates = self.estimates
-        elif estimates.shape[-2:] != self.estimates.shape:
+        else:
+            estimates = as_real("estimates", estimates)
+        if estimates.shape[-2:] != self.estimates.shape:
             L, J = self.estimates.shape
             raise ValueError(
                 f"estimates have shape {tuple(estimates.shape)}: expected [{L}, {J}] or [tokens, {L}, {J}]"
@@ -280,6 +282,9 @@ def log_count_polynomial(logits: Tensor, max_count: int) -> Tensor:
     Logits [..., E] of any floating dtype. Differentiable: the gradient of entry j is the marginals of ``Exactly(j)``.
     """
     most = int_at_least("max_count", max_count, 0)
+    logits = as_real("logits", logits, floating=True)
+    if logits.dim() == 0:
+        raise ValueError("logits have shape (): expected [..., experts]")
     weights = log_count_weights(logits.reshape(-1, logits.shape[-1]), most)
     return weights.reshape(*logits.shape[:-1], most + 1)
 

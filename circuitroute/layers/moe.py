@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from circuitroute._tensors import batched, recorded, tracked, transformed, without_numbers
+from circuitroute._tensors import batched, plain, recorded, tracked, transformed, without_numbers
 from circuitroute._validate import as_flag
 from circuitroute.keys import drawn_keys
 from circuitroute.layers.experts import StackedExperts
@@ -105,6 +105,7 @@ class MoE(nn.Module):
             ValueError: ``routing`` is not over these tokens and experts, comes with ``replay``, options or (without
                 probes) ``key``, or is missing where there is no router.
         """
+        hidden = plain("hidden", hidden)
         probe_key = key
         if key is None and self.training and self.probes not in (0, "all"):
             probe_key = drawn_keys(hidden.shape[:-1].numel(), hidden.device)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from circuitroute._tensors import without_autocast
-from circuitroute._validate import as_flag, int_at_least, plain_option, plain_word
+from circuitroute._validate import as_flag, as_real, int_at_least, plain_option, plain_word
 from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Between, Constraint, Exactly
 from circuitroute.inference.circuit import Circuit
@@ -88,9 +88,11 @@ class LogitMap(nn.Module):
         """[T, E] float32 logits of hidden states [..., H], for inputs of any dtype, also under autocast.
 
         Raises:
+            TypeError: hidden states that are no plain tensor of real numbers.
             ValueError: hidden states of another size.
         """
-        if hidden.shape[-1] != self.hidden_size:
+        hidden = as_real("hidden", hidden)
+        if hidden.dim() == 0 or hidden.shape[-1] != self.hidden_size:
             raise ValueError(
                 f"hidden has shape {tuple(hidden.shape)}: the last dimension must be hidden_size={self.hidden_size}"
             )

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from circuitroute._validate import as_number
+from circuitroute._validate import as_number, as_real
 from circuitroute.routing.decision import Routing
 
 
@@ -60,12 +60,13 @@ class CountController:
             routing: T decisions.
             group: processes whose tokens count together, all of which must call this; they agree on the price.
         """
+        price = as_real("state.price", state.price, floating=True)
         total = torch.stack([routing.counts.sum().double(), routing.counts.new_tensor(len(routing.mask)).double()])
         if group is not None:
             dist.all_reduce(total, group=group)
         mean = total[0] / total[1].clamp(min=1)
         step = torch.where(total[1] > 0, mean - self.target, 0.0)
-        return CountState(state.price + self.gain * step.to(state.price))
+        return CountState(price + self.gain * step.to(price))
 
     def __repr__(self) -> str:
         return f"CountController({self.target}, gain={self.gain})"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from circuitroute._tensors import batchable, traced, tracked, transformed
+from circuitroute._validate import as_real
 from circuitroute.inference.distribution import SubsetDistribution
 
 
@@ -138,6 +139,7 @@ def score_function_loss(log_prob: Tensor, cost: Tensor, dim: int = 0) -> Tensor:
     Raises:
         ValueError: shapes differ, or ``dim`` has fewer than two entries.
     """
+    log_prob, cost = as_real("log_prob", log_prob, floating=True), as_real("cost", cost, floating=True)
     if log_prob.shape != cost.shape:
         raise ValueError(f"cost has shape {tuple(cost.shape)}: it must be that of log_prob, {tuple(log_prob.shape)}")
     count = cost.shape[dim] if cost.dim() else 1

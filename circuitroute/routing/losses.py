@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from circuitroute._validate import as_real
 from circuitroute.routing.decision import Routing
 from circuitroute.routing.weights import expert_softmax
 
@@ -65,6 +66,7 @@ def balance(load: Tensor, mass: Tensor, group: dist.ProcessGroup | None = None) 
     """
     if group is not None:
         load, mass = _over_processes(load, mass, group)
+    load, mass = as_real("load", load), as_real("mass", mass, floating=True)
     share, total = load / load.sum(-1, keepdim=True).clamp(min=1), mass.sum(-1)
     # Where all probabilities vanish, dividing by their sum would overflow in the gradient.
     vanished = total < torch.finfo(mass.dtype).tiny / torch.finfo(mass.dtype).eps
@@ -85,7 +87,8 @@ def z_loss(routing: Routing) -> Tensor:
     usable = (finite > -torch.inf).any(-1)
     # A token with nothing but evidence has no logits to keep small.
     log_sum = torch.logsumexp(torch.where(usable[:, None], finite, 0.0), -1)
-    return torch.where(usable, log_sum.square(), 0.0).sum() / max(1, len(log_sum))
+    # By its shape and not its length, which a trace would take for a constant.
+    return torch.where(usable, log_sum.square(), 0.0).sum() / max(1, log_sum.shape[0])
 
 
 def expected_count(routing: Routing) -> Tensor:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from circuitroute._validate import as_number, int_at_least
+from circuitroute._validate import as_number, as_real, int_at_least
 from circuitroute.inference.circuit import Circuit
 from circuitroute.inference.distribution import SubsetDistribution
 from circuitroute.inference.temperature import MIN_TEMPERATURE
@@ -26,7 +26,7 @@ from circuitroute.routing.weights import Combine
 
 
 def _mask(decisions: Routing | Tensor) -> Tensor:
-    mask = decisions.mask if isinstance(decisions, Routing) else decisions
+    mask = decisions.mask if isinstance(decisions, Routing) else as_real("decisions", decisions)
     if mask.dim() != 2:
         raise ValueError(f"decisions have shape {tuple(mask.shape)}: expected [tokens, experts]")
     return mask.detach() != 0
@@ -200,6 +200,7 @@ def swap_oracle(
             scalar or [G] with G dividing T; no swap is possible.
     """
     rounds = int_at_least("rounds", rounds, 1)
+    logits = as_real("logits", logits, floating=True)
     if logits.dim() != 2 or len(logits) == 0:
         raise ValueError(f"logits have shape {tuple(logits.shape)}: expected [tokens, experts] with a token at least")
     with torch.inference_mode(False), torch.enable_grad():

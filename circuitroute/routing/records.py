@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from circuitroute._files import as_path, replace_file, sealed, unsealed
+from circuitroute._tensors import plain
 from circuitroute._validate import as_items, as_number, int_at_least, one_of
 from circuitroute.errors import CircuitFileError
 from circuitroute.inference.evidence import rows_text
@@ -132,7 +133,7 @@ class RoutingRecord:
             TypeError, ValueError: anything else, or decisions made at several temperatures.
             AttributeError: a decision without a log-probability, such as a soft router's; record its mask.
         """
-        each = [decisions] if isinstance(decisions, (Routing, Tensor)) else list(decisions)
+        each = each_of("decisions", decisions)
         layers = [LayerRecord.of(mask_of(f"decisions[{i}]", decision)) for i, decision in enumerate(each)]
         routings = [decision for decision in each if isinstance(decision, Routing)]
         known = None
@@ -158,10 +159,7 @@ class RoutingRecord:
         Raises:
             TypeError, ValueError: tensors of other shapes or dtypes, or an expert that is named twice in one token.
         """
-        if isinstance(indices, Tensor):
-            if indices.dim() != 3:
-                raise ValueError(f"indices has shape {tuple(indices.shape)}: expected [tokens, layers, slots]")
-            indices = list(indices.unbind(1))
+        indices = _by_layer(indices)
         several = isinstance(num_experts, Iterable) and getattr(num_experts, "ndim", 1) > 0
         sizes: list[Any] = as_items("num_experts", num_experts, "E") if several else [num_experts] * len(indices)
         if len(sizes) != len(indices):
@@ -317,10 +315,23 @@ class RoutingRecord:
 # ---------------------------------------------------------------------------------------------- masks and codes
 
 
+def each_of(name: str, decisions: Any) -> list[Routing | Tensor]:
+    """The decisions of all layers; one of a single layer alone."""
+    if isinstance(decisions, Routing):
+        return [decisions]
+    if isinstance(decisions, Tensor):
+        return [plain(name, decisions)]
+    if not isinstance(decisions, Iterable):
+        kind = type(decisions).__name__
+        raise TypeError(f"{name} is a {kind}: expected a Routing or a mask [tokens, experts], or one per layer")
+    return list(decisions)
+
+
 def mask_of(name: str, decision: Routing | Tensor) -> Tensor:
     mask = decision.mask if isinstance(decision, Routing) else decision
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name} is a {type(mask).__name__}: expected a Routing or a mask [tokens, experts]")
+    mask = plain(name, mask)
     if mask.dtype != torch.bool or mask.dim() != 2 or mask.shape[1] == 0:
         raise ValueError(
             f"{name} has shape {tuple(mask.shape)} and dtype {mask.dtype}: expected [tokens, experts] bool"
@@ -351,10 +362,28 @@ def _temperature_of(routings: Sequence[Routing]) -> float:
     return found[0]
 
 
+def _by_layer(indices: Any) -> Sequence[Tensor]:
+    """[T, K] of every layer."""
+    if isinstance(indices, Tensor):
+        indices = plain("indices", indices)
+        if indices.dim() != 3:
+            raise ValueError(f"indices has shape {tuple(indices.shape)}: expected [tokens, layers, slots]")
+        return list(indices.unbind(1))
+    if not isinstance(indices, Sequence):
+        kind = type(indices).__name__
+        raise TypeError(
+            f"indices is a {kind}: expected a tensor [tokens, layers, slots], or one [tokens, slots] per layer"
+        )
+    return indices
+
+
 def _mask_of_indices(name: str, indices: Tensor, experts: int) -> Tensor:
     """[T, E] bool of [T, K] integers; slots outside 0..E-1 are unused."""
-    if not isinstance(indices, Tensor) or indices.is_floating_point() or indices.is_complex():
-        raise TypeError(f"{name} is not a tensor of integers")
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"{name} is not a tensor of integers [tokens, slots] but a {type(indices).__name__}")
+    indices = plain(name, indices)
+    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+        raise TypeError(f"{name} is not a tensor of integers: its dtype is {indices.dtype}")
     if indices.dim() != 2:
         raise ValueError(f"{name} has shape {tuple(indices.shape)}: expected [tokens, slots]")
     at = indices.cpu().long()

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from circuitroute._tensors import cannot_look
-from circuitroute._validate import as_number
+from circuitroute._validate import as_number, as_real
 from circuitroute.routing.decision import Routing
 from circuitroute.routing.records import LayerRecord as LayerRecord
 from circuitroute.routing.records import RoutingRecord as RoutingRecord
-from circuitroute.routing.records import mask_of
+from circuitroute.routing.records import each_of, mask_of
 
 Decisions: TypeAlias = "Routing | Tensor | Sequence[Routing | Tensor] | RoutingRecord"
 
@@ -92,6 +92,8 @@ def importance_ratio(new_log_prob: Tensor, old_log_prob: Tensor, *, clip: tuple[
         ValueError: shapes that differ, an old log-probability that is not finite (something impossible was recorded; on
             CPUs only, where looking costs no waiting), or bounds that are not 0 <= low < high.
     """
+    new_log_prob = as_real("new_log_prob", new_log_prob, floating=True)
+    old_log_prob = as_real("old_log_prob", old_log_prob, floating=True)
     if new_log_prob.shape != old_log_prob.shape:
         raise ValueError(
             f"new_log_prob has shape {tuple(new_log_prob.shape)} and old_log_prob {tuple(old_log_prob.shape)}: they "
@@ -113,7 +115,7 @@ def _masks_of(name: str, decisions: Decisions) -> list[Tensor]:
     """[T, E] bool per layer, on the CPU."""
     if isinstance(decisions, RoutingRecord):
         return decisions.masks()
-    each = [decisions] if isinstance(decisions, (Routing, Tensor)) else list(decisions)
+    each = each_of(name, decisions)
     if not each:
         raise ValueError(f"{name} is empty: give one decision per layer")
     return [mask_of(f"{name}[{i}]", decision).cpu() for i, decision in enumerate(each)]

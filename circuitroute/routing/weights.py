@@ -81,17 +81,33 @@ def _dense(decision: Decision, logits: Tensor, combine: Combine) -> Tensor:
 
     Normalised over the chosen, the others' weights are over the same sum, taken as constant (its "partscale" rule).
     """
+    mask = decision.mask
+    if combine == "normalized":
+        return _dense_normalized(mask, logits)
     if combine == "marginal":
         weights = decision.distribution.marginals
     elif combine == "sigmoid":
         weights = torch.sigmoid(logits)
     else:
         weights = expert_softmax(logits)
-    if combine == "normalized":
-        total = torch.where(decision.mask, weights, 0.0).sum(-1, keepdim=True)
-        total = torch.where(total > 0, total, 1.0)
-        weights = torch.where(decision.mask, weights / total, weights / total.detach())
-    return torch.where(decision.mask, weights, weights - weights.detach())
+    return torch.where(mask, weights, weights - weights.detach())
+
+
+def _dense_normalized(mask: Tensor, logits: Tensor) -> Tensor:
+    """[T, E] w / sum of the chosen w, w the softmax over all experts; of the unchosen, the gradient alone.
+
+    The chosen may have next to none of the softmax, so it is not divided by what they have: the chosen are relative to
+    their largest, and an unchosen w / sum is its value, taken as constant, times exp(log w - stopgrad(log w)).
+    """
+    weights = expert_softmax(logits)
+    with torch.no_grad():
+        ratio = relative(mask, logits)
+        total = torch.where(mask, ratio, 0.0).sum(-1, keepdim=True)
+        ratio = torch.where(total > 0, ratio / total.clamp(min=1.0), weights)
+    possible = ~mask & (weights > 0) & ~torch.isinf(logits)
+    log_weights = torch.where(possible, weights, 1.0).log()
+    through = ratio * (log_weights - log_weights.detach()).exp() - ratio
+    return torch.where(possible, through, _normalized(mask.to(logits.dtype), mask, logits))
 
 
 def _normalized(g: Tensor, mask: Tensor, logits: Tensor) -> Tensor:

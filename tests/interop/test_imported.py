@@ -280,6 +280,7 @@ def test_lines_keep_their_numbers_whatever_ends_them(nnf):
         (b"\xef\xbb\xbf", "an empty file"),
         ("nnf 1 0 1\nL 1\n" * 2, "line 3: found 'nnf 1 0 1', expected L literal"),
     ],
+    ids=["gzip", "bzip2", "xz", "utf-16", "empty", "two files"],
 )
 def test_what_has_to_be_unpacked_first_is_named(nnf, data, kind):
     with pytest.raises(cr.CircuitFileError, match=kind):

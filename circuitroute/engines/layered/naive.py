@@ -176,7 +176,9 @@ class NaiveLayered(NaiveEngine):
             return terms.new_zeros(step.sums, *terms.shape[1:]).index_add(0, step.segment, terms)
 
         at_points = plan.upward(leaves.expand(-1, len(logits_TN), -1), combine)[-1]
-        probs = torch.fft.fft(at_points.contiguous(), dim=-1).real / (K + 1)
+        # Of no rows there is no transform: on CPUs MKL refuses it.
+        back = torch.fft.fft(at_points.contiguous(), dim=-1) if len(logits_TN) else at_points
+        probs = back.real / (K + 1)
         return nan_rows(is_zero(values[-1].detach()), probs.clamp(min=0.0)).to(logits_TN.dtype)
 
 
