@@ -5,12 +5,18 @@ A file is under the first pattern that fits it. What no pattern fits is not muta
 
 from __future__ import annotations
 
+# What takes long (kernels to compile, large rows, processes of its own) and says little of one file's arithmetic.
+_LONG = """
+    compile_ahead interpreter_must large_batches lanes_of_any_width second_gradients AtLeast warmup large_circuits
+    callers_threads slow_compiling without_numba dtype1 doubt underflow_go 100.0 10.0 60- 64- 20-4-2 2-2-4 half_precision
+"""
+_QUICK = ["-k", " and ".join(f"not {name}" for name in _LONG.split())]  # for all modules of a list
 _NUMBA = "circuitroute/engines/subset/numba"
 _TRITON = "circuitroute/engines/subset/triton"
 _STEP_NUMBA = "tests/test_step_numba.py"
-_ENGINE_NUMBA = ["tests/test_numba_narrow.py", "tests/test_engines_numba.py"]
+_ENGINE_NUMBA = ["tests/test_numba_narrow.py", "tests/test_engines_numba.py", *_QUICK]
 _STEP_TRITON = "tests/test_step_triton.py"
-_ENGINE_TRITON = "tests/test_engines_triton.py"
+_ENGINE_TRITON = ["tests/test_engines_triton.py", *_QUICK]
 _ENGINES = ["tests/test_engines_subset.py"]
 _READERS = ["tests/interop", "tests/test_fuzz_readers.py"]
 _DECISIONS = ["tests/test_decide.py", "tests/test_routing.py", "tests/test_routing_calls.py", "tests/test_replay.py"]
@@ -23,7 +29,12 @@ TESTS: dict[str, list[str]] = {
     "circuitroute/interop/storage.py": ["tests/test_storage.py", "tests/test_fuzz_readers.py"],
     "circuitroute/layers/budget.py": ["tests/test_budget_settings.py", "tests/test_budget.py"],
     "circuitroute/layers/budget_router.py": ["tests/test_budget_settings.py", "tests/test_budget.py"],
-    "circuitroute/routing/choice.py": [*_DECISIONS, "tests/test_temperature.py"],
+    "circuitroute/routing/choice.py": [
+        *_DECISIONS,
+        "tests/test_prices.py",
+        "tests/test_step.py",
+        "tests/test_temperature.py",
+    ],
     "circuitroute/routing/weights.py": [*_DECISIONS, "tests/test_estimators.py"],
     "circuitroute/engines/combine.py": [_STEP_NUMBA, *_DECISIONS],
     "circuitroute/engines/shift.py": [*_ENGINES, *_ENGINE_NUMBA],
@@ -31,12 +42,14 @@ TESTS: dict[str, list[str]] = {
     "circuitroute/engines/autograd.py": ["tests/test_distribution.py", *_ENGINES],
     "circuitroute/engines/subset/*.py": [*_ENGINES, "tests/test_distribution.py"],
     "circuitroute/engines/subset/torch/*.py": [*_ENGINES, "tests/test_tree_order.py", "tests/test_distribution.py"],
-    f"{_TRITON}/[dws]*.py": [_STEP_TRITON, _ENGINE_TRITON],  # decision, weights, step; sampling and shift, too
-    f"{_TRITON}/routing_step.py": [_STEP_TRITON, _ENGINE_TRITON],
-    f"{_TRITON}/*.py": [_ENGINE_TRITON, _STEP_TRITON],
-    f"{_NUMBA}/decision.py": [_STEP_NUMBA, *_ENGINE_NUMBA],
-    f"{_NUMBA}/step*.py": [_STEP_NUMBA, *_ENGINE_NUMBA],
-    f"{_NUMBA}/unsettled.py": [_STEP_NUMBA, *_ENGINE_NUMBA],
-    f"{_NUMBA}/*.py": [*_ENGINE_NUMBA, _STEP_NUMBA],
-    f"{_NUMBA}/simd/*.py": [*_ENGINE_NUMBA, _STEP_NUMBA],
+    f"{_TRITON}/sampling.py": [*_ENGINE_TRITON, _STEP_TRITON],
+    f"{_TRITON}/shift.py": [*_ENGINE_TRITON, _STEP_TRITON],
+    f"{_TRITON}/[dws]*.py": [_STEP_TRITON, *_QUICK],  # decision, weights, step
+    f"{_TRITON}/routing_step.py": [_STEP_TRITON, *_QUICK],
+    f"{_TRITON}/*.py": [*_ENGINE_TRITON, _STEP_TRITON],
+    f"{_NUMBA}/decision.py": [_STEP_NUMBA],
+    f"{_NUMBA}/step*.py": [_STEP_NUMBA],
+    f"{_NUMBA}/unsettled.py": [_STEP_NUMBA],
+    f"{_NUMBA}/*.py": _ENGINE_NUMBA,
+    f"{_NUMBA}/simd/*.py": _ENGINE_NUMBA,
 }
