@@ -286,6 +286,18 @@ def test_far_apart_counts_are_swept_again(where, scale, request):
     same_samples(circuit, x)
 
 
+@pytest.mark.parametrize("scale", [1.5, 100.0])
+def test_far_apart_counts_keep_their_evidence(scale):
+    """One variable is forced and two are excluded, beside those of the test above: float64, then log space, know it."""
+    circuit = cr.compile(cr.CountIn({1, 5}), 7)
+    far = [90.0 * scale, 60.0 * scale, -70.0 * scale, -80.0 * scale - 0.5]
+    x = torch.tensor([[-math.inf, *far[:2], math.inf, -math.inf, *far[2:]], [-math.inf] + [0.25] * 5 + [math.inf]])
+    sweep = hold(circuit, x)
+    assert sweep.fallback[0]
+    assert sweep.marginals[0, [0, 3, 4]].tolist() == [0.0, 1.0, 0.0]
+    same_samples(circuit, x)
+
+
 def test_infeasible_rows_are_nan_alone():
     circuit = cr.compile(cr.Exactly(3), 6)
     x = torch.randn(3, 6)
