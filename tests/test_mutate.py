@@ -234,7 +234,7 @@ def test_rows_are_kept_and_those_that_survived_tried_again(root, tmp_path, capsy
     found = {row.new: row for row in mutate.load(rows)}
     assert {new: row.verdict for new, row in found.items()} == {"4": "survived", "max": "killed"}
     assert found["max"] == Row(
-        "toy.py", 2, "return min(x, most)", "minmax", "min", "max", "killed", "test_toy.py::test"
+        "toy.py", 2, 12, "return min(x, most)", "minmax", "min", "max", "killed", "test_toy.py::test"
     )
     assert all(None not in json.loads(line).values() for line in rows.read_text().splitlines())
     kept = rows.read_text()

@@ -11,7 +11,8 @@ differs from the checkout is put right at the start. Compiled and interpreted ke
 mutants are files. Which mutants are tried depends on ``--seed`` and the source alone: within a file, operators take
 turns. Rows are appended to ``tools/mutants.jsonl``, one a mutant::
 
-    file, line, code      where, and the line as it stands
+    file, line, column    where, counted from 1
+    code                  the line as it stands
     operator, old, new    what was done
     verdict               killed, survived, timeout (which kills, too), or equivalent: no right test could tell
     by                    the test that failed first
@@ -59,6 +60,7 @@ class Row:
 
     file: str
     line: int
+    column: int
     code: str
     operator: str
     old: str
@@ -69,9 +71,9 @@ class Row:
     reason: str | None = None
 
     @property
-    def mutant(self) -> tuple[str, str, str, str, str]:
+    def mutant(self) -> tuple[object, ...]:
         """What it is the same mutant by, in a file whose lines have moved."""
-        return self.file, self.code, self.operator, self.old, self.new
+        return self.file, self.column, self.code, self.operator, self.old, self.new
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def run_tests(tree: Path, tests: Sequence[str], limit: float) -> Verdict:
         return Verdict("timeout", None, seconds)
     if code == 0:
         return Verdict("survived", None, seconds)
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", printed, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", printed, re.MULTILINE)
     if code in (4, 5) or (
         code == 1 and not failed
     ):  # arguments it does not understand, no tests, or an error of its own
@@ -222,7 +224,8 @@ def files_of(root: Path, only: str) -> list[str]:
 def as_row(file: str, source: bytes, site: Site, verdict: Verdict) -> Row:
     """What is kept of a verdict."""
     code = source.splitlines()[site.line - 1].decode().strip()
-    return Row(file, site.line, code, site.operator, site.old, site.new, verdict.verdict, verdict.by)
+    column = site.start - source.rfind(b"\n", 0, site.start)
+    return Row(file, site.line, column, code, site.operator, site.old, site.new, verdict.verdict, verdict.by)
 
 
 def load(path: Path) -> list[Row]:

@@ -5,11 +5,8 @@ A file is under the first pattern that fits it. What no pattern fits is not muta
 
 from __future__ import annotations
 
-# What takes long (kernels to compile, large rows, processes of its own) and says little of one file's arithmetic.
-_LONG = """
-    compile_ahead interpreter_must large_batches lanes_of_any_width second_gradients AtLeast warmup large_circuits
-    callers_threads slow_compiling without_numba dtype1 doubt underflow_go 100.0 10.0 60- 64- 20-4-2 2-2-4 half_precision
-"""
+# What takes long, in processes of its own or compiling all there is, and says little of one file's arithmetic.
+_LONG = "compile_ahead interpreter_must large_batches warmup callers_threads slow_compiling without_numba"
 _QUICK = ["-k", " and ".join(f"not {name}" for name in _LONG.split())]  # for all modules of a list
 _NUMBA = "circuitroute/engines/subset/numba"
 _TRITON = "circuitroute/engines/subset/triton"
@@ -19,10 +16,16 @@ _STEP_TRITON = "tests/test_step_triton.py"
 _ENGINE_TRITON = ["tests/test_engines_triton.py", *_QUICK]
 _ENGINES = ["tests/test_engines_subset.py"]
 _READERS = ["tests/interop", "tests/test_fuzz_readers.py"]
-_DECISIONS = ["tests/test_decide.py", "tests/test_routing.py", "tests/test_routing_calls.py", "tests/test_replay.py"]
+_DECISIONS = [
+    "tests/test_step.py",
+    "tests/test_decide.py",
+    "tests/test_routing.py",
+    "tests/test_routing_calls.py",
+    "tests/test_replay.py",
+]
 
 TESTS: dict[str, list[str]] = {
-    "circuitroute/keys/*.py": ["tests/test_keys.py", "tests/test_decide.py", "tests/test_distribution.py"],
+    "circuitroute/keys/*.py": ["tests/test_keys.py", "tests/test_routing_keys.py", "tests/test_distribution.py"],
     "circuitroute/interop/nnf.py": _READERS,
     "circuitroute/interop/sdd.py": _READERS,
     "circuitroute/interop/text.py": _READERS,
@@ -32,11 +35,10 @@ TESTS: dict[str, list[str]] = {
     "circuitroute/routing/choice.py": [
         *_DECISIONS,
         "tests/test_prices.py",
-        "tests/test_step.py",
         "tests/test_temperature.py",
     ],
     "circuitroute/routing/weights.py": [*_DECISIONS, "tests/test_estimators.py"],
-    "circuitroute/engines/combine.py": [_STEP_NUMBA, *_DECISIONS],
+    "circuitroute/engines/combine.py": [*_DECISIONS, _STEP_NUMBA],
     "circuitroute/engines/shift.py": [*_ENGINES, *_ENGINE_NUMBA],
     "circuitroute/engines/sweep.py": ["tests/test_sampling_margin.py", *_ENGINES, *_ENGINE_NUMBA],
     "circuitroute/engines/autograd.py": ["tests/test_distribution.py", *_ENGINES],
@@ -50,6 +52,6 @@ TESTS: dict[str, list[str]] = {
     f"{_NUMBA}/decision.py": [_STEP_NUMBA],
     f"{_NUMBA}/step*.py": [_STEP_NUMBA],
     f"{_NUMBA}/unsettled.py": [_STEP_NUMBA],
-    f"{_NUMBA}/*.py": _ENGINE_NUMBA,
-    f"{_NUMBA}/simd/*.py": _ENGINE_NUMBA,
+    f"{_NUMBA}/*.py": [*_ENGINE_NUMBA, _STEP_NUMBA],
+    f"{_NUMBA}/simd/*.py": [*_ENGINE_NUMBA, _STEP_NUMBA],
 }
