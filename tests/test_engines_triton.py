@@ -188,6 +188,15 @@ def test_potentials_per_token(wide):
     hold(cr.compile(cr.AtMost(6), 20), rows(20, (2.0,), seed=1)[:1].repeat(12, 1), potential)
 
 
+@pytest.mark.parametrize(("slope", "offset"), [(0.0, 2.0), (10.0, -10.0), (-10.0, 10.0)])
+def test_ranges_are_centred_where_their_weight_is(slope, offset, wide):
+    """Also where a potential pulls to one side what logits pull to the other: float32 loses nothing, at any place."""
+    x = rows(40, (1.0,))[[0, 1, 4]] + offset
+    sweep = hold(cr.compile(cr.AtMost(16), 40), x, (slope * torch.arange(17.0)).repeat(3, 1))
+    assert not sweep.fallback.any()
+    assert int(sweep.length) == 0
+
+
 def test_evidence(wide):
     circuit = cr.compile(cr.Exactly(3), 8)
     sweep = hold(circuit, evidence_rows(8, 3))
@@ -296,6 +305,16 @@ def test_far_apart_counts_keep_their_evidence(scale):
     assert sweep.fallback[0]
     assert sweep.marginals[0, [0, 3, 4]].tolist() == [0.0, 1.0, 0.0]
     same_samples(circuit, x)
+
+
+def test_samples_in_log_space():
+    """Counts 1 and 5 of 6, about equally likely, and each a choice among subsets: all of it lost to float64."""
+    circuit = cr.compile(cr.CountIn({1, 5}), 6)
+    x = torch.tensor([9000.0, 9000.5, 8999.5, -9000.0, -9001.0, -8999.5])[None].repeat(8, 1)
+    sweep = same_samples(circuit, x)
+    assert sweep.fallback.all()
+    assert len({tuple(mask) for mask in sweep.mask.tolist()}) > 3
+    assert sorted(set(sweep.mask.sum(-1).tolist())) == [1, 5]
 
 
 def test_infeasible_rows_are_nan_alone():
