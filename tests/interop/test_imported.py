@@ -237,3 +237,10 @@ def test_an_imported_circuit_does_what_circuits_do(nnf):
     assert torch.equal(mine.sample((50,)).sum(-1), torch.ones(50, 2))
     routing = cr.route(logits, circuit, key=3)
     assert routing.counts.tolist() == [1, 1]
+
+
+def test_the_word_that_is_wrong_is_named_beside_numbers_of_the_longest_kind(nnf):
+    with pytest.raises(cr.CircuitFileError, match="line 2: found 'x', expected L literal"):
+        nnf(f"nnf 1 0 1\nL {'9' * 18} x\n")
+    with pytest.raises(cr.CircuitFileError, match=f"line 2: found '{'9' * 19}', expected L literal"):
+        nnf(f"nnf 1 0 1\nL {'9' * 19}\n")
