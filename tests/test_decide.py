@@ -303,3 +303,15 @@ def test_checkpointing_decides_the_same(use_reentrant: bool, keyed: bool) -> Non
     checkpoint(layer, hidden, use_reentrant=use_reentrant).sum().backward()
     assert len(masks) == 2
     assert torch.equal(*masks)
+
+
+def test_a_replay_must_keep_what_infinite_logits_say() -> None:
+    circuit, logits = cr.compile(cr.Exactly(2), 4), torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    logits[1, 0], logits[2, 3] = INF, -INF
+    good = cr.route(logits, circuit, decide="mode").mask
+    assert torch.equal(cr.route(logits, circuit, replay=good).mask, good)
+    for row, wrong in ((1, [0, 1, 1, 0]), (2, [1, 0, 0, 1])):
+        mask = good.clone()
+        mask[row] = torch.tensor(wrong)
+        with pytest.raises(ValueError, match=rf"the infinite logits .* exclude, in row {row}"):
+            cr.route(logits, circuit, replay=mask)

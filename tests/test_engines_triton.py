@@ -245,6 +245,18 @@ def test_doubtful_draws_are_found_and_redrawn_in_float64(wide):
     assert torch.equal(sweep.mask, NaiveSubset().sample(x, phi, key))
 
 
+def test_doubt_in_one_lane_alone_is_found(monkeypatch, wide):
+    """A row in as many lanes as can be, of which a split near the leaves concerns a few."""
+    monkeypatch.setattr(fused, "FEW_LANE_SLOTS", 1)
+    x, phi = torch.randn(300000, 8, generator=torch.Generator().manual_seed(5)), torch.tensor([-math.inf] * 3 + [0.0])
+    key = cr.random_key(3, torch.arange(len(x)))
+    some = TorchSubset().sweep(Inputs(x, phi), key, moments=False).uncertain.nonzero()[:10, 0]
+    x, phi, key = (value.to(DEVICE) for value in (x[some], phi, key[some]))
+    sweep = TritonSubset().infer(x, phi, key)
+    assert sorted(sweep.todo[: int(sweep.length)].tolist()) == list(range(len(some)))
+    assert torch.equal(sweep.mask, NaiveSubset().sample(x, phi, key))
+
+
 def test_samples_in_memory(in_memory):
     same_samples(cr.compile(cr.Between(1, 3), 5), rows(5, (3.0,))[:3])
 

@@ -37,7 +37,7 @@ TESTS: dict[str, list[str]] = {
         "tests/test_prices.py",
         "tests/test_temperature.py",
     ],
-    "circuitroute/routing/weights.py": [*_DECISIONS, "tests/test_estimators.py"],
+    "circuitroute/routing/weights.py": [*_DECISIONS, "tests/test_estimators.py", "tests/test_probes.py"],
     "circuitroute/engines/combine.py": [*_DECISIONS, _STEP_NUMBA],
     "circuitroute/engines/shift.py": [*_ENGINES, *_ENGINE_NUMBA],
     "circuitroute/engines/sweep.py": ["tests/test_sampling_margin.py", *_ENGINES, *_ENGINE_NUMBA],
