@@ -315,3 +315,14 @@ def test_a_replay_must_keep_what_infinite_logits_say() -> None:
         mask[row] = torch.tensor(wrong)
         with pytest.raises(ValueError, match=rf"the infinite logits .* exclude, in row {row}"):
             cr.route(logits, circuit, replay=mask)
+
+
+def test_who_is_sampled_without_a_fused_step() -> None:
+    circuit, key = cr.compile(cr.Exactly(3), 20).with_engine("torch"), key_of(200)
+    logits = torch.randn(200, 20, generator=torch.Generator().manual_seed(0))
+    mode, sample, mixed = (
+        cr.route(logits, circuit, key=key, decide=decide, temperature=5.0).mask for decide in ("mode", "sample", 0.25)
+    )
+    drawn = uniform(fold_in(key, torch.tensor(SHARE)), 0, 1, torch.float64)[0] < 0.25
+    assert not torch.equal(mode, sample)
+    assert torch.equal(mixed, torch.where(drawn[:, None], sample, mode))
