@@ -303,3 +303,26 @@ def test_checkpointing_decides_the_same(use_reentrant: bool, keyed: bool) -> Non
     checkpoint(layer, hidden, use_reentrant=use_reentrant).sum().backward()
     assert len(masks) == 2
     assert torch.equal(*masks)
+
+
+def test_a_replay_must_keep_what_infinite_logits_say() -> None:
+    circuit, logits = cr.compile(cr.Exactly(2), 4), torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    logits[1, 0], logits[2, 3] = INF, -INF
+    good = cr.route(logits, circuit, decide="mode").mask
+    assert torch.equal(cr.route(logits, circuit, replay=good).mask, good)
+    for row, wrong in ((1, [0, 1, 1, 0]), (2, [1, 0, 0, 1])):
+        mask = good.clone()
+        mask[row] = torch.tensor(wrong)
+        with pytest.raises(ValueError, match=rf"the infinite logits .* exclude, in row {row}"):
+            cr.route(logits, circuit, replay=mask)
+
+
+def test_who_is_sampled_without_a_fused_step() -> None:
+    circuit, key = cr.compile(cr.Exactly(3), 20).with_engine("torch"), key_of(200)
+    logits = torch.randn(200, 20, generator=torch.Generator().manual_seed(0))
+    mode, sample, mixed = (
+        cr.route(logits, circuit, key=key, decide=decide, temperature=5.0).mask for decide in ("mode", "sample", 0.25)
+    )
+    drawn = uniform(fold_in(key, torch.tensor(SHARE)), 0, 1, torch.float64)[0] < 0.25
+    assert not torch.equal(mode, sample)
+    assert torch.equal(mixed, torch.where(drawn[:, None], sample, mode))

@@ -89,6 +89,19 @@ def test_marginals_within_a_millionth_in_float32(n, scale):
         assert not result.fallback.any()
 
 
+@pytest.mark.parametrize("slope", [0.0, -2.5, 4.0])
+@pytest.mark.parametrize("counts", [range(257), range(20, 201)], ids=["all counts", "a range"])
+def test_ranges_are_centred_where_their_weight_is(counts, slope):
+    """Wherever in the range that is, with a potential that leans to one side, too: no row needs another centre."""
+    x = normal(18, 256) + torch.tensor([-5.0, 0.0, 5.0]).repeat(6)[:, None]
+    phi = potential_of(counts) + slope * torch.arange(max(counts) + 1)
+    truth = count_truth(x.numpy(), np.pad(phi.numpy(), (0, 257 - len(phi)), constant_values=-np.inf))
+    found = NumbaSubset().sweep(Inputs(x, phi), None, moments=True)
+    assert not found.fallback.any()
+    np.testing.assert_allclose(found.count_probs, truth.count_probs[:, : len(phi)], atol=4e-6, rtol=0)
+    np.testing.assert_allclose(found.marginals, truth.marginals, atol=2e-6, rtol=0)
+
+
 @pytest.mark.parametrize(("n", "k", "rows"), [(2048, 64, 8), (4096, 256, 2)])
 def test_large_circuits(n, k, rows):
     x = normal(rows, n, 2.0)

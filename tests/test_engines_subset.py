@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import circuitroute as cr
-from circuitroute.engines.subset import NaiveSubset, TorchSubset
+from circuitroute.engines.subset import NaiveSubset, NumbaSubset, TorchSubset
 from circuitroute.engines.subset.torch import sweep as eager
 from circuitroute.engines.sweep import Inputs
 from tests.truth import count_gradient, count_truth
@@ -208,6 +208,23 @@ def test_doubtful_draws_are_found_and_redrawn():
     sure = ~doubtful
     assert torch.equal(sweep.mask[sure], NaiveSubset().sample(x[sure], phi, key[sure]))
     assert circuit.n == 64
+
+
+@pytest.mark.parametrize("engine", [NumbaSubset, TorchSubset])
+def test_a_sample_alone_makes_no_moments(engine):
+    """Nor does the policy: a row that underflows, and is swept again, leaves them empty, too."""
+    pytest.importorskip("numba")
+    x, phi = rows(8, 1.0), torch.tensor([0.0] + [-math.inf] * 7 + [0.0])
+    x[6] = torch.tensor([900.0, 850.0, -860.0, -890.5, 0.0, 1.0, 2.0, -2.5])
+    key = cr.random_key(4, torch.arange(T))
+    alone, whole = engine().sweep(Inputs(x, phi), key, moments=False), engine().sweep(Inputs(x, phi), key, moments=True)
+    assert whole.fallback[6]
+    assert (len(alone.marginals), len(alone.count_probs)) == (0, 0)
+    assert (len(whole.marginals), len(whole.count_probs)) == (T, T)
+    for name in ("mask", "fallback", "uncertain"):
+        assert torch.equal(getattr(alone, name), getattr(whole, name)), name
+    assert len(engine()._settled(Inputs(x, phi), key, moments=False).marginals) == 0
+    assert torch.equal(engine().sample(x, phi, key), NaiveSubset().sample(x, phi, key))
 
 
 @pytest.mark.parametrize("n", [7, 64])

@@ -188,6 +188,15 @@ def test_potentials_per_token(wide):
     hold(cr.compile(cr.AtMost(6), 20), rows(20, (2.0,), seed=1)[:1].repeat(12, 1), potential)
 
 
+@pytest.mark.parametrize(("slope", "offset"), [(0.0, 2.0), (10.0, -10.0), (-10.0, 10.0)])
+def test_ranges_are_centred_where_their_weight_is(slope, offset, wide):
+    """Also where a potential pulls to one side what logits pull to the other: float32 loses nothing, at any place."""
+    x = rows(40, (1.0,))[[0, 1, 4]] + offset
+    sweep = hold(cr.compile(cr.AtMost(16), 40), x, (slope * torch.arange(17.0)).repeat(3, 1))
+    assert not sweep.fallback.any()
+    assert int(sweep.length) == 0
+
+
 def test_evidence(wide):
     circuit = cr.compile(cr.Exactly(3), 8)
     sweep = hold(circuit, evidence_rows(8, 3))
@@ -233,6 +242,18 @@ def test_doubtful_draws_are_found_and_redrawn_in_float64(wide):
     found = sweep.todo[: int(sweep.length)].tolist()
     assert set(range(len(doubtful))) - set(found) == set()
     assert len(set(found)) == len(found) < len(doubtful) + 10
+    assert torch.equal(sweep.mask, NaiveSubset().sample(x, phi, key))
+
+
+def test_doubt_in_one_lane_alone_is_found(monkeypatch, wide):
+    """A row in as many lanes as can be, of which a split near the leaves concerns a few."""
+    monkeypatch.setattr(fused, "FEW_LANE_SLOTS", 1)
+    x, phi = torch.randn(300000, 8, generator=torch.Generator().manual_seed(5)), torch.tensor([-math.inf] * 3 + [0.0])
+    key = cr.random_key(3, torch.arange(len(x)))
+    some = TorchSubset().sweep(Inputs(x, phi), key, moments=False).uncertain.nonzero()[:10, 0]
+    x, phi, key = (value.to(DEVICE) for value in (x[some], phi, key[some]))
+    sweep = TritonSubset().infer(x, phi, key)
+    assert sorted(sweep.todo[: int(sweep.length)].tolist()) == list(range(len(some)))
     assert torch.equal(sweep.mask, NaiveSubset().sample(x, phi, key))
 
 
@@ -284,6 +305,28 @@ def test_far_apart_counts_are_swept_again(where, scale, request):
     assert sweep.fallback[0]
     assert 0 in sweep.todo[: int(sweep.length)].tolist()
     same_samples(circuit, x)
+
+
+@pytest.mark.parametrize("scale", [1.5, 100.0])
+def test_far_apart_counts_keep_their_evidence(scale):
+    """One variable is forced and two are excluded, beside those of the test above: float64, then log space, know it."""
+    circuit = cr.compile(cr.CountIn({1, 5}), 7)
+    far = [90.0 * scale, 60.0 * scale, -70.0 * scale, -80.0 * scale - 0.5]
+    x = torch.tensor([[-math.inf, *far[:2], math.inf, -math.inf, *far[2:]], [-math.inf] + [0.25] * 5 + [math.inf]])
+    sweep = hold(circuit, x)
+    assert sweep.fallback[0]
+    assert sweep.marginals[0, [0, 3, 4]].tolist() == [0.0, 1.0, 0.0]
+    same_samples(circuit, x)
+
+
+def test_samples_in_log_space():
+    """Counts 1 and 5 of 6, about equally likely, and each a choice among subsets: all of it lost to float64."""
+    circuit = cr.compile(cr.CountIn({1, 5}), 6)
+    x = torch.tensor([9000.0, 9000.5, 8999.5, -9000.0, -9001.0, -8999.5])[None].repeat(8, 1)
+    sweep = same_samples(circuit, x)
+    assert sweep.fallback.all()
+    assert len({tuple(mask) for mask in sweep.mask.tolist()}) > 3
+    assert sorted(set(sweep.mask.sum(-1).tolist())) == [1, 5]
 
 
 def test_infeasible_rows_are_nan_alone():

@@ -10,6 +10,8 @@ import torch
 
 import circuitroute as cr
 from circuitroute.engines.step import MAX_RELATIVE_LOGIT
+from circuitroute.routing.choice import Batch, decide
+from circuitroute.routing.weights import weigh
 from tests.routing_cases import (
     CASES,
     COMBINES,
@@ -337,3 +339,26 @@ def test_the_gradient_of_an_overlooked_giant_is_capped() -> None:
     (gradient,) = torch.autograd.grad(routing.gates[0, 1], logits)
     assert bool(torch.isfinite(gradient).all())
     assert float(gradient.abs().max()) <= np.exp(MAX_RELATIVE_LOGIT)
+
+
+@pytest.mark.parametrize("combine", ["softmax", "normalized", "sigmoid"])
+def test_weights_of_other_logits_than_the_decisions(combine):
+    """What is decided on is finite, and what is weighed by is not, in two rows of three; and the other way round."""
+    decided_on = randn(3, 5, seed=1)
+    weighed_by = randn(3, 5, seed=2)
+    weighed_by[1, :2], weighed_by[2, 3] = INF, -INF
+    softmax = weighed_by.double().softmax(-1)
+    softmax[1] = torch.tensor([0.5, 0.5, 0.0, 0.0, 0.0])
+    for a, theta in ((decided_on, weighed_by), (weighed_by, decided_on)):
+        decision = decide(Batch.of(a, cr.compile(cr.Exactly(2), 5)), share=0.0)
+        z = decision.mask.double()
+        assert torch.equal(decision.mask, a.argsort(-1, descending=True).argsort(-1) < 2)
+        if combine == "softmax":
+            expected = z * (softmax if theta is weighed_by else theta.double().softmax(-1))
+        elif combine == "sigmoid":
+            expected = z * theta.double().sigmoid()
+        else:
+            e = z * theta.double().clamp(-1e3, 1e3).sub(theta.double().clamp(-1e3, 1e3).amax(-1, keepdim=True)).exp()
+            expected = e / e.sum(-1, keepdim=True)
+        found = weigh(decision, combine=combine, estimator="none", logits=theta)
+        torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)

@@ -613,3 +613,17 @@ def test_of_many_writers_one_wins_whole(tmp_path):
     assert cr.load(target).n in range(3, 9)
     assert link.is_symlink()
     assert _entries(tmp_path) == ["link", "target"]
+
+
+def test_counts_must_be_those_of_the_models_even_where_their_number_and_range_agree(path):
+    """Of 4 variables: 1, 6 and 1 models of 1, 2 and 3, where the file says 4 and 4 of 1 and 3."""
+    x = cr.variables(4)
+    rule = cr.Exactly(2) | cr.Logic(x[0] & ~x[1] & ~x[2] & ~x[3]) | cr.Logic(~x[0] & x[1] & x[2] & x[3])
+    circuit = cr.compile(rule, 4)
+    assert circuit.model_count() == cr.compile(cr.CountIn({1, 3}), 4).model_count() == 8
+    circuit.save(path)
+    lines = path.read_bytes().split(b"\n")[:-2]
+    lines[1] = json.dumps({**json.loads(lines[1]), "counts": [1, 3]}).encode()
+    path.write_bytes(resealed(b"\n".join(lines) + b"\n"))
+    with pytest.raises(cr.CircuitFileError, match="the allowed counts are not those of the circuit"):
+        cr.load(path)

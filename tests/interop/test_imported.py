@@ -285,3 +285,10 @@ def test_lines_keep_their_numbers_whatever_ends_them(nnf):
 def test_what_has_to_be_unpacked_first_is_named(nnf, data, kind):
     with pytest.raises(cr.CircuitFileError, match=kind):
         nnf(data)
+
+
+def test_the_word_that_is_wrong_is_named_beside_numbers_of_the_longest_kind(nnf):
+    with pytest.raises(cr.CircuitFileError, match="line 2: found 'x', expected L literal"):
+        nnf(f"nnf 1 0 1\nL {'9' * 18} x\n")
+    with pytest.raises(cr.CircuitFileError, match=f"line 2: found '{'9' * 19}', expected L literal"):
+        nnf(f"nnf 1 0 1\nL {'9' * 19}\n")

@@ -133,7 +133,7 @@ def draw(
     N: tl.constexpr,
     LE: tl.constexpr,
     LG: tl.constexpr,
-    ONLY: tl.constexpr = 0,
+    ONLY: tl.constexpr,
 ):
     """Which slots are chosen, and whether that is in doubt: the count, then its split down the tree of :mod:`.tree`.
 

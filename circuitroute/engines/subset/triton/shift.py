@@ -105,14 +105,14 @@ def _start(x, known, allowed, FAST: tl.constexpr, ONLY: tl.constexpr):
 
 
 @triton.jit
-def solve_shift(x, known, allowed, FAST: tl.constexpr, ONLY: tl.constexpr = 0):
+def solve_shift(x, known, allowed, FAST: tl.constexpr, ONLY: tl.constexpr):
     """The shift alone, see :func:`solve_coins`."""
     shift, _ = solve_coins(x, known, allowed, FAST, ONLY)
     return shift
 
 
 @triton.jit
-def solve_coins(x, known, allowed, FAST: tl.constexpr, ONLY: tl.constexpr = 0):
+def solve_coins(x, known, allowed, FAST: tl.constexpr, ONLY: tl.constexpr):
     """The shift (high, low) whose expected count lies in [least, most], as near as possible to -tilt; and its coins.
 
     Newton's method on log(F / target) from s = logsumexp(theta) - log(target), inside a bracket found on the way.

@@ -247,7 +247,7 @@ def up(
     LG: tl.constexpr,
     K: tl.constexpr,
     DUAL: tl.constexpr,
-    ONLY: tl.constexpr = 0,
+    ONLY: tl.constexpr,
 ):
     """(within, across): the tree above the leaves, which are each lane's ``left`` and ``right`` ones.
 
@@ -276,7 +276,7 @@ def down(
     LE: tl.constexpr,
     LG: tl.constexpr,
     DUAL: tl.constexpr,
-    ONLY: tl.constexpr = 0,
+    ONLY: tl.constexpr,
 ):
     """Adjoints of the left and the right leaves from the root's: at each node, correlated with the sibling.
 

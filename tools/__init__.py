@@ -1,0 +1,1 @@
+"""What contributors run, and no user of the package does."""
