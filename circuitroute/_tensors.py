@@ -82,6 +82,9 @@ def recorded(*tensors: Tensor | None) -> bool:
         return True
     if torch._C._len_torch_dispatch_stack() and any(map(torch._C._get_dispatch_mode, (_Mode.PROXY, _Mode.FUNCTIONAL))):
         return True
+    levels = _functorch.get_interpreter_stack()
+    if levels is not None and any(level.key() == _Transform.Functionalize for level in levels):
+        return True
     return any(x is not None and torch._is_functional_tensor(x) for x in tensors)
 
 

@@ -51,7 +51,7 @@ class Operators:
         """D_k; a list of an operator has no gaps, so what is not there is 0."""
         J = _counted(self.circuit.handle, logits_TN.device, self.counting)
         us = [torch.zeros_like(logits_TN) if u is None else u for u, _ in directions]
-        vs = [logits_TN.new_zeros(len(logits_TN), J) if v is None else v for _, v in directions]
+        vs = [logits_TN.new_zeros(logits_TN.shape[0], J) if v is None else v for _, v in directions]
         shift, fallback = marks
         given = (logits_TN, potential, shift, fallback, us, vs)
         by_logits, by_potential = _derivative(*given, self.circuit.handle, self.counting)
@@ -89,6 +89,20 @@ def _engine(handle: str, device: torch.device, counting: bool = False) -> Any:
     return counting_engine(circuit, device) if counting else engine_of(circuit, device)
 
 
+def check_rows(logits: Tensor, **others: Tensor | None) -> None:
+    """Refuse inputs of another number of rows than the logits: engines would read on behind them.
+
+    Raises:
+        ValueError: a tracer has written down a number of rows that it saw.
+    """
+    for name, value in others.items():
+        if value is not None and value.shape[0] != logits.shape[0]:
+            raise ValueError(
+                f"{name} has {value.shape[0]} rows and the logits have {logits.shape[0]}: the program was traced with "
+                "another number of rows, and holds it as a constant; trace it again, or derive all sizes from inputs"
+            )
+
+
 def _counted(handle: str, device: torch.device, counting: bool) -> int:
     """J, or 0 where a sweep gives no count posterior."""
     circuit = of_handle(handle)
@@ -96,8 +110,14 @@ def _counted(handle: str, device: torch.device, counting: bool) -> int:
     return circuit.max_count + 1 if given else 0
 
 
+def by_row(potential: Tensor | None) -> Tensor | None:
+    """A potential that has rows."""
+    return potential if potential is not None and potential.dim() == 2 else None
+
+
 @torch.library.custom_op("circuitroute::infer", mutates_args=())
 def _infer(logits: Tensor, potential: Tensor | None, key: Tensor | None, circuit: str, counting: bool) -> Parts:
+    check_rows(logits, key=key, potential=by_row(potential))
     return parts_of(_engine(circuit, logits.device, counting).infer(logits, potential, key))
 
 
@@ -132,6 +152,8 @@ def _derivative(
     circuit: str,
     counting: bool,
 ) -> tuple[Tensor, Tensor]:
+    directions = {f"direction {i}": x for i, x in enumerate([*us, *vs])}
+    check_rows(logits, potential=by_row(potential), shift=shift, fallback=fallback, **directions)
     pairs = [(u, v if v.shape[-1] else None) for u, v in zip(us, vs, strict=True)]
     source = Direct(_engine(circuit, logits.device, counting))
     by_logits, by_potential = source.derivative(logits, potential, (shift, fallback), pairs)
@@ -204,6 +226,7 @@ _derivative.register_autograd(_next_derivative, setup_context=_remember_directio
 
 @torch.library.custom_op("circuitroute::sample", mutates_args=())
 def _sample(logits: Tensor, potential: Tensor | None, key: Tensor, circuit: str) -> Tensor:
+    check_rows(logits, key=key, potential=by_row(potential))
     drawn: Tensor = _engine(circuit, logits.device).sample(logits, potential, key)
     return drawn
 
@@ -217,6 +240,7 @@ def _(logits: Tensor, potential: Tensor | None, key: Tensor, circuit: str) -> Te
 def _mode(logits: Tensor, potential: Tensor | None, circuit: str) -> Tensor:
     from circuitroute.engines.subset.mode import mode as subset_mode
 
+    check_rows(logits, potential=by_row(potential))
     if potential is not None:
         return subset_mode(logits, potential)
     best: Tensor = _engine(circuit, logits.device).mode(logits)

@@ -236,13 +236,13 @@ class SubsetDistribution(Distribution):
         n, sweep = self.circuit.n, self._infer()
         logits, potential = self.rows.inputs()
         if potential is not None and potential.dim() > 1:
-            potential = potential.repeat_interleave(n, 0)
+            potential = _each(potential, n)
         fallback = torch.zeros_like(sweep.shift, dtype=torch.bool) if sweep.fallback is None else sweep.fallback
-        marks = [mark.repeat_interleave(n, 0) for mark in (sweep.shift, fallback)]
-        directions = torch.eye(n, dtype=logits.dtype, device=logits.device).repeat(len(logits), 1)
+        marks = [_each(mark, n) for mark in (sweep.shift, fallback)]
+        directions = torch.eye(n, dtype=logits.dtype, device=logits.device).repeat(logits.shape[0], 1)
         # The columns Cov(z) e_i.
         columns, _ = derivative(
-            transforms.Either(self.circuit), logits.repeat_interleave(n, 0), potential, marks, [(directions, None)]
+            transforms.Either(self.circuit), _each(logits, n), potential, marks, [(directions, None)]
         )
         empty = sweep.log_partition.detach().isnan()
         covariance = columns.reshape(-1, n, n).masked_fill(empty[:, None, None], math.nan)
@@ -541,6 +541,11 @@ def _with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
     if not tracked(surrogate):
         return value
     return value.detach() + (surrogate - surrogate.detach())
+
+
+def _each(rows: Tensor, times: int) -> Tensor:
+    """Every row a number of times; repeat_interleave would write the number of rows into a trace."""
+    return rows.unsqueeze(1).expand(-1, times, *[-1] * (rows.dim() - 1)).flatten(0, 1)
 
 
 def finite(values: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Size, Tensor
 
 from circuitroute._tensors import cannot_look, plain, traced, tracked, transformed
-from circuitroute._validate import present
+from circuitroute._validate import as_real, present
 from circuitroute.circuit import Compiled
 from circuitroute.engines import certainly_finite
 from circuitroute.inference.evidence import rows_text, unsatisfiable_rows
@@ -181,7 +181,7 @@ def _as_potential(potential: Tensor, circuit: Compiled, logits: Tensor) -> Tenso
         raise ValueError(
             f"count_potential is for count constraints over all variables; {circuit.constraint!r} is not one"
         )
-    potential = plain("count_potential", potential)
+    potential = as_real("count_potential", potential)
     J = circuit.max_count + 1
     if potential.dim() == 0 or potential.shape[-1] != J:
         raise ValueError(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from circuitroute._tensors import without_autocast
-from circuitroute._validate import as_flag, int_at_least, plain_option, plain_word
+from circuitroute._validate import as_flag, as_real, int_at_least, plain_option, plain_word
 from circuitroute.compilation import compile as compile_constraint
 from circuitroute.inference.temperature import as_temperature
 from circuitroute.layers.budget import Budget, BudgetState, Rule
@@ -233,7 +233,8 @@ class BudgetRouter(Budget):
             return F.linear(hidden.double(), head.weight.double(), head.bias.double())
 
     def _check_hidden(self, hidden: Tensor) -> None:
-        if hidden.shape[-1] != self.hidden_size:
+        hidden = as_real("hidden", hidden, floating=True)
+        if hidden.dim() == 0 or hidden.shape[-1] != self.hidden_size:
             raise ValueError(
                 f"hidden has shape {tuple(hidden.shape)}: the last dimension must be hidden_size={self.hidden_size}"
             )

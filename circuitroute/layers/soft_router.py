@@ -258,7 +258,8 @@ class SoftTopKRouter(LinearRouter):
         nothing = torch.zeros_like(mask)
         if cap is not None:
             mask &= nothing.scatter(-1, *self._ranked(logits, cap))
-        first = nothing.scatter(-1, logits.detach().argmax(-1, keepdim=True), True)
+        # Not scattered, which torch.jit.trace cannot with a bool.
+        first = torch.arange(logits.shape[-1], device=logits.device) == logits.detach().argmax(-1, keepdim=True)
         return mask | (first & _positive(mass, logits)[:, None])
 
     def _replayed(self, replay: Tensor | RoutingRecord, logits: Tensor, cap: int | Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, float32, promote_types
 
 from circuitroute._tensors import batched, cannot_look, plain, traced, transformed
-from circuitroute._validate import as_mask, as_number
+from circuitroute._validate import as_mask, as_number, as_real
 from circuitroute.circuit import Compiled, boolean
 from circuitroute.engines.step import SHARE
 from circuitroute.inference.distribution import SubsetDistribution, validating
@@ -125,12 +125,17 @@ def shift_of(price: float | Tensor | None, bias: Tensor | None, logits: Tensor, 
     Raises:
         ValueError: a bias that is not [E], or a price that is not a finite number, [] or [T].
     """
+    bias = None if bias is None else as_real("bias", bias)
     if bias is not None and bias.shape != (experts,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}: expected one number per expert, ({experts},)")
     if price is None:
         return bias
     # Filled where it is wanted: a copy to a GPU would wait for it.
-    given = price if isinstance(price, Tensor) else torch.full((), as_number("price", price), device=logits.device)
+    given = torch.full((), as_number("price", price), device=logits.device) if not isinstance(price, Tensor) else price
+    given = as_real("price", given)
+    if given.dtype == torch.bool:
+        raise TypeError("price has dtype torch.bool: expected numbers")
+    given = given if given.dtype == torch.float64 else given.float()  # which has a sign, and arithmetic
     if not cannot_look(given) and not bool(given.isfinite().all()):
         raise ValueError(f"price={price}: must be finite")
     lower = per_token("price", given, logits.shape[:-1])[..., None]
@@ -152,7 +157,8 @@ def _flatten(
 ) -> tuple[Tensor, Tensor | None, Tensor | int | None]:
     """All leading dimensions become one of tokens; a key may come with them or flattened already."""
     batch = logits.shape[:-1]
-    if isinstance(count_potential, Tensor) and count_potential.dim() > 1:
+    count_potential = None if count_potential is None else as_real("count_potential", count_potential)
+    if count_potential is not None and count_potential.dim() > 1:
         last = count_potential.shape[-1]
         count_potential = _expand("count_potential", count_potential, torch.Size([*batch, last])).reshape(-1, last)
     if isinstance(key, Tensor):
@@ -163,9 +169,11 @@ def _flatten(
 def per_token(name: str, value: Tensor, batch: torch.Size) -> Tensor:
     """[T], or a scalar as it is: ``value`` broadcast to the leading dimensions, unless it is flattened already."""
     value = plain(name, value)
-    if value.dim() == 0 or value.shape == (batch.numel(),):
+    if value.dim() == 0:
         return value
-    return _expand(name, value, batch).reshape(-1)
+    if len(batch) == 1:  # without a question about sizes, which a traced program may not know
+        return _expand(name, value, batch)
+    return value if value.shape == (batch.numel(),) else _expand(name, value, batch).reshape(-1)
 
 
 def _expand(name: str, value: Tensor, shape: torch.Size) -> Tensor:
@@ -213,13 +221,13 @@ def replayed(batch: Batch, replay: Tensor | RoutingRecord, invalid: Tensor | Non
     allowed = boolean.satisfies(distribution.circuit, mask)
     if not distribution.rows.finite:
         infinite = torch.isinf(distribution.logits)
-        allowed &= ((distribution.logits > 0) == mask).logical_or_(~infinite).all(-1)
+        allowed = allowed & (((distribution.logits > 0) == mask) | ~infinite).all(-1)
     if distribution.count_potential is not None:
         potential = distribution.count_potential.expand(len(mask), -1)
         count = mask.sum(-1, keepdim=True).clamp(max=potential.shape[-1] - 1)
-        allowed &= potential.gather(-1, count).squeeze(-1) > -torch.inf
+        allowed = allowed & (potential.gather(-1, count).squeeze(-1) > -torch.inf)
     if invalid is not None:
-        allowed |= invalid
+        allowed = allowed | invalid
     if not bool(allowed.all()):
         raise ValueError(
             f"replay holds a subset that {distribution.circuit.constraint!r}, the infinite logits or the count "

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from circuitroute._tensors import cannot_look
 from circuitroute._validate import as_number, as_real, int_at_least
 from circuitroute.inference.circuit import Circuit
 from circuitroute.inference.distribution import SubsetDistribution
@@ -78,7 +79,7 @@ def mode_agreement(routing: Routing) -> Tensor:
 def _agreement(distribution: SubsetDistribution, mode: Tensor) -> Tensor:
     size = mode.sum(-1)
     shared = torch.where(mode, distribution.marginals, 0.0).sum(-1) / size.clamp(min=1)
-    if bool((size > 0).all()):
+    if not cannot_look(size) and bool((size > 0).all()):
         return shared
     return torch.where(size > 0, shared, distribution.log_prob(mode).exp())
 

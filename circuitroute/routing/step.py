@@ -138,7 +138,7 @@ def _temperatures(temperature: float | Tensor, logits: Tensor) -> float | Tensor
     """A number, or a tensor [T]."""
     if not isinstance(temperature, Tensor):
         return temperature
-    return temperature.to(logits).expand(len(logits))
+    return temperature.to(logits).expand(logits.shape[0])
 
 
 def _detached(given: Inputs) -> Inputs:

@@ -15,6 +15,7 @@ from torch import Tensor
 from circuitroute.circuit import Compiled
 from circuitroute.circuit.compiled import of_handle
 from circuitroute.engines import engine_of
+from circuitroute.engines.ops import by_row, check_rows
 from circuitroute.engines.step import Inputs, Rule, Step, Stepper, Upstream
 from circuitroute.routing.composed import ComposedSteps, Results, by_input
 
@@ -69,6 +70,7 @@ def _step(
     simple: bool,
 ) -> Parts:
     rule = Rule(combine, share, simple)  # type: ignore[arg-type]
+    check_rows(logits, choice=choice, temperature=temperature, potential=by_row(potential), key=key)
     inputs = _inputs(logits, choice, temperature, potential, number)._replace(key=key)
     bad = None if logits.is_cuda else _nan_rows(inputs)
     inputs = inputs if bad is None else _without(inputs, bad)

@@ -51,7 +51,7 @@ def log_count_weights(logits_TN: Tensor, K: int) -> Tensor:
     subset and add nothing to the sum.
     """
     logits = logits_TN.double()
-    phi_TJ = logits.new_zeros(len(logits), K + 1)
+    phi_TJ = logits.new_zeros(logits.shape[0], K + 1)
     shift = solve_shift(logits.detach(), phi_TJ)
     weights = weigh(tree_up(logits, shift, K), logits, phi_TJ, shift)
     return torch.where(is_zero(weights), -math.inf, weights + log_normaliser(logits, shift)[:, None])
