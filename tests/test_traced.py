@@ -268,3 +268,24 @@ def test_a_budget_over_layers_compiles_in_one_graph():
     found_gradients = torch.autograd.grad(found.square().sum(), list(budget.parameters()))
     for ours, theirs in zip(found_gradients, expected_gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", CIRCUITS)
+def test_one_graph_for_any_number_of_tokens(name, training):
+    """0 and 1 too, if they are marked as not to be guessed: no question about sizes is asked on the way."""
+    torch.manual_seed(0)
+    router = cr.Router(6, 12, circuit_of(name)).train(training)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    decide = torch.compile(lambda h, k: router(h, key=k).gates, backend="aot_eager", fullgraph=True)
+    for tokens in (5, 64, 1, 0):
+        hidden = torch.randn(tokens, 6, requires_grad=True)
+        key = cr.random_key(0, torch.arange(tokens))
+        for x in (hidden, key):
+            torch._dynamo.decorators.mark_unbacked(x, 0)
+        found, expected = decide(hidden, key), router(hidden, key=key).gates
+        torch.testing.assert_close(found, expected)
+        gradients = [torch.autograd.grad(gates.square().sum(), hidden)[0] for gates in (found, expected)]
+        torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+    assert counters["stats"]["unique_graphs"] == 1

@@ -368,8 +368,9 @@ def _positive_number(name: str, value: object, meaning: str = "") -> float:
 def _positive(mass: float | Tensor, logits: Tensor) -> Tensor:
     """[T] bool: which tokens have soft mass."""
     if isinstance(mass, Tensor):
-        return (mass.detach() > 0).to(logits.device).expand(len(logits))
-    return torch.full((len(logits),), mass > 0, device=logits.device)
+        return (mass.detach() > 0).to(logits.device).expand(logits.shape[0])
+    like = torch.ones_like if mass > 0 else torch.zeros_like
+    return like(logits[:, 0], dtype=torch.bool)
 
 
 def _count_for_executed(executed: float, tokens: int, first: int, others: int) -> int:
