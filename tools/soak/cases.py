@@ -6,6 +6,7 @@ Legend: T rows, N variables, J = K + 1 counts.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,22 +113,22 @@ def _logits(rng: Rng, n: int, dtype: torch.dtype, layout: str, bad: bool) -> tup
         unknown = (rng.random(size=(rows, n)) < 0.2) & (rng.random(size=(rows, 1)) < 0.3)
         values = np.where(unknown, math.nan, values)
     given = torch.from_numpy(values).to(dtype)
-    leaf = {
+    leaves: dict[str, Callable[[], Tensor]] = {
         "strided": lambda: torch.stack([given, torch.zeros_like(given)], -1).reshape(rows, 2 * n),
         "transposed": lambda: given.t().contiguous(),
         "expanded": lambda: given[:1].clone(),
         "empty": lambda: given[:0].clone(),
         "one row": lambda: given[0].clone(),
         "more dimensions": lambda: torch.stack([given, given.flip(0)]),
-    }.get(layout, given.clone)()
-    leaf.requires_grad_()
-    view = {
+    }
+    leaf = leaves.get(layout, given.clone)().requires_grad_()
+    views: dict[str, Callable[[], Tensor]] = {
         "strided": lambda: leaf[:, ::2],
-        "transposed": leaf.t,
+        "transposed": lambda: leaf.t(),
         "expanded": lambda: leaf.expand(rows, n),
         "more dimensions": lambda: leaf.transpose(0, 1),
-    }.get(layout, lambda: leaf)()
-    return leaf, view
+    }
+    return leaf, views.get(layout, lambda: leaf)()
 
 
 def engines_of(circuit: cr.Circuit) -> dict[str, cr.Circuit]:

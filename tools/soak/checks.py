@@ -113,6 +113,7 @@ def check(run: Run, circuit: cr.Circuit) -> str:
     _values(run, distribution, truth)
     _gradients(run, distribution, truth, potential)
     _samples(run, distribution, truth, by_engine, potential)
+    _row_alone(run, chosen, distribution, truth, potential)
     _stored(run, chosen, potential)
     _conditioned(run, distribution, truth)
     return names[0]
@@ -263,9 +264,16 @@ def _samples(
         best = truth.log_weights_of_all().amax(-1)[kept]
         got = truth.log_weights(torch.nan_to_num(rows[-1]) == 1)[kept]
         run.close("weight of the mode", got, best, {torch.float32: 1e-6, torch.float64: 1e-12})
+
+
+def _row_alone(
+    run: Run, circuit: cr.Circuit, distribution: cr.SubsetDistribution, truth: Truth, potential: Tensor | None
+) -> None:
+    """The last row, without those beside it."""
+    case = run.case
     if len(truth.theta) > 1 and case.logits.dim() == 2 and (potential is None or potential.dim() == 1):
-        alone = distribution.circuit(case.logits[-1:], potential, validate_args=case.validate)
-        run.equal("sample of a row alone", sample[-1:], alone.sample(key=case.key[-1:]))
+        alone = circuit(case.logits[-1:], potential, validate_args=case.validate)
+        run.equal("sample of a row alone", distribution.sample(key=case.key)[-1:], alone.sample(key=case.key[-1:]))
         run.close("log_partition of a row alone", alone.log_partition, truth.log_partition[-1:], VALUES)
 
 

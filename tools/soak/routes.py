@@ -6,18 +6,34 @@ Legend: T tokens, E experts; z the mask, m the exact marginals at the temperatur
 from __future__ import annotations
 
 import math
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 import circuitroute as cr
-from circuitroute.engines.step import MAX_RELATIVE_LOGIT
-from tools.soak.checks import GRADIENTS, VALUES, Fault, Run, as_leaf, derivative, truth_of
-from tools.soak.truth import Truth
+from circuitroute.engines.step import MAX_RELATIVE_LOGIT, Combine
+from circuitroute.routing.choice import Decide
+from tools.soak.checks import GRADIENTS, VALUES, Fault, Run, as_leaf, truth_of
+from tools.soak.truth import Truth, derivative
 
-COMBINES = ("softmax", "normalized", "sigmoid", "marginal")
+COMBINES: tuple[Combine, ...] = ("softmax", "normalized", "sigmoid", "marginal")
 ESTIMATORS = ("simple", "none", "score", "dense")
-DECIDE = ("sample", "mode", 0.5)
+DECIDE: tuple[Decide | float, ...] = ("sample", "mode", 0.5)
+
+
+class Options(TypedDict):
+    """What :func:`circuitroute.route` is told beside logits and circuit, except what is replayed."""
+
+    combine: Combine
+    estimator: str
+    decide: Decide | float
+    temperature: float | Tensor
+    price: float | None
+    bias: Tensor | None
+    count_potential: Tensor | None
+    validate_args: bool | None
+    key: Tensor
 
 
 def check(run: Run, circuit: cr.Circuit) -> None:
@@ -26,15 +42,15 @@ def check(run: Run, circuit: cr.Circuit) -> None:
     potential = case.potential_for(circuit)
     truth = truth_of(case, potential)
     tokens = len(truth.theta)
-    combine, estimator = str(rng.choice(COMBINES)), str(rng.choice(ESTIMATORS))
-    decide = DECIDE[rng.integers(3)] if estimator != "score" else "sample"
+    combine, estimator = COMBINES[rng.integers(len(COMBINES))], str(rng.choice(ESTIMATORS))
+    decide: Decide | float = DECIDE[rng.integers(3)] if estimator != "score" else "sample"
     by_row = bool(rng.integers(2))
     number = float(rng.choice([1.0, 0.25, 2.0]))
     wide = torch.float64 if case.dtype == torch.float64 else torch.float32
-    temperature = torch.full((tokens,), number, dtype=wide).requires_grad_() if by_row else number
+    temperature: float | Tensor = torch.full((tokens,), number, dtype=wide).requires_grad_() if by_row else number
     price = float(rng.choice([0.0, 0.5])) or None
     bias = torch.from_numpy(rng.normal(size=case.rule.n)).to(wide) if rng.integers(2) else None
-    options = {
+    options: Options = {
         "combine": combine, "estimator": estimator, "decide": decide, "temperature": temperature, "price": price,
         "bias": bias, "count_potential": potential, "validate_args": case.validate, "key": case.key,
     }  # fmt: skip
@@ -68,7 +84,7 @@ def check(run: Run, circuit: cr.Circuit) -> None:
     kept = ~tempered.lost
     run.close("route: log_prob", routing.log_prob[kept], tempered.log_prob(routing.mask)[kept], VALUES)
     run.saw(routing.mask, routing.gates, routing.log_prob)
-    again = cr.route(case.logits, circuit, **{**options, "replay": routing.mask})
+    again = cr.route(case.logits, circuit, replay=routing.mask, **options)
     run.equal("route: replayed mask", routing.mask, again.mask)
     run.close("route: replayed gates", again.gates, routing.gates.detach().double(), VALUES)
     run.close("route: replayed log_prob", again.log_prob[kept], routing.log_prob[kept].detach().double(), VALUES)

@@ -5,7 +5,7 @@ Legend: W subsets, N variables.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -13,9 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 import circuitroute as cr
+from circuitroute.constraints.counts import Count
 
 Masks: TypeAlias = npt.NDArray[np.bool_]
 Rng: TypeAlias = np.random.Generator
+# A first state, (state, variable, selected) -> state, and which last states are allowed. States are a rule's own.
+Walk: TypeAlias = tuple[Hashable, Callable[[Any, int, bool], Hashable], Callable[[Any], bool]]
 
 
 @dataclass(frozen=True)
@@ -27,15 +30,15 @@ class Rule:
         n: number of variables.
         allows: which of the subsets [W, N] are allowed, [W].
         kinds: the constraints it is made of, for the record of what was covered.
-        walk: the same as a walk over the variables in increasing order: a first state, (state, variable, selected) ->
-            state, and which last states are allowed; for rules over more variables than can be enumerated.
+        walk: the same as a walk over the variables in increasing order, for rules over more variables than can be
+            enumerated.
     """
 
     constraint: cr.Constraint
     n: int
     allows: Callable[[Masks], Masks]
     kinds: frozenset[str]
-    walk: tuple[Hashable, Callable[[Any, int, bool], Hashable], Callable[[Any], bool]] | None = None
+    walk: Walk | None = None
 
 
 # ---------------------------------------------------------------------------------------------- machines of a user's
@@ -72,6 +75,22 @@ class NoNeighbours(cr.Constraint):
         return True
 
 
+# ---------------------------------------------------------------------------------------------- meanings
+
+
+def _active_of(z: Masks, groups: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
+    """[W] how many groups a subset selects something of."""
+    selected: Masks = np.stack([z[:, list(group)].any(axis=1) for group in groups], axis=1)
+    counts: npt.NDArray[np.int64] = np.count_nonzero(selected, axis=1)
+    return counts
+
+
+def _all_of(parts: Sequence[Masks]) -> Masks:
+    """[W] which subsets each of the parts [W] allows."""
+    every: Masks = np.logical_and.reduce(list(parts), axis=0)
+    return every
+
+
 # ---------------------------------------------------------------------------------------------- drawing
 
 
@@ -95,16 +114,21 @@ def _some(rng: Rng, n: int, depth: int) -> Rule:
 
 
 def _count(rng: Rng, n: int) -> Rule:
+    return _counted(rng, n)[1]
+
+
+def _counted(rng: Rng, n: int) -> tuple[Count, Rule]:
+    """A constraint on the count, and its rule."""
     kind = rng.integers(5)
     low, high = sorted(int(x) for x in rng.integers(0, n + 1, size=2))
     some = frozenset(int(x) for x in rng.integers(0, n + 1, size=rng.integers(1, 4)))
-    constraint: cr.Constraint = (
+    constraint: Count = (
         cr.Exactly(low), cr.AtMost(high), cr.AtLeast(low), cr.Between(low, high), cr.CountIn(some)
     )[kind]  # fmt: skip
     counts = ({low}, range(high + 1), range(low, n + 1), range(low, high + 1), some)[kind]
     allowed = np.array([count in counts for count in range(n + 1)])
-    walk = (0, lambda state, var, on: state + on, lambda state: bool(allowed[state]))
-    return Rule(constraint, n, lambda z: allowed[z.sum(1)], frozenset({type(constraint).__name__}), walk)
+    walk: Walk = (0, lambda state, var, on: state + on, lambda state: bool(allowed[state]))
+    return constraint, Rule(constraint, n, lambda z: allowed[z.sum(1)], frozenset({type(constraint).__name__}), walk)
 
 
 def _cost(rng: Rng, n: int) -> Rule:
@@ -113,7 +137,7 @@ def _cost(rng: Rng, n: int) -> Rule:
     kind = rng.integers(3)
     low, high = (0 if kind == 0 else least), (10**9 if kind == 1 else most)
     limits = ({"at_most": most}, {"at_least": least}, {"at_most": most, "at_least": least})[kind]
-    walk = (0, lambda state, var, on: state + costs[var] * on, lambda state: low <= state <= high)
+    walk: Walk = (0, lambda state, var, on: state + costs[var] * on, lambda state: low <= state <= high)
     return Rule(
         cr.Cost(costs, **limits), n, lambda z: (low <= z @ costs) & (z @ costs <= high), frozenset({"Cost"}), walk
     )
@@ -133,14 +157,14 @@ def _active(rng: Rng, n: int, equal: bool | None = None) -> Rule:
     declared, groups = _partition(rng, n, bool(rng.integers(2)) if equal is None else equal)
     least, most = sorted(int(x) for x in rng.integers(0, len(groups) + 1, size=2))
     owner = {v: g for g, group in enumerate(groups) for v in group}
-    walk = (
+    walk: Walk = (
         frozenset(),
         lambda state, var, on: state | {owner[var]} if on else state,
         lambda state: least <= len(state) <= most,
     )
 
     def allows(z: Masks) -> Masks:
-        active = sum(z[:, group].any(1).astype(int) for group in groups)
+        active = _active_of(z, groups)
         return (active >= least) & (active <= most)
 
     return Rule(
@@ -176,17 +200,18 @@ def _machine(rng: Rng, n: int) -> Rule:
         divisor = int(rng.integers(1, 4))
         rest = int(rng.integers(divisor))
         return Rule(Remainder(divisor, rest), n, lambda z: z.sum(1) % divisor == rest, frozenset({"user machine"}))
-    return Rule(NoNeighbours(), n, lambda z: ~(z[:, 1:] & z[:, :-1]).any(1), frozenset({"user machine"}))
+    return Rule(
+        NoNeighbours(), n, lambda z: np.count_nonzero(z[:, 1:] & z[:, :-1], axis=1) == 0, frozenset({"user machine"})
+    )
 
 
 def _layers(rng: Rng, n: int) -> Rule:
     experts = int(rng.choice([d for d in range(1, n + 1) if n % d == 0]))
-    layers, total, each = n // experts, _count(rng, n), _count(rng, experts)
-    constraint = cr.LayerBudget(layers, experts, each.constraint, total.constraint)
+    layers, (total, in_all), (each, in_each) = n // experts, _counted(rng, n), _counted(rng, experts)
+    constraint = cr.LayerBudget(layers, experts, each, total)
 
     def allows(z: Masks) -> Masks:
-        parts = [each.allows(part) for part in np.split(z, layers, axis=1)]
-        return total.allows(z) & np.logical_and.reduce(parts)
+        return in_all.allows(z) & _all_of([in_each.allows(part) for part in np.split(z, layers, axis=1)])
 
     return Rule(constraint, n, allows, frozenset({"LayerBudget"}))
 
@@ -219,7 +244,7 @@ def _each(rng: Rng, n: int, depth: int) -> Rule:
     return Rule(
         cr.EachGroup(cr.Groups(count), a.constraint),
         n,
-        lambda z: np.logical_and.reduce([a.allows(z[:, group]) for group in groups]),
+        lambda z: _all_of([a.allows(z[:, group]) for group in groups]),
         a.kinds | {"EachGroup", "Groups"},
     )
 
@@ -229,7 +254,7 @@ def _both(a: Rule, b: Rule) -> Rule:
     assert a.walk is not None
     assert b.walk is not None
     (first_a, step_a, last_a), (first_b, step_b, last_b) = a.walk, b.walk
-    walk = (
+    walk: Walk = (
         (first_a, first_b),
         lambda state, var, on: (step_a(state[0], var, on), step_b(state[1], var, on)),
         lambda state: last_a(state[0]) and last_b(state[1]),
@@ -243,7 +268,7 @@ def _wide_count(rng: Rng) -> Rule:
     k = int(rng.integers(0, 9))
     counts = (k,) if rng.integers(2) else tuple(range(k, min(n, k + 5) + 1))
     constraint = cr.Exactly(k) if len(counts) == 1 else cr.Between(counts[0], counts[-1])
-    walk = (0, lambda state, var, on: min(state + on, counts[-1] + 1), lambda state: state in counts)
+    walk: Walk = (0, lambda state, var, on: min(state + on, counts[-1] + 1), lambda state: state in counts)
     return Rule(constraint, n, lambda z: np.isin(z.sum(1), counts), frozenset({type(constraint).__name__}), walk)
 
 
@@ -251,7 +276,7 @@ def _wide_groups(rng: Rng) -> Rule:
     groups = int(rng.integers(2, 5))
     n = groups * int(rng.integers(5, 9))
     k = int(rng.integers(1, 5))
-    walk = (0, lambda state, var, on: min(state + on, k + 1), lambda state: state == k)
+    walk: Walk = (0, lambda state, var, on: min(state + on, k + 1), lambda state: state == k)
     exact = Rule(cr.Exactly(k), n, lambda z: z.sum(1) == k, frozenset({"Exactly"}), walk)
     declared = np.arange(n).reshape(groups, -1).tolist()
     owner = [g for g, group in enumerate(declared) for _ in group]
@@ -259,7 +284,7 @@ def _wide_groups(rng: Rng) -> Rule:
     active = Rule(
         cr.ActiveGroups(cr.Groups(groups), at_most=most),
         n,
-        lambda z: sum(z[:, group].any(1).astype(int) for group in declared) <= most,
+        lambda z: _active_of(z, declared) <= most,
         frozenset({"ActiveGroups", "Groups"}),
         (frozenset(), lambda s, var, on: s | {owner[var]} if on else s, lambda s: len(s) <= most),
     )
@@ -270,7 +295,7 @@ def _wide_cost(rng: Rng) -> Rule:
     n = int(rng.integers(13, 30))
     costs = [int(x) for x in rng.integers(0, 5, size=n)]
     most = int(rng.integers(2, 15))
-    walk = (0, lambda state, var, on: min(state + costs[var] * on, most + 1), lambda state: state <= most)
+    walk: Walk = (0, lambda state, var, on: min(state + costs[var] * on, most + 1), lambda state: state <= most)
     return Rule(cr.Cost(costs, at_most=most), n, lambda z: z @ costs <= most, frozenset({"Cost"}), walk)
 
 

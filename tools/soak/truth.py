@@ -10,7 +10,7 @@ Infinite logits are evidence: subsets that contradict it have no weight, and it 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -107,17 +107,17 @@ class Truth:
         assert self.rule.walk is not None
         first, step, last = self.rule.walk
         counted = self.phi is not None
-        states: dict[object, Tensor] = {(first, 0): self.theta.new_zeros(len(self.theta))}
+        states: dict[tuple[Hashable, int], Tensor] = {(first, 0): self.theta.new_zeros(len(self.theta))}
         for i in range(self.rule.n):
             off = torch.where(self.theta[:, i] == math.inf, DEAD, 0.0)
             on = torch.where(self.theta[:, i] == -math.inf, DEAD, self._free[:, i])
-            ways: dict[object, list[Tensor]] = {}
-            for (state, count), weight in states.items():  # type: ignore[misc]
+            ways: dict[tuple[Hashable, int], list[Tensor]] = {}
+            for (state, count), weight in states.items():
                 for selected, more in ((False, off), (True, on)):
                     key = (step(state, i, selected), count + selected if counted else 0)
                     ways.setdefault(key, []).append(weight + more)
             states = {key: torch.logsumexp(torch.stack(found), 0).clamp(min=DEAD) for key, found in ways.items()}
-        ends = [w + self._phi[:, count] for (state, count), w in states.items() if last(state)]  # type: ignore[misc]
+        ends = [w + self._phi[:, count] for (state, count), w in states.items() if last(state)]
         return torch.logsumexp(torch.stack(ends), 0) if ends else self.theta.new_full((len(self.theta),), DEAD)
 
     @cached_property

@@ -10,11 +10,17 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing.context import ForkContext, SpawnContext
 from typing import Any
 
 from tools.soak import checks, routes
 from tools.soak.cases import case as case_of
 from tools.soak.checks import Fault, Run
+
+CONTEXTS: dict[str, ForkContext | SpawnContext] = {
+    "fork": multiprocessing.get_context("fork"),
+    "spawn": multiprocessing.get_context("spawn"),
+}
 
 
 @dataclass
@@ -100,7 +106,7 @@ def _child(numbers: list[int], seed: int, to_parent: Any) -> None:
 
 def in_child(method: str, numbers: list[int], seed: int, tally: Tally, patience: float = 300.0) -> None:
     """The same cases in a process that is forked or spawned: they must give the same there, to the bit."""
-    context = multiprocessing.get_context(method)
+    context = CONTEXTS[method]
     here, there = context.Pipe(duplex=False)
     child = context.Process(target=_child, args=(numbers, seed, there))
     child.start()
