@@ -312,6 +312,26 @@ def test_compiled_programs_take_transforms_or_say_so():
     torch._dynamo.reset()
 
 
+def test_compiled_batches_of_potentials():
+    """A potential of all rows is, in a compiled batch of calls, one per call."""
+    circuit, x = circuit_of("range", "torch"), X.float()
+    many = torch.tensor([[0.0, 1.0, -1.0, 2.0, -2.0], [1.0, -2.0, 3.0, 0.5, 0.0], [-3.0, 0.0, 0.0, 2.0, 5.0]])
+
+    def asked(x, p):
+        found = circuit(x, count_potential=p)
+        return found.marginals, found.count_probs, found.sample(key=keys()), found.mode
+
+    expected = [torch.stack(each) for each in zip(*(asked(x, p) for p in many), strict=True)]
+    torch._dynamo.reset()
+    by_potential = torch.compile(torch.func.vmap(asked, in_dims=(None, 0)), backend="aot_eager", fullgraph=True)
+    for found, right in zip(by_potential(x, many), expected, strict=True):
+        torch.testing.assert_close(found, right)
+    by_column = torch.compile(torch.func.vmap(asked, in_dims=(None, 1)), backend="aot_eager", fullgraph=True)
+    for found, right in zip(by_column(x, many.T), expected, strict=True):
+        torch.testing.assert_close(found, right)
+    torch._dynamo.reset()
+
+
 def test_functionalize_with_another_transform_is_refused():
     circuit = circuit_of("count")
     with pytest.raises(NotImplementedError, match="functionalize together with other transforms"):
