@@ -162,6 +162,24 @@ def test_third_derivatives():
     torch.testing.assert_close(third, expected, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("outer", ["jacfwd", "jacrev"])
+@pytest.mark.parametrize("middle", ["jacfwd", "jacrev"])
+def test_third_derivatives_along_directions_that_depend_on_the_logits(outer, middle):
+    """Of sum over i of m_i^2, whose gradient is D_1 along m: independent coins again, by the chain rule."""
+    circuit, x = cr.compile(cr.Between(0, 3), 3), X[0, :3]
+
+    def total(x):
+        return circuit(x).marginals.square().sum()
+
+    third = getattr(torch.func, outer)(getattr(torch.func, middle)(torch.func.grad(total)))(x)
+    m = torch.sigmoid(x)
+    slope = m * (1 - m)
+    curvature, change = slope * (1 - 2 * m), slope * (1 - 6 * slope)
+    expected = torch.zeros(3, 3, 3, dtype=torch.float64)
+    expected[range(3), range(3), range(3)] = 6 * slope * curvature + 2 * m * change
+    torch.testing.assert_close(third, expected, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", ["count", "groups"])
 def test_float32_and_gates_of_the_default_estimator(name):
     """SIMPLE's tangent is that of the marginals, whichever way; in float32, which engines fuse."""
