@@ -18,6 +18,7 @@ from torch.autograd.functional import jacobian
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import circuitroute as cr
+from circuitroute.engines import transforms
 
 N, T = 8, 2
 X = torch.linspace(-1.3, 1.6, T * N, dtype=torch.float64).sin().reshape(T, N)
@@ -222,6 +223,30 @@ def test_derivatives_by_potential_and_temperature():
     t = torch.tensor([0.7, 1.3], dtype=torch.float64)
     found = torch.func.jvp(tempered, (t,), (torch.ones_like(t),))[1]
     torch.testing.assert_close(found, slope(tempered, t, torch.ones_like(t)), rtol=1e-7, atol=1e-8)
+
+
+def test_moments_by_a_potential_of_all_rows():
+    """Distributions give a potential per row where it is differentiated; Moments takes one for all, [J], too."""
+    circuit = circuit_of("range", "torch")
+    phi, change = torch.linspace(-1, 1, 5, dtype=torch.float64), torch.linspace(1, -2, 5, dtype=torch.float64)
+
+    def asked(p):
+        found = transforms.infer(circuit, X, p, None)
+        return torch.cat([found.log_partition, found.marginals.sum(0), found.count_probs[:, 1]])
+
+    def gradient(p):
+        return torch.func.grad(lambda p: asked(p).square().sum())(p)
+
+    def twice(p):
+        return torch.func.jvp(asked, (p,), (change,))[1].square().sum()
+
+    expected = slope(asked, phi, change)
+    torch.testing.assert_close(torch.func.jvp(asked, (phi,), (change,))[1], expected, rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(gradient(phi) @ change, 2 * asked(phi) @ expected, rtol=1e-7, atol=1e-8)
+    expected = slope(gradient, phi, change)
+    torch.testing.assert_close(torch.func.jvp(gradient, (phi,), (change,))[1], expected, rtol=1e-7, atol=1e-8)
+    found = torch.func.grad(twice)(phi) @ change
+    torch.testing.assert_close(found, slope(twice, phi, change), rtol=1e-7, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", CONSTRAINTS)
