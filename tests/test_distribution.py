@@ -10,6 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.distributions import Distribution, kl_divergence
 
 import circuitroute as cr
+from circuitroute.engines.autograd import Direct
 from tests.truth import count_truth, enumerate_worlds, world_truth
 
 N = 6
@@ -303,6 +304,29 @@ def test_results_can_be_differentiated_one_after_the_other():
     dist.marginals.square().sum().backward()
     dist.marginals.square().sum().backward()
     dist.entropy().sum().backward()
+
+
+def test_the_gradient_of_log_partition_is_no_further_sweep(monkeypatch):
+    """It is the marginals, which are known by then; what is not asked for gets no sweep along zeros."""
+    derivative, directions = Direct.derivative, []
+
+    def noted(self, logits, potential, marks, along):
+        directions.append(along)
+        return derivative(self, logits, potential, marks, along)
+
+    monkeypatch.setattr(Direct, "derivative", noted)
+    x = random_logits(5).requires_grad_()
+    dist = cr.compile(cr.Between(1, 4), N)(x)
+    (by_logits,) = torch.autograd.grad(dist.log_partition.sum(), x, retain_graph=True)
+    torch.testing.assert_close(by_logits, dist.marginals.detach(), rtol=0, atol=0)
+    assert directions == []
+    upstream = random_logits(5, seed=1)
+    (by_logits,) = torch.autograd.grad((dist.marginals * upstream).sum(), x)
+    covariance = torch.from_numpy(truth_of(dist.circuit, x).covariance)
+    torch.testing.assert_close(by_logits, torch.einsum("tij,tj->ti", covariance, upstream), rtol=1e-9, atol=1e-9)
+    (((u, v),),) = directions
+    assert torch.equal(u, upstream)
+    assert v is None
 
 
 def test_a_sweep_without_gradients_does_not_spoil_a_later_one_with():

@@ -18,6 +18,7 @@ from torch.autograd.functional import jacobian
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import circuitroute as cr
+from circuitroute.engines import transforms
 
 N, T = 8, 2
 X = torch.linspace(-1.3, 1.6, T * N, dtype=torch.float64).sin().reshape(T, N)
@@ -162,6 +163,24 @@ def test_third_derivatives():
     torch.testing.assert_close(third, expected, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("outer", ["jacfwd", "jacrev"])
+@pytest.mark.parametrize("middle", ["jacfwd", "jacrev"])
+def test_third_derivatives_along_directions_that_depend_on_the_logits(outer, middle):
+    """Of sum over i of m_i^2, whose gradient is D_1 along m: independent coins again, by the chain rule."""
+    circuit, x = cr.compile(cr.Between(0, 3), 3), X[0, :3]
+
+    def total(x):
+        return circuit(x).marginals.square().sum()
+
+    third = getattr(torch.func, outer)(getattr(torch.func, middle)(torch.func.grad(total)))(x)
+    m = torch.sigmoid(x)
+    slope = m * (1 - m)
+    curvature, change = slope * (1 - 2 * m), slope * (1 - 6 * slope)
+    expected = torch.zeros(3, 3, 3, dtype=torch.float64)
+    expected[range(3), range(3), range(3)] = 6 * slope * curvature + 2 * m * change
+    torch.testing.assert_close(third, expected, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", ["count", "groups"])
 def test_float32_and_gates_of_the_default_estimator(name):
     """SIMPLE's tangent is that of the marginals, whichever way; in float32, which engines fuse."""
@@ -204,6 +223,30 @@ def test_derivatives_by_potential_and_temperature():
     t = torch.tensor([0.7, 1.3], dtype=torch.float64)
     found = torch.func.jvp(tempered, (t,), (torch.ones_like(t),))[1]
     torch.testing.assert_close(found, slope(tempered, t, torch.ones_like(t)), rtol=1e-7, atol=1e-8)
+
+
+def test_moments_by_a_potential_of_all_rows():
+    """Distributions give a potential per row where it is differentiated; Moments takes one for all, [J], too."""
+    circuit = circuit_of("range", "torch")
+    phi, change = torch.linspace(-1, 1, 5, dtype=torch.float64), torch.linspace(1, -2, 5, dtype=torch.float64)
+
+    def asked(p):
+        found = transforms.infer(circuit, X, p, None)
+        return torch.cat([found.log_partition, found.marginals.sum(0), found.count_probs[:, 1]])
+
+    def gradient(p):
+        return torch.func.grad(lambda p: asked(p).square().sum())(p)
+
+    def twice(p):
+        return torch.func.jvp(asked, (p,), (change,))[1].square().sum()
+
+    expected = slope(asked, phi, change)
+    torch.testing.assert_close(torch.func.jvp(asked, (phi,), (change,))[1], expected, rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(gradient(phi) @ change, 2 * asked(phi) @ expected, rtol=1e-7, atol=1e-8)
+    expected = slope(gradient, phi, change)
+    torch.testing.assert_close(torch.func.jvp(gradient, (phi,), (change,))[1], expected, rtol=1e-7, atol=1e-8)
+    found = torch.func.grad(twice)(phi) @ change
+    torch.testing.assert_close(found, slope(twice, phi, change), rtol=1e-7, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", CONSTRAINTS)
@@ -309,6 +352,26 @@ def test_compiled_programs_take_transforms_or_say_so():
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="infer"):
         torch.compile(lambda x: torch.func.jvp(marginals, (x,), (v,))[1], backend="aot_eager", fullgraph=True)(x)
+    torch._dynamo.reset()
+
+
+def test_compiled_batches_of_potentials():
+    """A potential of all rows is, in a compiled batch of calls, one per call."""
+    circuit, x = circuit_of("range", "torch"), X.float()
+    many = torch.tensor([[0.0, 1.0, -1.0, 2.0, -2.0], [1.0, -2.0, 3.0, 0.5, 0.0], [-3.0, 0.0, 0.0, 2.0, 5.0]])
+
+    def asked(x, p):
+        found = circuit(x, count_potential=p)
+        return found.marginals, found.count_probs, found.sample(key=keys()), found.mode
+
+    expected = [torch.stack(each) for each in zip(*(asked(x, p) for p in many), strict=True)]
+    torch._dynamo.reset()
+    by_potential = torch.compile(torch.func.vmap(asked, in_dims=(None, 0)), backend="aot_eager", fullgraph=True)
+    for found, right in zip(by_potential(x, many), expected, strict=True):
+        torch.testing.assert_close(found, right)
+    by_column = torch.compile(torch.func.vmap(asked, in_dims=(None, 1)), backend="aot_eager", fullgraph=True)
+    for found, right in zip(by_column(x, many.T), expected, strict=True):
+        torch.testing.assert_close(found, right)
     torch._dynamo.reset()
 
 
