@@ -65,10 +65,7 @@ def _status(path: Path) -> os.stat_result | None:
 
 def _behind_links(path: Path) -> Path:
     """Where links lead, also to a file that is not there yet."""
-    target = Path(os.path.realpath(path))
-    if target.is_symlink():
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-    return target
+    return Path(os.path.realpath(path))
 
 
 def _replace(target: Path, former: os.stat_result | None, content: bytes) -> None:

@@ -190,6 +190,15 @@ class Modeless(Careless):
             return torch.zeros_like(self.logits)
 
 
+class MostOfEquals(Careless):
+    """What costs nothing is taken along."""
+
+    class kind(cr.SubsetDistribution):  # noqa: N801
+        @property
+        def mode(self):
+            return super().mode + (self.logits == 0)
+
+
 class Unconditioned(Careless):
     class kind(cr.SubsetDistribution):  # noqa: N801
         def sample(self, sample_shape=(), key=None):

@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from circuitroute_compilers import builtin, diagram
 from torch import nn
 
 import circuitroute as cr
 from circuitroute._validate import present
 from circuitroute.constraints.counts import Count
+from circuitroute.deadline import OutOfTimeError
 from circuitroute.engines import subset
 from circuitroute.integrations import hosted
 from circuitroute.integrations.transformers import extra
@@ -220,3 +222,74 @@ def test_transformers_must_be_installed_and_new_enough(monkeypatch: pytest.Monke
     with pytest.raises(ImportError, match=f"this needs transformers .*: {remedy}") as caught:
         extra.transformers()
     assert caught.value.name == "transformers"
+
+
+# ---------------------------------------------------------------------------------------------- in the last corners
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "words"),
+    [
+        (
+            lambda: cr.compile(cr.Exactly(2), 4).satisfies(torch.ones(4, dtype=torch.complex64)),
+            TypeError,
+            "mask has dtype torch.complex64: expected bool, or real numbers that are 0 or 1",
+        ),
+        (lambda: cr.log_count_polynomial(torch.tensor(1.0), 2), ValueError, r"logits have shape \(\): expected"),
+        (lambda: cr.RoutingRecord.of(3), TypeError, "is a int: expected a Routing or a mask"),
+        (lambda: cr.RoutingRecord.of_indices(3, 4), TypeError, "indices is a int: expected a tensor"),
+        (
+            lambda: cr.compile(cr.ActiveGroups(cr.Groups(2), at_most=1), 100_000),
+            cr.CircuitTooLargeError,
+            "only counts over all variables are compiled for more than 92000; compile other rules over fewer",
+        ),
+        (
+            lambda: cr.compile(~cr.CountIn(range(0, 20_000, 2)), 20_000),
+            cr.CircuitTooLargeError,
+            "more than max_nodes=1000000 allows",
+        ),
+    ],
+    ids=["complex mask", "polynomial of a number", "record of a number", "indices", "too many variables", "too large"],
+)
+def test_what_is_wrong_is_named(call: Callable[[], Any], kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match=words):
+        call()
+
+
+class Listing(cr.Constraint):
+    """Its states are lists, once two are merged."""
+
+    def __hash__(self) -> int:
+        return 1
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Listing)
+
+    def leaf(self, var: int) -> tuple[Any, Any]:
+        return (0,), (1,)
+
+    def merge(self, left: Any, right: Any) -> Any:
+        return [*left, *right]
+
+    def accepts(self, state: Any) -> bool:
+        return True
+
+
+def test_states_that_cannot_be_told_apart() -> None:
+    with pytest.raises(TypeError, match=r"states must be hashable, such as integers and tuples \(unhashable type"):
+        cr.compile(Listing(), 4)
+
+
+def test_a_diagram_that_is_too_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagram, "MAX_ENTRIES", 4)
+    x = cr.variables(6)
+    with pytest.raises(cr.CircuitTooLargeError, match=r"its decision diagram is wide.*split the formula into smaller"):
+        cr.compile(cr.Logic((x[0] & x[3]) | (x[1] & x[4]) | (x[2] & x[5])), 6)
+
+
+def test_what_contradicts_what_is_left_out_when_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(*_: Any) -> Any:
+        raise OutOfTimeError("too late")
+
+    monkeypatch.setattr(builtin, "_graph", late)
+    assert builtin._blame(cr.ActiveGroups(cr.Groups(2), at_most=0) & cr.Exactly(1), 4) is None

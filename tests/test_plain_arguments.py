@@ -285,6 +285,7 @@ def test_the_tables_hold_every_public_callable_with_numbers():
     """What takes numbers, by its annotations, is tried above or below, or keeps none of them."""
     tried = {name.split()[0] for name in (*CONSTRAINTS, *OBJECTS)} | {"compile", "read_nnf", "read_sdd", "variables"}
     keeps_none = {
+        "load",  # a budget of seconds, of the call alone
         "BudgetState",  # a plain tuple that begin() makes
         "Routing",
         "SoftRouting",

@@ -213,6 +213,10 @@ BROKEN = {
         lambda: circuits_of(Constant),
         {"test_samples_follow_the_distribution": "probability 0.0e"},
     ),
+    "a mode that is another of equals": (
+        lambda: circuits_of(LastOfEquals),
+        {"test_mode": "fewest first and then the lowest"},
+    ),
     "a mode that is not": (lambda: circuits_of(Modeless), {"test_mode": "true log-probability of the mode, row"}),
     "a machine that cannot be composed": (
         lambda: contract(Case(OnlyCompiledRight(), 3, even)),

@@ -197,7 +197,7 @@ def test_operators_keep_their_promises(name):
     shift, fallback = torch.zeros(T, dtype=torch.float64), torch.zeros(T, dtype=torch.bool)
     us, vs = [logits, logits], [torch.zeros(T, circuit.max_count + 1)] * 2
     for order in (1, 2):
-        given = (logits, potential, shift, fallback, us[:order], vs[:order], circuit.handle, True)
+        given = (logits, potential, shift, fallback, vs[0], us[:order], vs[:order], circuit.handle, True)
         torch.library.opcheck(ops._derivative, given)
     if circuit.counts is not None:
         for simple in (False, True):

@@ -10,6 +10,7 @@ Van den Broeck 2020): one sum per (tree node, state), one product per pair of ch
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
@@ -112,9 +113,9 @@ def shown(constraint: Constraint, most: int = MAX_TEXT) -> str:
 class _OfParts(Constraint):
     """A constraint made of others, which remembers its hash: parts may be shared, and nested deeply."""
 
+    @abstractmethod
     def _fields(self) -> Hashable:
         """What distinguishes it from others of its class."""
-        raise NotImplementedError
 
     def __hash__(self) -> int:
         known: int | None = self.__dict__.get("_hash")

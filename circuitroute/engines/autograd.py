@@ -45,7 +45,7 @@ from circuitroute.engines.base import Engine, Inference, certainly_finite
 
 # A direction in the space of (logits, potential); None stands for zero.
 Direction: TypeAlias = tuple[Tensor | None, Tensor | None]
-# Shift and fallback of a sweep, which say how it was done.
+# Shift, fallback and count posterior ([T, J or 0]) of a sweep: how it was done, and what need not be found again.
 Marks: TypeAlias = Sequence[Tensor]
 NaiveMoments: TypeAlias = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
 
@@ -82,9 +82,10 @@ class Direct:
     ) -> tuple[Tensor, Tensor | None]:
         """See :class:`Source`: a sweep for one direction, and autograd through the naive engine for more."""
         if len(directions) == 1:
-            shift, fallback = marks
+            shift, fallback, counts = marks
             ((u, v),) = directions
-            known = Inference(shift, logits_TN, None, shift, shift, None, fallback)
+            posterior = counts if counts.shape[-1] else None
+            known = Inference(shift, logits_TN, posterior, shift, shift, None, fallback)
             u = torch.zeros_like(logits_TN) if u is None else u
             by_logits, by_potential = self.engine.second_derivative(logits_TN, potential, known, u, v)
         else:
@@ -164,7 +165,7 @@ class Moments(torch.autograd.Function):
         logits, potential, _, ctx.source, _ = inputs
         _, marginals, counts, shift, log_root, mask, fallback = output
         ctx.mark_non_differentiable(shift, log_root, mask, fallback)
-        _keep(ctx, logits, potential, marginals, counts, shift, fallback)
+        _keep(ctx, logits, potential, marginals, shift, fallback, counts)
 
     @staticmethod
     @batchable
@@ -172,27 +173,27 @@ class Moments(torch.autograd.Function):
         ctx: Any, w_T: Tensor | None, u_TN: Tensor | None, v_TJ: Tensor | None, *_: Any
     ) -> tuple[Tensor | None, ...]:
         """w grad F + D_1(u, v)."""
-        logits, potential, marginals, counts, *marks = ctx.saved_tensors
+        logits, potential, marginals, *marks = ctx.saved_tensors
         upstream = _along(u_TN, v_TJ)
         by_logits = by_potential = None
         if upstream != (None, None):
             by_logits, by_potential = derivative(ctx.source, logits, potential, marks, [upstream])
         if w_T is not None:
             by_logits = _plus(by_logits, _without_evidence(marginals, logits), w_T)
-            by_potential = _plus(by_potential, counts, w_T)
+            by_potential = _plus(by_potential, marks[-1], w_T)
         return *_wanted(ctx.needs_input_grad[:2], by_logits, by_potential, potential), None, None, None
 
     @staticmethod
     @nestable
     def jvp(ctx: Any, x_TN: Tensor | None, phi: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         """(<grad F, x'>, D_1(x'))."""
-        logits, potential, marginals, counts, *marks = ctx.saved_tensors
+        logits, potential, marginals, *marks = ctx.saved_tensors
         direction = _tangent(x_TN, phi, logits)
         dm, dq = derivative(ctx.source, logits, potential, marks, [direction])
         slope = torch.zeros_like(marginals[:, 0])
-        for along, by in zip(direction, (marginals, counts), strict=True):
+        for along, by in zip(direction, (marginals, marks[-1]), strict=True):
             slope = slope if along is None else slope + (along * by).sum(-1)
-        return slope, dm, torch.zeros_like(counts) if dq is None else dq, None, None, None, None
+        return slope, dm, torch.zeros_like(marks[-1]) if dq is None else dq, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Found, tuple[int, ...]]:
@@ -205,7 +206,7 @@ class Moments(torch.autograd.Function):
 
 
 class Derivative(torch.autograd.Function):
-    """(logits, potential, shift, fallback, u_1, v_1, ..., u_k, v_k) -> D_k, [T, N] and [T, J or 0]."""
+    """(logits, potential, *marks, u_1, v_1, ..., u_k, v_k) -> D_k, [T, N] and [T, J or 0]."""
 
     @staticmethod
     def forward(source: Source, logits_TN: Tensor, potential: Tensor | None, *rest: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,7 +228,7 @@ class Derivative(torch.autograd.Function):
         """D_(k+1) by x, and D_k by the directions, each along the upstream gradient."""
         logits, potential, *rest = ctx.saved_tensors
         marks, directions = _pairs(rest)
-        upstream, (_, *of_point), of_directions = _along(a_TN, b_TJ), ctx.needs_input_grad[:3], ctx.needs_input_grad[5:]
+        upstream, (_, *of_point), of_directions = _along(a_TN, b_TJ), ctx.needs_input_grad[:3], ctx.needs_input_grad[6:]
         if upstream == (None, None):
             return (None,) * len(ctx.needs_input_grad)
         by_logits = by_potential = None
@@ -239,7 +240,7 @@ class Derivative(torch.autograd.Function):
             if any(wanted):
                 found = derivative(ctx.source, logits, potential, marks, _replaced(directions, i, upstream))
             by_directions += [x if want else None for x, want in zip(found, wanted, strict=True)]
-        return None, *_wanted(of_point, by_logits, by_potential, potential), None, None, *by_directions
+        return None, *_wanted(of_point, by_logits, by_potential, potential), None, None, None, *by_directions
 
     @staticmethod
     @nestable
@@ -247,7 +248,7 @@ class Derivative(torch.autograd.Function):
         """D_(k+1) along x', and D_k along the tangents of the directions."""
         logits, potential, *kept = ctx.saved_tensors
         marks, directions = _pairs(kept)
-        moves = list(zip(rest[2::2], rest[3::2], strict=True))
+        moves = list(zip(rest[3::2], rest[4::2], strict=True))
         terms = [_replaced(directions, i, move) for i, move in enumerate(moves) if move != (None, None)]
         if (x_TN, phi) != (None, None):
             terms.append([*directions, _tangent(x_TN, phi, logits)])
@@ -323,8 +324,8 @@ def _keep(ctx: Any, *tensors: Tensor | None) -> None:
 
 def _pairs(rest: Sequence[Any]) -> tuple[Marks, list[Direction]]:
     """Marks and directions from one list."""
-    shift, fallback, *flat = rest
-    return (shift, fallback), list(zip(flat[::2], flat[1::2], strict=True))
+    shift, fallback, counts, *flat = rest
+    return (shift, fallback, counts), list(zip(flat[::2], flat[1::2], strict=True))
 
 
 def _replaced(directions: list[Direction], i: int, direction: Direction) -> list[Direction]:

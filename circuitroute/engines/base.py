@@ -68,7 +68,7 @@ class Engine(Protocol):
         """([T, N], [T, J]) the derivative of (marginals, count posterior) along u in the logits and v in the potential.
 
         Where the circuit has no potential but its root tells counts apart, v is in one of 0; None for the count
-        posterior where there is none. Of the inference, ``shift`` and ``fallback`` are known. See
+        posterior where there is none. Of the inference, ``shift``, ``fallback`` and ``count_probs`` are known. See
         :mod:`circuitroute.engines.autograd`.
         """
         ...

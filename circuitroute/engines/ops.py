@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from circuitroute.circuit import Compiled, boolean
 from circuitroute.circuit.compiled import of_handle
@@ -52,8 +51,7 @@ class Operators:
         J = _counted(self.circuit.handle, logits_TN.device, self.counting)
         us = [torch.zeros_like(logits_TN) if u is None else u for u, _ in directions]
         vs = [logits_TN.new_zeros(logits_TN.shape[0], J) if v is None else v for _, v in directions]
-        shift, fallback = marks
-        given = (logits_TN, potential, shift, fallback, us, vs)
+        given = (logits_TN, potential, *marks, us, vs)
         by_logits, by_potential = _derivative(*given, self.circuit.handle, self.counting)
         return by_logits, by_potential if J else None
 
@@ -123,7 +121,6 @@ def _infer(logits: Tensor, potential: Tensor | None, key: Tensor | None, circuit
 
 @_infer.register_fake
 def _(logits: Tensor, potential: Tensor | None, key: Tensor | None, circuit: str, counting: bool) -> Parts:
-    _refuse_tangents()
     T, N = logits.shape
     row = logits.new_empty(T)
     exact = logits.new_empty(T, dtype=torch.float64)
@@ -133,30 +130,23 @@ def _(logits: Tensor, potential: Tensor | None, key: Tensor | None, circuit: str
     return row, logits.new_empty(T, N), counts, exact, torch.empty_like(exact), mask, flags
 
 
-def _refuse_tangents() -> None:
-    """Operators have none, and torch would take them for 0."""
-    if forward_ad._current_level >= 0:
-        raise NotImplementedError(
-            "forward-mode derivatives of a circuit inside a compiled or traced program: take them outside of it"
-        )
-
-
 @torch.library.custom_op("circuitroute::derivative", mutates_args=())
 def _derivative(
     logits: Tensor,
     potential: Tensor | None,
     shift: Tensor,
     fallback: Tensor,
+    counts: Tensor,
     us: list[Tensor],
     vs: list[Tensor],
     circuit: str,
     counting: bool,
 ) -> tuple[Tensor, Tensor]:
     directions = {f"direction {i}": x for i, x in enumerate([*us, *vs])}
-    check_rows(logits, potential=by_row(potential), shift=shift, fallback=fallback, **directions)
+    check_rows(logits, potential=by_row(potential), shift=shift, fallback=fallback, counts=counts, **directions)
     pairs = [(u, v if v.shape[-1] else None) for u, v in zip(us, vs, strict=True)]
     source = Direct(_engine(circuit, logits.device, counting))
-    by_logits, by_potential = source.derivative(logits, potential, (shift, fallback), pairs)
+    by_logits, by_potential = source.derivative(logits, potential, (shift, fallback, counts), pairs)
     return by_logits, logits.new_empty(len(logits), 0) if by_potential is None else by_potential
 
 
@@ -166,6 +156,7 @@ def _(
     potential: Tensor | None,
     shift: Tensor,
     fallback: Tensor,
+    counts: Tensor,
     us: list[Tensor],
     vs: list[Tensor],
     circuit: str,
@@ -184,7 +175,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Parts) -> None:
 
 def _gradients(ctx: Any, w: Tensor, u: Tensor, v: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     logits, potential, marginals, counts, shift, fallback = ctx.saved_tensors
-    given = (logits, potential, shift, fallback, [u], [v])
+    given = (logits, potential, shift, fallback, counts, [u], [v])
     by_logits, by_potential = _derivative(*given, ctx.circuit, ctx.counting)
     by_logits = by_logits + torch.where(torch.isinf(logits), 0.0, w[:, None] * marginals)
     if potential is None:
@@ -197,19 +188,19 @@ _infer.register_autograd(_gradients, setup_context=_remember)
 
 
 def _remember_directions(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, potential, shift, fallback, us, vs, ctx.circuit, ctx.counting = inputs
-    ctx.save_for_backward(logits, potential, shift, fallback, *us, *vs)
+    logits, potential, shift, fallback, counts, us, vs, ctx.circuit, ctx.counting = inputs
+    ctx.save_for_backward(logits, potential, shift, fallback, counts, *us, *vs)
 
 
 def _next_derivative(ctx: Any, a: Tensor, b: Tensor) -> tuple[Any, ...]:
     """As :class:`circuitroute.engines.autograd.Derivative` has it."""
-    logits, potential, shift, fallback, *flat = ctx.saved_tensors
+    logits, potential, shift, fallback, counts, *flat = ctx.saved_tensors
     half = len(flat) // 2
     us, vs = flat[:half], flat[half:]
 
     def along(us: list[Tensor], vs: list[Tensor]) -> tuple[Tensor, Tensor]:
         found: tuple[Tensor, Tensor] = _derivative(
-            logits, potential, shift, fallback, us, vs, ctx.circuit, ctx.counting
+            logits, potential, shift, fallback, counts, us, vs, ctx.circuit, ctx.counting
         )
         return found
 
@@ -218,7 +209,7 @@ def _next_derivative(ctx: Any, a: Tensor, b: Tensor) -> tuple[Any, ...]:
         by_potential = by_potential.sum(0)
     by_directions = [along([*us[:i], a, *us[i + 1 :]], [*vs[:i], b, *vs[i + 1 :]]) for i in range(half)]
     by_us, by_vs = [u for u, _ in by_directions], [v for _, v in by_directions]
-    return by_logits, None if potential is None else by_potential, None, None, by_us, by_vs, None, None
+    return by_logits, None if potential is None else by_potential, None, None, None, by_us, by_vs, None, None
 
 
 _derivative.register_autograd(_next_derivative, setup_context=_remember_directions)
@@ -283,14 +274,16 @@ def _batched_derivative(
     potential: Tensor | None,
     shift: Tensor,
     fallback: Tensor,
+    counts: Tensor,
     us: list[Tensor],
     vs: list[Tensor],
     circuit: str,
     counting: bool,
 ) -> Batched:
     batch, given = _as_rows(info, in_dims, logits, potential, shift)
-    lists = ([batch(x, dim) for x, dim in zip(*both, strict=True)] for both in ((us, in_dims[4]), (vs, in_dims[5])))
-    found = _derivative(*given, batch(fallback, in_dims[3]), *lists, circuit, counting)
+    lists = ([batch(x, dim) for x, dim in zip(*both, strict=True)] for both in ((us, in_dims[5]), (vs, in_dims[6])))
+    marks = (batch(fallback, in_dims[3]), batch(counts, in_dims[4]))
+    found = _derivative(*given, *marks, *lists, circuit, counting)
     return tuple(map(batch.apart, found)), (0, 0)
 
 

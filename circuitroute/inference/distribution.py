@@ -238,7 +238,8 @@ class SubsetDistribution(Distribution):
         if potential is not None and potential.dim() > 1:
             potential = _each(potential, n)
         fallback = torch.zeros_like(sweep.shift, dtype=torch.bool) if sweep.fallback is None else sweep.fallback
-        marks = [_each(mark, n) for mark in (sweep.shift, fallback)]
+        counts = logits[:, :0] if sweep.count_probs is None else sweep.count_probs
+        marks = [_each(mark, n) for mark in (sweep.shift, fallback, counts)]
         directions = torch.eye(n, dtype=logits.dtype, device=logits.device).repeat(logits.shape[0], 1)
         # The columns Cov(z) e_i.
         columns, _ = derivative(

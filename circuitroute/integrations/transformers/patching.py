@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from circuitroute._validate import as_int
+from circuitroute._validate import as_int, present
 from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Constraint, CountIn
 from circuitroute.inference.circuit import Circuit
@@ -179,9 +179,7 @@ def _kept_total(budget: Budget) -> Constraint:
     if isinstance(budget.total, Constraint) and rebuilt(budget.total) is not None:
         return budget.total
     counts = compile_constraint(budget.total, budget.layers * budget.num_experts).counts
-    if counts is None:
-        raise RuntimeError("a budget's total is a count")  # cannot happen
-    return CountIn(counts)
+    return CountIn(present(counts, "a budget's total is a count"))
 
 
 def _plan(session: Session, position: int, layer: Found, constraint: Constraint | Circuit) -> Plan:
