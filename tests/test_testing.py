@@ -22,6 +22,7 @@ from tests.broken import (
     Inverted,
     Minus,
     Modeless,
+    MostOfEquals,
     NeverEmpty,
     NoRepr,
     OnlyCompiledRight,
@@ -214,7 +215,7 @@ BROKEN = {
         {"test_samples_follow_the_distribution": "probability 0.0e"},
     ),
     "a mode that is another of equals": (
-        lambda: circuits_of(LastOfEquals),
+        lambda: circuits_of(MostOfEquals),
         {"test_mode": "fewest first and then the lowest"},
     ),
     "a mode that is not": (lambda: circuits_of(Modeless), {"test_mode": "true log-probability of the mode, row"}),

@@ -123,7 +123,7 @@ class Truth:
     @cached_property
     def marginals(self) -> Tensor:
         """[T, N]."""
-        (found,) = torch.autograd.grad(self.log_partition[~self.lost].sum(), self.theta, create_graph=True)
+        found = _slope(self.log_partition[~self.lost].sum(), self.theta)
         found = torch.where(self.theta == math.inf, 1.0, found)
         return found.masked_fill(self.lost[:, None], math.nan)
 
@@ -132,7 +132,7 @@ class Truth:
         """[T, C]; of rules that are enumerated, or with a potential."""
         if self.rule.n > ENUMERATED:
             assert self.phi is not None
-            (found,) = torch.autograd.grad(self.log_partition[~self.lost].sum(), self.phi, create_graph=True)
+            found = _slope(self.log_partition[~self.lost].sum(), self.phi)
             return found.masked_fill(self.lost[:, None], math.nan)
         every = worlds(self.rule.n)
         probs = torch.exp(self.log_weights_of_all() - self.log_partition[:, None])
@@ -150,6 +150,14 @@ class Truth:
         """[T] of one subset per row; -inf where it is not allowed."""
         weight = self.log_weights(masks)
         return torch.where(weight < DEAD / 2, -math.inf, weight - self.log_partition).masked_fill(self.lost, math.nan)
+
+
+def _slope(total: Tensor, by: Tensor) -> Tensor:
+    """The gradient; zero where nothing depends on ``by``, as where nothing may be selected."""
+    if not total.requires_grad:
+        return torch.zeros_like(by)
+    (found,) = torch.autograd.grad(total, by, create_graph=True, allow_unused=True, materialize_grads=True)
+    return found
 
 
 def derivative(found: Callable[[], Tensor] | Tensor, by: Tensor, along: Tensor) -> Tensor:
