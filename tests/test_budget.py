@@ -109,6 +109,7 @@ def test_layer_by_layer_is_the_joint_distribution(
 
 def test_samples_follow_the_joint_distribution() -> None:
     """40,000 sampled paths against the exact probabilities: chi-squared, false alarm below 1e-4."""
+    torch.manual_seed(0)
     budget = _random(BudgetRouter(H, 2, 2, cr.Between(0, 2), cr.Between(1, 3), dtype=torch.float64).double())
     hidden_LTH = _hidden(2, 1)
     logits_LE = torch.cat([r.logits(h) for r, h in zip(budget.routers, hidden_LTH, strict=True)])
