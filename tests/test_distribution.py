@@ -11,6 +11,7 @@ from torch.distributions import Distribution, kl_divergence
 
 import circuitroute as cr
 from circuitroute.engines.autograd import Direct
+from circuitroute.engines.logspace import log_coin_flips
 from tests.truth import count_truth, enumerate_worlds, world_truth
 
 N = 6
@@ -166,6 +167,32 @@ def test_accuracy_at_extreme_logits_in_float32():
     mask = dist.sample(key=cr.random_key(0, torch.arange(20)))
     exact = (x.double() * mask).sum(-1) - torch.from_numpy(truth.log_partition)
     np.testing.assert_allclose(dist.log_prob(mask), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [19.0, 21.0, 25.0, 33.0])
+@pytest.mark.parametrize("constraint", [cr.AtMost(1), cr.EachGroup(cr.Groups(2), cr.AtMost(1))], ids=repr)
+def test_log_prob_against_long_odds(constraint, size):
+    """Variables of odds e^20 and more, left out by the constraint: unlikely coins, but no unlikely subset."""
+    circuit = cr.compile(constraint, N)
+    x = torch.tensor([size, size + 22, -size, size + 1, size + 23.5, 0.0], dtype=torch.float64)
+    groups = x.reshape(1 if isinstance(constraint, cr.AtMost) else 2, -1)
+    mask = (groups == groups.amax(-1, keepdim=True)).reshape(-1)
+    ways = torch.cat([torch.zeros(len(groups), 1, dtype=torch.float64), groups], -1)
+    for t in (1.0, 0.5):
+        exact = torch.log_softmax(ways / t, -1).amax(-1).sum()
+        for engine in ("naive", "torch"):
+            found = circuit.with_engine(engine)(x / t).log_prob(mask)
+            torch.testing.assert_close(found, exact, rtol=1e-13, atol=1e-12)
+        routing = cr.route(x[None], circuit, replay=mask[None], combine="normalized", temperature=t)
+        torch.testing.assert_close(routing.log_prob, exact[None], rtol=1e-13, atol=1e-12)
+
+
+def test_coins_fall_with_the_last_digit_of_their_probability():
+    x = torch.cat([torch.linspace(-60, 60, 241, dtype=torch.float64), torch.tensor([-745.0, 745.0]).double()])
+    for selected in (True, False):
+        found = log_coin_flips(x, torch.full_like(x, selected, dtype=torch.bool))
+        exact = -np.logaddexp(0, np.where(selected, -x, x))
+        np.testing.assert_allclose(found, exact, rtol=1e-14, atol=1e-320)
 
 
 # ---------------------------------------------------------------------------------------------------- samples

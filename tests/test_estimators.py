@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -239,6 +240,29 @@ def test_dense_weights_are_over_the_chosen_however_little_of_the_softmax_they_ha
         (gradient,) = torch.autograd.grad(gates[estimator].sum(), leaf)
         assert gradient.isfinite().all()
     assert torch.equal(gates["dense"], gates["none"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("lead", [50.0, 121.0, 1000.0])
+def test_dense_gradients_do_not_underflow_with_the_softmax(dtype, lead):
+    """Experts 1 and 2 have e^-lead of the softmax; yet of the chosen's sum expert 2 would have e times all of it."""
+    circuit, replay = cr.compile(cr.Exactly(1), 4), torch.tensor([[False, True, False, False]])
+    leaf = torch.tensor([[lead - 31, -31.0, -30.0, -math.inf]], dtype=dtype, requires_grad=True)
+    gates = cr.route(leaf, circuit, combine="normalized", estimator="dense", replay=replay, validate_args=False).gates
+    assert torch.equal(gates, replay.to(dtype))
+    (by_unchosen,) = torch.autograd.grad(gates[0, 2], leaf)
+    torch.testing.assert_close(by_unchosen, torch.tensor([[-math.e, 0.0, math.e, 0.0]], dtype=dtype))
+
+
+@pytest.mark.parametrize("logits", [[math.inf, 1.0, 2.0], [-math.inf, -math.inf, -math.inf], [-math.inf, 1.0, 2.0]])
+def test_dense_gradients_of_evidence_are_numbers(logits):
+    circuit, mask = cr.compile(cr.AtMost(2), 3), torch.tensor([[logits[0] > 0, False, False]])
+    leaf = torch.tensor([logits], requires_grad=True)
+    gates = cr.route(leaf, circuit, combine="normalized", estimator="dense", replay=mask, validate_args=False).gates
+    assert torch.equal(gates, mask.float())
+    (gradient,) = torch.autograd.grad(gates, leaf, torch.tensor([[1.0, 2.0, 3.0]]))
+    assert gradient.isfinite().all()
+    assert torch.equal(gradient[torch.tensor([logits]).isinf()], torch.zeros(sum(map(math.isinf, logits))))
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])

@@ -17,10 +17,20 @@ from circuitroute.engines.step import MAX_RELATIVE_LOGIT, Combine, Step, Upstrea
 
 def evidence_softmax(logits: Tensor) -> Tensor:
     """[T, E] softmax over all experts; forced ones (+inf) share all of it, and a row of -inf is left uniform."""
+    return torch.softmax(_softmax_input(logits), -1)
+
+
+def evidence_log_softmax(logits: Tensor) -> Tensor:
+    """[T, E] its logarithm, which tells apart weights that underflow; -inf where there is none."""
+    return torch.log_softmax(_softmax_input(logits), -1)
+
+
+def _softmax_input(logits: Tensor) -> Tensor:
+    """[T, E] logits without +inf and with a number in every row, of which softmax makes what evidence says."""
     forced = logits == math.inf
     some, none = forced.any(-1, keepdim=True), (logits == -math.inf).all(-1, keepdim=True)
     logits = torch.where(some, torch.where(forced, 0.0, -math.inf), logits)
-    return torch.softmax(torch.where(none, 0.0, logits), -1)
+    return torch.where(none, 0.0, logits)
 
 
 def relative(mask: Tensor, logits: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from circuitroute.circuit.graph import enumerate_models, model_count
 from circuitroute.engines import Inference, engine_of, layered_engine, ops, transforms
 from circuitroute.engines.autograd import derivative
 from circuitroute.engines.choice import counting_engine
-from circuitroute.engines.logspace import nan_rows
+from circuitroute.engines.logspace import log_coin_flips, nan_rows
 from circuitroute.engines.subset.mode import mode as subset_mode
 from circuitroute.inference.evidence import condition_logits, rows_text
 from circuitroute.inference.rows import Rows
@@ -430,7 +430,7 @@ class SubsetDistribution(Distribution):
         """Log-probability as a sum of the coins' log-probabilities, which stay small at any scale."""
         shift, log_root = self._as_batch(sweep.shift), self._as_batch(sweep.log_root)
         centred = logits.double() - shift.unsqueeze(-1)
-        coins = -F.softplus(torch.where(selected, -centred, centred))
+        coins = log_coin_flips(centred, selected)
         coins = torch.where(torch.isinf(logits), 0.0, coins).sum(-1)
         free = (selected & ~torch.isinf(logits)).sum(-1)
         return coins + phi + shift * free - log_root

@@ -11,7 +11,7 @@ from torch import Tensor
 from circuitroute._tensors import cannot_look, without_autocast
 from circuitroute._validate import one_of
 from circuitroute.engines import certainly_finite
-from circuitroute.engines.combine import evidence_softmax, relative
+from circuitroute.engines.combine import evidence_log_softmax, evidence_softmax, relative
 from circuitroute.engines.step import COMBINES as COMBINES
 from circuitroute.engines.step import Combine as Combine
 from circuitroute.routing.decision import Decision
@@ -97,15 +97,16 @@ def _dense_normalized(mask: Tensor, logits: Tensor) -> Tensor:
     """[T, E] w / sum of the chosen w, w the softmax over all experts; of the unchosen, the gradient alone.
 
     The chosen may have next to none of the softmax, so it is not divided by what they have: the chosen are relative to
-    their largest, and an unchosen w / sum is its value, taken as constant, times exp(log w - stopgrad(log w)).
+    their largest, and an unchosen w / sum is its value, taken as constant, times exp(log w - stopgrad(log w)). Nor is
+    log w taken of w, which underflows where an unchosen expert is as unlikely as the chosen: w / sum is not small then.
     """
-    weights = expert_softmax(logits)
+    log_weights = evidence_log_softmax(logits)
     with torch.no_grad():
         ratio = relative(mask, logits)
         total = torch.where(mask, ratio, 0.0).sum(-1, keepdim=True)
-        ratio = torch.where(total > 0, ratio / total.clamp(min=1.0), weights)
-    possible = ~mask & (weights > 0) & ~torch.isinf(logits)
-    log_weights = torch.where(possible, weights, 1.0).log()
+        ratio = torch.where(total > 0, ratio / total.clamp(min=1.0), log_weights.exp())
+    possible = ~mask & torch.isfinite(log_weights) & torch.isfinite(logits)
+    log_weights = torch.where(possible, log_weights, 0.0)
     through = ratio * (log_weights - log_weights.detach()).exp() - ratio
     return torch.where(possible, through, _normalized(mask.to(logits.dtype), mask, logits))
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from circuitroute._validate import present
 from circuitroute.engines import combine
+from circuitroute.engines.logspace import log_coin_flips
 from circuitroute.engines.step import SHARE, Inputs, Rule, Slopes, Step, Upstream
 from circuitroute.engines.sweep import SweepEngine
 from circuitroute.keys import fold_in, uniform
@@ -52,7 +53,7 @@ def log_prob(inputs: Inputs, mask: Tensor, shift: Tensor, log_root: Tensor) -> T
     """[T] float64 log p(z), as :meth:`circuitroute.SubsetDistribution.log_prob` sums it."""
     x = divided(inputs)
     centred = x.double() - shift[:, None]
-    coins = -F.softplus(torch.where(mask, -centred, centred))
+    coins = log_coin_flips(centred, mask)
     coins = torch.where(torch.isinf(x), 0.0, coins).sum(-1)
     free = (mask & ~torch.isinf(x)).sum(-1)
     phi = inputs.potential.double().expand(len(x), -1).gather(-1, mask.sum(-1, keepdim=True)).squeeze(-1)
