@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from circuitroute_compilers import builtin, diagram
+from circuitroute_compilers import builtin, diagram, graph
 from torch import nn
 
 import circuitroute as cr
 from circuitroute._validate import present
 from circuitroute.constraints.counts import Count
 from circuitroute.deadline import OutOfTimeError
-from circuitroute.engines import subset
+from circuitroute.engines import ops, subset
 from circuitroute.integrations import hosted
 from circuitroute.integrations.transformers import extra
 from tests import raises
@@ -236,6 +236,16 @@ def test_transformers_must_be_installed_and_new_enough(monkeypatch: pytest.Monke
             "mask has dtype torch.complex64: expected bool, or real numbers that are 0 or 1",
         ),
         (lambda: cr.log_count_polynomial(torch.tensor(1.0), 2), ValueError, r"logits have shape \(\): expected"),
+        (
+            lambda: cr.route(torch.zeros(2, 4), cr.compile(cr.Exactly(2), 4), price=torch.tensor(True)),
+            TypeError,
+            "price has dtype torch.bool: expected numbers",
+        ),
+        (
+            lambda: ops.sample(cr.compile(cr.Exactly(2), 4), torch.zeros(3, 4), torch.zeros(3), torch.arange(2)),
+            ValueError,
+            "key has 2 rows and the logits have 3: the program was traced with another number of rows.*trace it again",
+        ),
         (lambda: cr.RoutingRecord.of(3), TypeError, "is a int: expected a Routing or a mask"),
         (lambda: cr.RoutingRecord.of_indices(3, 4), TypeError, "indices is a int: expected a tensor"),
         (
@@ -249,7 +259,16 @@ def test_transformers_must_be_installed_and_new_enough(monkeypatch: pytest.Monke
             "more than max_nodes=1000000 allows",
         ),
     ],
-    ids=["complex mask", "polynomial of a number", "record of a number", "indices", "too many variables", "too large"],
+    ids=[
+        "complex mask",
+        "polynomial of a number",
+        "price of a bool",
+        "baked rows",
+        "record of a number",
+        "indices",
+        "too many variables",
+        "too large",
+    ],
 )
 def test_what_is_wrong_is_named(call: Callable[[], Any], kind: type[Exception], words: str) -> None:
     with pytest.raises(kind, match=words):
@@ -278,6 +297,8 @@ class Listing(cr.Constraint):
 def test_states_that_cannot_be_told_apart() -> None:
     with pytest.raises(TypeError, match=r"states must be hashable, such as integers and tuples \(unhashable type"):
         cr.compile(Listing(), 4)
+    with pytest.raises(graph.UnhashableStateError, match="unhashable type"):
+        graph._number({}, [0])
 
 
 def test_a_diagram_that_is_too_wide(monkeypatch: pytest.MonkeyPatch) -> None:
