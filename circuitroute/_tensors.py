@@ -95,6 +95,18 @@ def without_numbers(values: Tensor) -> bool:
     return bool(torch._C._len_torch_dispatch_stack()) and torch._C._get_dispatch_mode(_Mode.FAKE) is not None
 
 
+def lasting() -> bool:
+    """Whether a tensor that is made now may be kept for later.
+
+    Not in a traced program, under fake tensors, or inside torch.func's transforms: there it is of the trace or the
+    transform, and must not outlive it.
+    """
+    if is_compiling():
+        return False
+    probe = torch.empty(0, device="cpu")
+    return type(probe) is Tensor and not _functorch.is_functorch_wrapped_tensor(probe)
+
+
 def batched() -> bool:
     """Whether a transform hides how many rows there are: torch.func.vmap, or a batch of gradients."""
     if is_compiling() or _functorch.peek_interpreter_stack() is None:

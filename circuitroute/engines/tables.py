@@ -17,19 +17,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from circuitroute._tensors import lasting as lasting
+
 Array = npt.NDArray[Any]
-
-
-def lasting() -> bool:
-    """Whether a tensor that is made now may be kept for later.
-
-    Not in a traced program, under fake tensors, or inside torch.func's transforms: there it is of the trace or the
-    transform, and must not outlive it.
-    """
-    if is_compiling():
-        return False
-    probe = torch.empty(0, device="cpu")
-    return type(probe) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(probe)
 
 
 def constant(array: Array, device: torch.device | str) -> Tensor:

@@ -17,7 +17,8 @@ their own, and literals on the edges; nodes may be used before they are declared
 Variables are counted from 1 in both, from 0 here.
 
 The parts of an and-node should share no variables. d4's first version writes a literal again below the and-node that
-has it, which is correct and changes nothing: such parts are taken apart (:meth:`Builder.separated`).
+has it, which is correct and changes nothing: such parts are taken apart (:meth:`Builder.separated`). A node that names
+both literals of a variable, or a part twice, is refused.
 """
 
 from __future__ import annotations
