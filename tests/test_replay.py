@@ -15,7 +15,14 @@ import torch
 import circuitroute as cr
 from circuitroute._files import sealed
 from circuitroute.routing import records
-from circuitroute.routing.replay import LayerRecord, RoutingRecord, importance_ratio, mismatch, path_log_prob
+from circuitroute.routing.replay import (
+    LayerRecord,
+    RoutingRecord,
+    importance_ratio,
+    masks_for,
+    mismatch,
+    path_log_prob,
+)
 
 ROOT = Path(__file__).parent.parent
 T = 30
@@ -449,3 +456,19 @@ def test_the_example_shows_what_it_says(capsys):
     assert found["mean ratio"] == pytest.approx(1, abs=0.02)
     assert found["reward after"] > found["reward before"]
     assert "| replay                       |    0.0% |" in capsys.readouterr().out
+
+
+def test_masks_for_checks_every_layer_before_any_replays():
+    circuits = [cr.compile(cr.Exactly(2), 5), cr.compile(cr.Between(1, 2), 4)]
+    record = RoutingRecord.of([cr.route(torch.randn(6, circuit.n), circuit, key=1) for circuit in circuits])
+    masks = masks_for(record, circuits, [1.0, 1.0])
+    assert all(a.equal(b) for a, b in zip(masks, record.masks(), strict=True))
+    with pytest.raises(TypeError, match="record is a list"):
+        masks_for(masks, circuits, [1.0, 1.0])
+    with pytest.raises(ValueError, match=r"layers of \[5, 4\] experts, and the model's routers \[5\]"):
+        masks_for(record, circuits[:1], [1.0])
+    with pytest.raises(ValueError, match="layer 1 decides at 0.5"):
+        masks_for(record, circuits, [1.0, 0.5])
+    masks[1][3] = True
+    with pytest.raises(ValueError, match=r"layer 1 has subsets that Between\(1, 2\) forbids, in row 3"):
+        masks_for(RoutingRecord.of(masks), circuits, [1.0, 1.0])

@@ -19,10 +19,12 @@ from torch import Tensor
 
 from circuitroute._tensors import cannot_look
 from circuitroute._validate import as_number, as_real
+from circuitroute.inference.circuit import Circuit
+from circuitroute.inference.evidence import rows_text
 from circuitroute.routing.decision import Routing
 from circuitroute.routing.records import LayerRecord as LayerRecord
 from circuitroute.routing.records import RoutingRecord as RoutingRecord
-from circuitroute.routing.records import each_of, mask_of
+from circuitroute.routing.records import each_of, mask_of, same_temperature
 
 Decisions: TypeAlias = "Routing | Tensor | Sequence[Routing | Tensor] | RoutingRecord"
 
@@ -62,6 +64,49 @@ def mismatch(a: Decisions, b: Decisions) -> Mismatch:
         slots=_fraction(sum(int(count.sum()) for count in differing), chosen),
         tokens=_fraction(int(wrong.any(1).sum()), len(wrong)),
     )
+
+
+def masks_for(record: RoutingRecord, circuits: Sequence[Circuit], temperatures: Sequence[float]) -> list[Tensor]:
+    """The decisions of a record, checked against all the layers that are to replay them, before any layer does.
+
+    Args:
+        record: of L layers.
+        circuits: what each of the L layers allows.
+        temperatures: what each of them divides its logits by.
+
+    Returns:
+        [T, E] bool per layer, on the CPU.
+
+    Raises:
+        TypeError: ``record`` is none.
+        ValueError: it is of other numbers of layers or experts, was made at another temperature, or holds a subset that
+            a layer forbids; names the layer, and the rows.
+    """
+    if not isinstance(record, RoutingRecord):
+        raise TypeError(
+            f"record is a {type(record).__name__}: expected a RoutingRecord, such as RoutingRecord.of makes"
+        )
+    experts = tuple(circuit.n for circuit in circuits)
+    if record.num_experts != experts:
+        raise ValueError(
+            f"record has layers of {list(record.num_experts)} experts, and the model's routers {list(experts)}: replay "
+            "what was recorded from the same model"
+        )
+    for layer, temperature in enumerate(temperatures):
+        if not same_temperature(record.temperature, temperature):
+            raise ValueError(
+                f"record was made at temperature {record.temperature:g}, and layer {layer} decides at {temperature:g}: "
+                "log-probabilities depend on it; set the routers' temperature to the record's"
+            )
+    masks = record.masks()
+    for layer, (mask, circuit) in enumerate(zip(masks, circuits, strict=True)):
+        forbidden = ~circuit.satisfies(mask)
+        if bool(forbidden.any()):
+            raise ValueError(
+                f"record: layer {layer} has subsets that {circuit.constraint!r} forbids, in {rows_text(forbidden)}: "
+                "replay decisions that were made under the same constraint"
+            )
+    return masks
 
 
 def path_log_prob(routings: Sequence[Routing]) -> Tensor:
