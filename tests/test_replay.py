@@ -467,7 +467,7 @@ def test_masks_for_checks_every_layer_before_any_replays():
         masks_for(masks, circuits, [1.0, 1.0])
     with pytest.raises(ValueError, match=r"layers of \[5, 4\] experts, and the model's routers \[5\]"):
         masks_for(record, circuits[:1], [1.0])
-    with pytest.raises(ValueError, match="layer 1 decides at 0.5"):
+    with pytest.raises(ValueError, match=r"layer 1 decides at 0\.5"):
         masks_for(record, circuits, [1.0, 0.5])
     masks[1][3] = True
     with pytest.raises(ValueError, match=r"layer 1 has subsets that Between\(1, 2\) forbids, in row 3"):
