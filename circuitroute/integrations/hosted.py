@@ -184,7 +184,7 @@ class Decider:
         if not same_temperature(temperature, float(self.temperature)):
             raise ValueError(
                 f"replay: the record was made at temperature {temperature:g}, and the router now decides at "
-                f"{float(self.temperature):g}: log-probabilities depend on it; set the router's temperature to the record's"
+                f"{float(self.temperature):g}: log-probabilities depend on it; set the temperature to the record's"
             )
         return mask.to(token.device)[token]
 
