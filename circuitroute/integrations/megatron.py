@@ -78,15 +78,16 @@ class CircuitRouter(TopKRouter):
     leaves the weights alone.
 
     Args:
-        config: Megatron's; ``moe_router_topk`` must be the constraint's largest count, which dispatchers allocate for.
+        config: Megatron's; ``moe_router_topk`` must be the constraint's largest count. Dispatchers send, and experts
+            compute, what was chosen and nothing else.
         pg_collection: Megatron's process groups.
         constraint, options: see :class:`~circuitroute.integrations.hosted.Decider`.
 
     Raises:
         InfeasibleError: no subset of the experts satisfies the constraint.
         ValueError: settings that the constraint replaces, another ``moe_router_topk``, or a constraint that allows
-            several counts with a dispatcher other than "allgather": the others allocate for exactly
-            T * moe_router_topk.
+            several counts where the dispatcher makes room for exactly T * moe_router_topk pairs of token and expert:
+            "flex", and "alltoall" with ``moe_permute_fusion``.
     """
 
     def __init__(
@@ -221,12 +222,20 @@ def _check(config: Any, decider: Decider) -> None:
     constraint = decider.circuit.constraint
     if config.moe_router_topk != decider.slots:
         raise ValueError(
-            f"moe_router_topk={config.moe_router_topk}: dispatchers allocate for that many experts per token, and "
+            f"moe_router_topk={config.moe_router_topk}: it must be the largest number of experts per token, and "
             f"{constraint!r} allows up to {decider.slots}; set it to {decider.slots}"
         )
-    if not decider.fixed_count and config.moe_token_dispatcher_type != "allgather":
+    if decider.fixed_count:
+        return
+    several = f"experts per token, and {constraint!r} allows fewer"
+    if config.moe_token_dispatcher_type == "flex":
         raise ValueError(
-            f"moe_token_dispatcher_type={config.moe_token_dispatcher_type!r} allocates for exactly {decider.slots} "
-            f"experts per token, and {constraint!r} allows fewer: use 'allgather', or a constraint with a single count "
-            f"such as cr.Exactly({decider.slots})"
+            f"moe_token_dispatcher_type='flex' sends exactly moe_router_topk={decider.slots} {several}: use 'alltoall' "
+            f"or 'allgather', or a constraint with a single count such as cr.Exactly({decider.slots})"
+        )
+    if config.moe_token_dispatcher_type == "alltoall" and config.moe_permute_fusion:
+        raise ValueError(
+            f"moe_permute_fusion=True with moe_token_dispatcher_type='alltoall' makes room for exactly "
+            f"moe_router_topk={decider.slots} {several}: set it to False, so that the permutation makes room for what "
+            "the routing map holds, or use 'allgather'"
         )
