@@ -31,9 +31,11 @@ from circuitroute.routing import losses
 from circuitroute.routing.choice import Decide
 from circuitroute.routing.decision import Routing
 from circuitroute.routing.estimators import Estimator
+from circuitroute.routing.records import RoutingRecord
 
 try:
     from megatron.core.transformer.moe.router import TopKRouter
+    from megatron.core.transformer.moe.router_replay import RouterReplayAction
 except ImportError as error:
     raise ImportError(
         "circuitroute.integrations.megatron needs megatron-core 0.16 and what it imports: "
@@ -47,7 +49,6 @@ REPLACED = {
     "moe_expert_capacity_factor": "it would drop experts from the sampled sets; bound the experts per token instead, "
     "such as by cr.Between(1, 4)",
     "moe_router_fusion": "the fused kernels compute a top-k; set it to False",
-    "moe_enable_routing_replay": "it replays the ids of a top-k; set it to False",
     "moe_router_force_load_balancing": "it replaces the logits by random ones; set it to False",
 }
 
@@ -135,6 +136,10 @@ class CircuitRouter(TopKRouter):
 
         Returns:
             (probs [T, E], 0 outside the chosen sets; routing_map [T, E] bool).
+
+        Raises:
+            ValueError: recorded decisions, of Megatron's ``RouterReplay`` or of :func:`replay`, that are not of these
+                tokens, or that the constraint forbids.
         """
         S, B, E = logits.shape
         valid = None if padding_mask is None else ~padding_mask.reshape(-1)
@@ -148,13 +153,43 @@ class CircuitRouter(TopKRouter):
             shift=self.expert_bias,
             renormalize=self.score_function == "sigmoid" and self.topk > 1,
             scale=self.config.moe_router_topk_scaling_factor or 1.0,
+            replay=self._replayed_by_megatron(S * B),
         )
+        if self._replay_action() is RouterReplayAction.RECORD:
+            self.router_replay.record_indices(routing.padded(self.topk, pad="minus_one")[1])
         probs, mask = routing.gates, routing.mask
         if self.training and torch.is_grad_enabled():  # once under recomputation
             probs = self._with_aux_losses(probs, routing, valid, S, B)
             if self.enable_expert_bias:  # which is updated from this load
                 self.local_tokens_per_expert += (mask if valid is None else mask & valid[:, None]).sum(0)
         return probs, mask
+
+    def _replay_action(self) -> RouterReplayAction | None:
+        """What Megatron's ``RouterReplay`` is told to do; None without ``moe_enable_routing_replay``."""
+        return None if self.router_replay is None else self.router_replay.router_replay_action
+
+    def _replayed_by_megatron(self, tokens: int) -> Tensor | None:
+        """[T, E] bool, the decisions that Megatron's ``RouterReplay`` holds for this pass; None where it has none."""
+        action = self._replay_action()
+        if action is RouterReplayAction.REPLAY_FORWARD:
+            indices = self.router_replay.target_topk_idx
+        elif action is RouterReplayAction.REPLAY_BACKWARD:  # passes are recomputed in the order in which they were run
+            waiting = self.router_replay.replay_backward_list
+            indices = waiting.pop(0) if waiting else None
+        else:
+            return None
+        if indices is None:
+            raise ValueError(
+                f"RouterReplay is to {action.value} and has no indices left: call RouterReplay.set_replay_data with "
+                "those of all layers before the forward pass"
+            )
+        if len(indices) != tokens:
+            raise ValueError(
+                f"RouterReplay has indices of {len(indices)} tokens, and this forward pass routes {tokens}: give those "
+                "of the same positions and sequences"
+            )
+        (mask,) = RoutingRecord.of_indices([indices], self.config.num_moe_experts).masks(indices.device)
+        return mask
 
     def _weights(self) -> Weights:
         if self.score_function == "sigmoid":
