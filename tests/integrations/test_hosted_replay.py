@@ -165,6 +165,23 @@ def test_recomputed_layers_decide_the_same(recompute: str) -> None:
         assert torch.equal(plain, recomputed)
 
 
+@pytest.mark.parametrize("recompute", ["reentrant", "not reentrant"])
+def test_a_record_is_set_again_for_a_recomputation_that_comes_later(recompute: str) -> None:
+    """Two forward passes before the first backward pass."""
+    records, gradients = [random_record(seed=0), random_record(seed=1)], []
+    for way in (None, recompute):
+        model, outputs = Model(recompute=way), []
+        for seed, record in enumerate(records):
+            hosted.replay(model, record)
+            outputs.append(model(hidden(seed=seed).requires_grad_()))
+        for output, record in zip(outputs, records, strict=True):
+            hosted.replay(model, record)
+            output.square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
 WRAPPED: dict[str, Callable[[Model], Any]] = {
     "DataParallel": DataParallel,
     "DistributedDataParallel": DistributedDataParallel,
