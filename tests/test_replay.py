@@ -14,7 +14,8 @@ import torch
 
 import circuitroute as cr
 from circuitroute._files import sealed
-from circuitroute.routing import records
+from circuitroute.routing.records import archive as files
+from circuitroute.routing.records.layers import indices_of, pack
 from circuitroute.routing.replay import (
     LayerRecord,
     RoutingRecord,
@@ -99,8 +100,8 @@ def test_what_servers_report_is_recorded(unused):
     indices = [layer.masked_fill(layer < 0, unused) for layer in record.indices()]
     assert all(layer.shape == (T, 4) and (layer.diff() > 0).sum() > T for layer in indices)
     stacked = torch.stack(indices, dim=1).flip(-1).to(torch.int32)
-    assert RoutingRecord.of_indices(stacked, 12, record.log_probs) == record
-    assert RoutingRecord.of_indices(indices, [12, 12, 12], record.log_probs) == record
+    assert RoutingRecord.of_indices(stacked, 12, log_probs=record.log_probs) == record
+    assert RoutingRecord.of_indices(indices, [12, 12, 12], log_probs=record.log_probs) == record
 
 
 # ---------------------------------------------------------------------------------------------- minibatches
@@ -133,9 +134,9 @@ def test_minibatches_are_gathered(tokens):
 
 def test_records_are_equal_if_their_decisions_are():
     record = record_of()
-    bits = RoutingRecord([LayerRecord(12, "bits", records._pack(mask)) for mask in record.masks()], record.log_probs)
+    bits = RoutingRecord([LayerRecord(12, "bits", pack(mask)) for mask in record.masks()], record.log_probs)
     indices = RoutingRecord(
-        [LayerRecord(12, "indices", records._indices(mask, 7).to(torch.int16)) for mask in record.masks()],
+        [LayerRecord(12, "indices", indices_of(mask, 7).to(torch.int16)) for mask in record.masks()],
         record.log_probs,
     )
     assert record == bits == indices
@@ -208,11 +209,11 @@ def test_no_damage_goes_unnoticed(tmp_path):
 def test_a_hostile_record_takes_no_more_memory_than_its_file(tmp_path):
     """A valid checksum says nothing about who wrote a file: it may promise arrays that it does not hold."""
     path = tmp_path / "r.npz"
-    header = np.frombuffer(json.dumps({"kind": records._KIND, "version": 1}).encode(), dtype=np.uint8)
+    header = np.frombuffer(json.dumps({"kind": files.KIND, "version": 1}).encode(), dtype=np.uint8)
     compressed = io.BytesIO()
     np.savez_compressed(compressed, header=header, layer_0=np.zeros((1 << 20, 8), dtype=np.uint8))
     with zipfile.ZipFile(compressed, "a") as archive:
-        archive.comment = records._SEAL + b"0" * 64
+        archive.comment = files.SEAL + b"0" * 64
     path.write_bytes(sealed(compressed.getvalue()[:-64]))
     with pytest.raises(cr.CircuitFileError, match="compressed"):
         RoutingRecord.load(path)
@@ -221,7 +222,7 @@ def test_a_hostile_record_takes_no_more_memory_than_its_file(tmp_path):
     short = io.BytesIO()
     with zipfile.ZipFile(short, "w") as archive:
         archive.writestr("header.npy", promised.getvalue())
-        archive.comment = records._SEAL + b"0" * 64
+        archive.comment = files.SEAL + b"0" * 64
     path.write_bytes(sealed(short.getvalue()[:-64]))
     with pytest.raises(cr.CircuitFileError, match="not a readable routing record"):
         RoutingRecord.load(path)
@@ -243,7 +244,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def arrays_of(record, **changes):
-    header = {"kind": records._KIND, "version": 1, "experts": [12], "forms": ["indices"], **changes}
+    header = {"kind": files.KIND, "version": 1, "experts": [12], "forms": ["indices"], **changes}
     return {
         "layer_0": record.layers[0].data.numpy(),
         "header": np.frombuffer(json.dumps(header).encode(), dtype=np.uint8),
@@ -257,7 +258,7 @@ def test_whatever_is_in_a_sealed_file_is_checked(tmp_path):
     sound = arrays_of(record)
     wrong = {
         "it is of kind 'model'": arrays_of(record, kind="model"),
-        "it is of version 3, and this circuitroute reads versions 1 to 2: update it": arrays_of(record, version=3),
+        "it is of version 4, and this circuitroute reads versions 1 to 3: update it": arrays_of(record, version=4),
         "not a readable routing record: 'temperature'": arrays_of(record, version=2),
         "temperature=-1.0: must be positive": arrays_of(record, version=2, temperature=-1),
         "temperature='hot': expected a number": arrays_of(record, version=2, temperature="hot"),
@@ -273,10 +274,10 @@ def test_whatever_is_in_a_sealed_file_is_checked(tmp_path):
         "log_probs has shape": {**sound, "log_probs": np.zeros(3, dtype=np.float32)},
         "Object arrays cannot be loaded": {**sound, "layer_0": np.array([[object()]])},
     }
-    path.write_bytes(records._sealed(sound))
+    path.write_bytes(files.sealed_archive(sound))
     assert RoutingRecord.load(path) == RoutingRecord(record.layers[:1])
     for message, arrays in wrong.items():
-        path.write_bytes(records._sealed(arrays))
+        path.write_bytes(files.sealed_archive(arrays))
         with pytest.raises(cr.CircuitFileError, match=message):
             RoutingRecord.load(path)
     plain = io.BytesIO()

@@ -1,0 +1,12 @@
+"""Routing decisions on record, compact in memory and in files: see :class:`RoutingRecord`.
+
+``layers`` has one layer and its two forms, ``sources`` what records are made of, ``record`` the record itself and
+``archive`` its files; ``frames`` and ``streams`` are files of more tokens than memory holds.
+"""
+
+from circuitroute.routing.records.layers import LayerRecord as LayerRecord
+from circuitroute.routing.records.record import RoutingRecord as RoutingRecord
+from circuitroute.routing.records.sources import each_of as each_of
+from circuitroute.routing.records.sources import mask_of as mask_of
+from circuitroute.routing.records.sources import same_temperature as same_temperature
+from circuitroute.routing.records.sources import temperatures_of as temperatures_of
