@@ -258,7 +258,7 @@ def test_whatever_is_in_a_sealed_file_is_checked(tmp_path):
     sound = arrays_of(record)
     wrong = {
         "it is of kind 'model'": arrays_of(record, kind="model"),
-        "it is of version 4, and this circuitroute reads versions 1 to 3: update it": arrays_of(record, version=4),
+        "it is of version 3, and this circuitroute reads versions 1 to 2: update it": arrays_of(record, version=3),
         "not a readable routing record: 'temperature'": arrays_of(record, version=2),
         "temperature=-1.0: must be positive": arrays_of(record, version=2, temperature=-1),
         "temperature='hot': expected a number": arrays_of(record, version=2, temperature="hot"),

@@ -8,5 +8,6 @@ from circuitroute.routing.records.layers import LayerRecord as LayerRecord
 from circuitroute.routing.records.record import RoutingRecord as RoutingRecord
 from circuitroute.routing.records.sources import each_of as each_of
 from circuitroute.routing.records.sources import mask_of as mask_of
+from circuitroute.routing.records.sources import model_label as model_label
 from circuitroute.routing.records.sources import same_temperature as same_temperature
 from circuitroute.routing.records.sources import temperatures_of as temperatures_of

@@ -13,14 +13,20 @@ from circuitroute._files import sealed, unsealed
 from circuitroute.routing.records.layers import Array
 
 KIND = "circuitroute routing record"
-# A record is written as the lowest version that can hold it: 2 has a temperature, 3 constraints and a model too.
-VERSION = 3
+# A record made at temperature 1 is written as version 1, which has no temperature. Constraints and model are an array
+# of their own, which readers that do not know it leave alone.
+VERSION = 2
 SEAL = b"sha256 "
 
 
 def packed(arrays: dict[str, Array], header: dict[str, Any]) -> bytes:
     """The bytes of a file."""
-    return sealed_archive(arrays | {"header": np.frombuffer(json.dumps(header).encode("ascii"), dtype=np.uint8)})
+    return sealed_archive(arrays | {"header": as_json(header)})
+
+
+def as_json(value: Any) -> Array:
+    """JSON as uint8."""
+    return np.frombuffer(json.dumps(value).encode("ascii"), dtype=np.uint8)
 
 
 def sealed_archive(arrays: dict[str, Array]) -> bytes:

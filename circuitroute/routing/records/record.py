@@ -5,6 +5,7 @@ Legend: T tokens, L layers, E experts of a layer, K slots (the largest number of
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import zipfile
@@ -19,16 +20,18 @@ from circuitroute._files import as_path, replace_file
 from circuitroute._validate import as_flag, as_number, as_real, int_at_least
 from circuitroute.errors import CircuitFileError
 from circuitroute.routing.decision import Routing
-from circuitroute.routing.records.archive import KIND, array_in, packed, unpacked
+from circuitroute.routing.records.archive import KIND, array_in, as_json, packed, unpacked
 from circuitroute.routing.records.layers import Array, LayerRecord, checked_layer, indices_of, joined
 from circuitroute.routing.records.sources import (
     Rule,
     each_of,
     layers_of_indices,
     mask_of,
+    model_label,
     modes_of,
     only_temperature,
     rule_of,
+    rule_text,
     rule_texts,
     same_temperature,
 )
@@ -224,6 +227,20 @@ class RoutingRecord:
             found.append(torch.where(rows == layer.experts, -1, rows).to(device))
         return found
 
+    def check_constraint(self, layer: int, rule: Rule) -> None:
+        """Compare what a layer's decisions were made under, where that is known, with a constraint or circuit.
+
+        Raises:
+            ValueError: it is another.
+        """
+        known, asked = self.constraints and self.constraints[layer], rule_text(rule)
+        if None not in (known, asked) and known != asked:
+            raise ValueError(
+                f"record: layer {layer} was decided under {known}, and is to be replayed under {asked}, by which its "
+                "decisions have other log-probabilities: use the same constraint, or replay "
+                "RoutingRecord(record.layers), which names none"
+            )
+
     @property
     def path_log_prob(self) -> Tensor:
         """[T] float64, the recorded log-probability of each token's path through the layers.
@@ -312,12 +329,11 @@ class RoutingRecord:
         arrays: dict[str, Array] = {f"layer_{i}": layer.data.numpy() for i, layer in enumerate(self.layers)}
         if self.log_probs is not None:
             arrays["log_probs"] = self.log_probs.numpy()
+        if self.constraints is not None or self.model is not None:
+            arrays["origin"] = as_json({"constraints": self.constraints, "model": self.model})
         forms = [layer.form for layer in self.layers]
         header: dict[str, Any] = {"kind": KIND, "version": 1, "experts": list(self.num_experts), "forms": forms}
-        if self.constraints is not None or self.model is not None:
-            known = {"temperature": self.temperature, "constraints": self.constraints, "model": self.model}
-            header |= {"version": 3, **known}
-        elif self.temperature != 1:
+        if self.temperature != 1:
             header |= {"version": 2, "temperature": self.temperature}
         replace_file(path, packed(arrays, header))
 
@@ -334,17 +350,6 @@ class RoutingRecord:
             return _record(*unpacked(source.read_bytes()))
         except (ValueError, KeyError, TypeError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile) as error:
             raise CircuitFileError(f"{source} is not a readable routing record: {error}") from None
-
-
-def model_label(model: object) -> str | None:
-    """A text as it is, or None.
-
-    Raises:
-        TypeError: something else.
-    """
-    if model is not None and not isinstance(model, str):
-        raise TypeError(f"model={model!r}: expected a text, or None, got {type(model).__name__}")
-    return None if model is None else str.__str__(model)
 
 
 def as_rows(tokens: Tensor | Sequence[int]) -> Tensor:
@@ -379,11 +384,11 @@ def _record(arrays: dict[str, Array], header: dict[str, Any]) -> RoutingRecord:
         for i, (experts, form) in enumerate(zip(header["experts"], header["forms"], strict=True))
     ]
     known = arrays.get("log_probs")
-    described = header["version"] > 2
+    origin = json.loads(arrays["origin"].tobytes()) if "origin" in arrays else {"constraints": None, "model": None}
     return RoutingRecord(
         layers,
         None if known is None else torch.from_numpy(known),
         header["temperature"] if header["version"] > 1 else 1.0,
-        constraints=header["constraints"] if described else None,
-        model=header["model"] if described else None,
+        constraints=origin["constraints"],
+        model=origin["model"],
     )

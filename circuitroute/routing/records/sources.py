@@ -122,6 +122,17 @@ def rule_texts(name: str, rules: object, layers: int) -> tuple[str | None, ...] 
     return None if texts.count(None) == layers else texts
 
 
+def model_label(model: object) -> str | None:
+    """A text as it is, or None.
+
+    Raises:
+        TypeError: something else.
+    """
+    if model is not None and not isinstance(model, str):
+        raise TypeError(f"model={model!r}: expected a text, or None, got {type(model).__name__}")
+    return None if model is None else str.__str__(model)
+
+
 # ---------------------------------------------------------------------------------------------- what servers report
 
 
@@ -162,11 +173,11 @@ def _sizes(num_experts: Any, layers: int) -> list[int]:
     return [int_at_least("num_experts", size, 1) for size in sizes]
 
 
-def _integers(name: str, indices: Any) -> Tensor:
+def _integers(name: str, given: Any) -> Tensor:
     """[T, K] int64 on the CPU."""
-    if not isinstance(indices, Tensor):
-        raise TypeError(f"{name} is not a tensor of integers [tokens, slots] but a {type(indices).__name__}")
-    indices = plain(name, indices)
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name} is not a tensor of integers [tokens, slots] but a {type(given).__name__}")
+    indices = plain(name, given)
     if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
         raise TypeError(f"{name} is not a tensor of integers: its dtype is {indices.dtype}")
     if indices.dim() != 2:
@@ -250,7 +261,8 @@ def _circuits(constraint: Any, experts: list[int]) -> list[Circuit]:
         raise ValueError(
             f"constraint has {len(rules)} entries: expected one per layer of router_logits, {len(experts)}"
         )
-    return [compile_constraint(rule, size) for rule, size in zip(rules, experts, strict=True)]  # which refuses others
+    given: list[Any] = rules  # compile refuses others
+    return [compile_constraint(rule, size) for rule, size in zip(given, experts, strict=True)]
 
 
 def _logits(name: str, logits: Any) -> Tensor:
