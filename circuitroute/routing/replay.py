@@ -23,6 +23,8 @@ from circuitroute.inference.circuit import Circuit
 from circuitroute.inference.evidence import rows_text
 from circuitroute.routing.decision import Routing
 from circuitroute.routing.records import LayerRecord as LayerRecord
+from circuitroute.routing.records import RecordFile as RecordFile
+from circuitroute.routing.records import RecordWriter as RecordWriter
 from circuitroute.routing.records import RoutingRecord as RoutingRecord
 from circuitroute.routing.records import each_of, mask_of, model_label, same_temperature
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ KIND = "circuitroute routing record"
 # of their own, which readers that do not know it leave alone.
 VERSION = 2
 SEAL = b"sha256 "
+# How streams of records begin, which are files of another kind.
+MAGIC = b"circuitroute routing stream\n"
 
 
 def packed(arrays: dict[str, Array], header: dict[str, Any]) -> bytes:
@@ -38,6 +41,20 @@ def sealed_archive(arrays: dict[str, Array]) -> bytes:
     return sealed(content.getvalue()[:-digits])
 
 
+def read(source: Path) -> bytes:
+    """All bytes of an archive; not those of a stream, of which there may be too many.
+
+    Raises:
+        ValueError: it is a stream.
+        OSError: it cannot be read.
+    """
+    with source.open("rb") as file:
+        begin = file.read(len(MAGIC))
+        if begin == MAGIC:
+            raise ValueError("it is a stream of records, which RecordFile reads")
+        return begin + file.read()
+
+
 def unpacked(data: bytes) -> tuple[dict[str, Array], dict[str, Any]]:
     """The arrays and the header of what :func:`packed` made.
 
@@ -51,8 +68,8 @@ def unpacked(data: bytes) -> tuple[dict[str, Array], dict[str, Any]]:
         # As packed() writes it, so that what is read takes no more memory than the file.
         if any(part.compress_type != zipfile.ZIP_STORED or part.file_size > len(data) for part in archive.infolist()):
             raise ValueError("it holds compressed arrays, or larger ones than itself")
-    with np.load(io.BytesIO(data), allow_pickle=False) as read:
-        arrays = {name: read[name] for name in read.files}
+    with np.load(io.BytesIO(data), allow_pickle=False) as found:
+        arrays = {name: found[name] for name in found.files}
     header = json.loads(array_in(arrays, "header").tobytes())
     if header["kind"] != KIND:
         raise ValueError(f"it is of kind {header['kind']!r}")

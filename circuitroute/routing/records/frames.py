@@ -1,8 +1,8 @@
 """The bytes of a stream of records: frames, each a little JSON with a checksum, and the numbers of chunks of tokens.
 
-A file is a magic line, a frame ``head``, frames ``part`` each followed by the numbers it tells of, and a frame ``done``.
-A frame is 4 bytes that name it, the length of its JSON (4 bytes, little-endian), the JSON, and the SHA-256 (32 bytes) of
-all that. See ``docs/replay.md``.
+A file is a magic line, a frame ``head``, frames ``part``, each followed by the numbers it tells of, and a frame
+``done``. A frame is 4 bytes that name it, the length of its JSON (4 bytes, little-endian), the JSON, and the SHA-256
+(32 bytes) of all that. See ``docs/replay.md``.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from circuitroute._validate import int_at_least
-from circuitroute.routing.records.layers import Array, Form, LayerRecord, checked_layer
+from circuitroute.routing.records.archive import MAGIC
+from circuitroute.routing.records.layers import Array, Form, LayerRecord, bytes_of, checked_layer
 from circuitroute.routing.records.record import RoutingRecord
 
-MAGIC = b"circuitroute routing stream\n"
 VERSION = 1
 HEAD, PART, DONE = b"head", b"part", b"done"
 # So that a chunk of decisions that take no bytes, those for nobody, cannot promise more tokens than memory holds.
@@ -32,7 +32,7 @@ _CODES = {torch.uint8: "|u1", torch.int16: "<i2", torch.int32: "<i4"}
 _DIGEST = hashlib.sha256().digest_size
 
 
-class Unfinished(ValueError):
+class UnfinishedError(ValueError):
     """A file ends before its last frame does: whoever wrote it was interrupted, or the end was lost."""
 
 
@@ -68,8 +68,8 @@ class Head:
                 f"it is of version {told['version']}, and this circuitroute reads version {VERSION}: update it"
             )
         experts = tuple(int_at_least("experts", size, 1) for size in told["experts"])
-        empty = [LayerRecord.of(torch.zeros(0, size, dtype=torch.bool)) for size in experts]
-        known = torch.zeros(0, len(experts)) if told["log_probs"] else None
+        empty = [no_tokens(size) for size in experts]
+        known = torch.zeros(0, len(experts), device="cpu") if told["log_probs"] else None
         # Which checks the rest.
         record = RoutingRecord(empty, known, told["temperature"], constraints=told["constraints"], model=told["model"])
         return Head.of(record)
@@ -128,7 +128,7 @@ class Part:
             raise ValueError(f"a chunk is written as {layers!r}, for {len(head.experts)} layers")
         return Part(tokens, layers, head.log_probs, str(told["sha256"]), start)
 
-    def check(self, data: Array) -> None:
+    def check(self, data: memoryview) -> None:
         """Compare the file's bytes with the checksum.
 
         Raises:
@@ -137,7 +137,7 @@ class Part:
         if hashlib.sha256(data[self.start : self.start + self.nbytes]).hexdigest() != self.digest:
             raise ValueError("its checksum is wrong")
 
-    def rows(self, data: Array, experts: Sequence[int], at: Any) -> tuple[list[LayerRecord], Tensor | None]:
+    def rows(self, data: memoryview, experts: Sequence[int], at: Any) -> tuple[list[LayerRecord], Tensor | None]:
         """Some of its tokens, copied out of the file's bytes.
 
         Raises:
@@ -153,7 +153,12 @@ class Part:
         return layers, torch.from_numpy(_copied(data, place, "<f4", (self.tokens, len(layers)), at))
 
 
-def _copied(data: Array, place: int, code: str, shape: tuple[int, int], at: Any) -> Array:
+def no_tokens(experts: int) -> LayerRecord:
+    """A layer in which nothing was decided."""
+    return LayerRecord(experts, "bits", torch.zeros(0, bytes_of(experts), dtype=torch.uint8, device="cpu"))
+
+
+def _copied(data: memoryview, place: int, code: str, shape: tuple[int, int], at: Any) -> Array:
     dtype = np.dtype(code)
     whole = np.ndarray(shape, dtype, buffer=data, offset=place)
     return np.array(whole[at], dtype=dtype.newbyteorder("="), order="C")
@@ -166,19 +171,19 @@ def frame(name: bytes, told: dict[str, Any]) -> bytes:
     return body + hashlib.sha256(body).digest()
 
 
-def read_frame(data: Array, start: int) -> tuple[bytes, dict[str, Any], int]:
+def read_frame(data: memoryview, start: int) -> tuple[bytes, dict[str, Any], int]:
     """The frame that begins at ``start``: its name, its JSON, and where it ends.
 
     Raises:
-        Unfinished: the file ends first.
+        UnfinishedError: the file ends first.
         ValueError: its checksum is wrong.
     """
     if start + 8 > len(data):
-        raise Unfinished
+        raise UnfinishedError
     name, length = data[start : start + 4].tobytes(), int(struct.unpack("<I", data[start + 4 : start + 8].tobytes())[0])
     stop = start + 8 + length
     if stop + _DIGEST > len(data):
-        raise Unfinished
+        raise UnfinishedError
     if hashlib.sha256(data[start:stop]).digest() != data[stop : stop + _DIGEST].tobytes():
         raise ValueError(f"the checksum of what begins at byte {start} is wrong")
     told = json.loads(data[start + 8 : stop].tobytes())

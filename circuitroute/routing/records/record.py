@@ -20,7 +20,7 @@ from circuitroute._files import as_path, replace_file
 from circuitroute._validate import as_flag, as_number, as_real, int_at_least
 from circuitroute.errors import CircuitFileError
 from circuitroute.routing.decision import Routing
-from circuitroute.routing.records.archive import KIND, array_in, as_json, packed, unpacked
+from circuitroute.routing.records.archive import KIND, array_in, as_json, packed, read, unpacked
 from circuitroute.routing.records.layers import Array, LayerRecord, checked_layer, indices_of, joined
 from circuitroute.routing.records.sources import (
     Rule,
@@ -347,7 +347,7 @@ class RoutingRecord:
         """
         source = as_path("path", path)
         try:
-            return _record(*unpacked(source.read_bytes()))
+            return _record(*unpacked(read(source)))
         except (ValueError, KeyError, TypeError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile) as error:
             raise CircuitFileError(f"{source} is not a readable routing record: {error}") from None
 
