@@ -1,4 +1,4 @@
-"""Streams of records: what was written comes back, in any pieces; damage and interruptions are told, nothing is lost."""
+"""Streams of records: what was written comes back, in any pieces; damage and interruptions are told, none is silent."""
 
 import errno
 import hashlib
