@@ -3,10 +3,11 @@
     python examples/rl_replay.py                      # the table of docs/replay.md
     python examples/rl_replay.py --steps 20 --seeds 0
 
-A small policy is taught to name the smallest and the largest of some digits, one token after the other, then trained by GRPO on a reward that a
-program gives: 1 if the whole answer is right. As in large stacks, another engine generates: its weights are in 8 bits and
-it computes in bfloat16, so that on some tokens its routers choose other experts than the training engine would. The
-training engine may route again, or replay the recorded decisions; then the exact log-probabilities of those under both
+A small policy is taught to name the smallest and the largest of some digits, one token after the other, then trained by
+GRPO on a reward that a program gives: 1 if the whole answer is right. As in large stacks, another engine generates: its
+weights are in 8 bits and it computes in bfloat16, so that on some tokens its routers choose other experts than the
+training engine would. The training engine may route again, with keys of its own or with those of the rollout, which
+leaves what rounding decides; or it replays the recorded decisions. Then the exact log-probabilities of those under both
 engines' routers tell how far they are apart, and a truncated importance ratio at the router weighs the tokens.
 """
 
@@ -35,9 +36,10 @@ DIGITS, PROMPT, ANSWER, BLANK = 10, 4, 2, 10
 HIDDEN, INNER, EXPERTS, CHOSEN, LAYERS = 32, 64, 16, 2, 4
 PROMPTS, GROUP = 32, 8  # of a step: so many prompts, with so many answers each
 TAUGHT, TEACHING_RATE = 150, 3e-3  # supervised steps before, so that there is something to reward
-CLIP, TRUNCATED = (0.8, 1.2), 2.0
+CLIP, HIGHEST = (0.8, 1.2), 2.0
 
-ARMS = ("route again", "replay", "replay, truncated ratio")
+OWN_KEYS, AGAIN, REPLAY, TRUNCATED = "route again, own keys", "route again", "replay", "replay, truncated ratio"
+ARMS = (OWN_KEYS, AGAIN, REPLAY, TRUNCATED)
 
 
 @dataclass(frozen=True)
@@ -197,8 +199,9 @@ def roll_out(server: Policy, seed: int, step: int) -> Rollout:
 
 def forward(policy: Policy, rollout: Rollout, some: Tensor, arm: str) -> tuple[Tensor, list[cr.Routing]]:
     """[t] log-probabilities of the generated tokens by the training engine, and what it decided or replayed."""
-    replay = None if arm == "route again" else rollout.record[some].masks()
-    scores, routings = policy(rollout.seen[some], [key[some] for key in rollout.keys], replay)
+    replay = rollout.record[some].masks() if arm in (REPLAY, TRUNCATED) else None
+    keys = [cr.random_key(1, key[some]) if arm == OWN_KEYS else key[some] for key in rollout.keys]
+    scores, routings = policy(rollout.seen[some], keys, replay)
     return scores.gather(1, rollout.token[some, None])[:, 0], routings
 
 
@@ -208,9 +211,9 @@ def grpo_loss(policy: Policy, rollout: Rollout, some: Tensor, arm: str) -> tuple
     ratio = importance_ratio(log_prob, rollout.log_prob[some])
     clipped = importance_ratio(log_prob, rollout.log_prob[some], clip=CLIP)
     gain = torch.minimum(ratio * rollout.advantage[some], clipped * rollout.advantage[some])
-    if arm == "replay, truncated ratio":
+    if arm == TRUNCATED:
         recorded = rollout.record[some].log_probs
-        gain = gain * truncated_ratio(log_probs(routings), recorded, high=TRUNCATED)
+        gain = gain * truncated_ratio(log_probs(routings), recorded, high=HIGHEST)
     return -gain.mean(), ratio.detach()
 
 
@@ -227,7 +230,9 @@ def compare(policy: Policy, rollout: Rollout, arm: str, curve: Curve) -> None:
     curve.spread.append(float(moved.std()))
 
 
-def update(policy: Policy, optimizer: torch.optim.Optimizer, rollout: Rollout, arm: str, setting: Setting) -> Iterator[tuple[float, float]]:
+def update(
+    policy: Policy, optimizer: torch.optim.Optimizer, rollout: Rollout, arm: str, setting: Setting
+) -> Iterator[tuple[float, float]]:
     """Several passes over a rollout; the gradient's norm and the share of clipped ratios of each minibatch."""
     shuffle = torch.Generator().manual_seed(0)
     for _ in range(setting.epochs):
@@ -281,3 +286,158 @@ def train(start: Policy, arm: str, seed: int, setting: Setting) -> Curve:
         curve.clipped.append(mean(share for _, share in told))
     curve.solved = solved(policy)
     return curve
+
+
+# The comparison
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run in numbers.
+
+    Attributes:
+        reward: mean over the last fifth of the steps.
+        solved: share of unseen prompts that the serving engine answers right at the end.
+        subsets: share of decisions that the two engines make differently on a rollout, before any update.
+        divergence: KL(rollout || training) of a generated token, before any update.
+        spread: standard deviation of the tokens' log-ratio, before any update.
+        clipped: share of ratios beyond the bounds, over all updates.
+        gradient: median norm.
+        spike: largest norm over the median.
+        collapsed: the reward of the last fifth is less than half of what ten steps in a row once had.
+    """
+
+    arm: str
+    seed: int
+    reward: float
+    solved: float
+    subsets: float
+    divergence: float
+    spread: float
+    clipped: float
+    gradient: float
+    spike: float
+    collapsed: bool
+
+
+def row_of(arm: str, seed: int, curve: Curve) -> Row:
+    steps, window = len(curve.reward), min(10, len(curve.reward))
+    last = mean(curve.reward[-math.ceil(steps / 5) :])
+    best = max(mean(curve.reward[i : i + window]) for i in range(steps - window + 1))
+    typical = median(curve.gradient)
+    return Row(
+        arm,
+        seed,
+        reward=last,
+        solved=curve.solved,
+        subsets=mean(curve.subsets),
+        divergence=mean(curve.divergence),
+        spread=mean(curve.spread),
+        clipped=mean(curve.clipped),
+        gradient=typical,
+        spike=max(curve.gradient) / typical if typical else math.inf,
+        collapsed=last < best / 2,
+    )
+
+
+def paired(rows: Sequence[Row], arm: str, what: str) -> str:
+    """Mean and spread over seeds; and, beside other arms, of the difference to routing again with the same seed."""
+    first = {row.seed: getattr(row, what) for row in rows if row.arm == AGAIN}
+    own = {row.seed: getattr(row, what) for row in rows if row.arm == arm}
+    text = shown(list(own.values()))
+    if arm == AGAIN:
+        return text
+    return f"{text} ({shown([value - first[seed] for seed, value in own.items()], sign='+')})"
+
+
+def shown(values: Sequence[float], sign: str = "") -> str:
+    spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{mean(values):{sign}.3f}{spread}"
+
+
+def table_of(rows: Sequence[Row]) -> Table:
+    table = Table(title="Mean ± deviation over seeds (of the paired difference to routing again)", box=SIMPLE_HEAD)
+    headings = (
+        "training side",
+        "reward",
+        "solved",
+        "subsets",
+        "KL x 1000",
+        "log-ratio",
+        "clipped",
+        "spike",
+        "collapsed",
+    )
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == headings[0] else "right")
+    for arm in ARMS:
+        own = [row for row in rows if row.arm == arm]
+        table.add_row(
+            arm,
+            paired(rows, arm, "reward"),
+            paired(rows, arm, "solved"),
+            f"{mean(row.subsets for row in own):.1%}",
+            f"{1000 * mean(row.divergence for row in own):.1f}",
+            f"{mean(row.spread for row in own):.3f}",
+            f"{mean(row.clipped for row in own):.1%}",
+            f"{mean(row.spike for row in own):.0f}",
+            f"{sum(row.collapsed for row in own)} of {len(own)}",
+        )
+    return table
+
+
+def run(setting: Setting, seeds: Sequence[int], console: Console) -> list[Row]:
+    """All arms from the same policies, on the same prompts and keys."""
+    rows = []
+    for seed in seeds:
+        start = teach(setting, seed)
+        console.print(f"seed {seed}: {solved(start):.3f} solved when taught")
+        for arm in ARMS:
+            rows.append(row_of(arm, seed, train(start, arm, seed, setting)))
+            console.print(f"  {arm}: reward {rows[-1].reward:.3f}, solved {rows[-1].solved:.3f}")
+    return rows
+
+
+# The program
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    standard = Setting()
+    parser.add_argument("--steps", type=positive, default=standard.steps, help="rollouts (default %(default)s)")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of weights and prompts (default 0 1 2)"
+    )
+    parser.add_argument(
+        "--epochs", type=positive, default=standard.epochs, help="passes over each (default %(default)s)"
+    )
+    parser.add_argument("--rate", type=float, default=standard.rate, help="learning rate (default %(default)s)")
+    parser.add_argument(
+        "--decide", choices=("sample", "mode"), default=standard.decide, help="how routers choose (default %(default)s)"
+    )
+    parser.add_argument("--rows", type=Path, help="a file to append a line of JSON per run to")
+    return parser.parse_args(arguments)
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Row]:
+    """Run, print the table, and return its rows."""
+    options = parse(arguments)
+    torch.set_num_threads(1)  # too small a model to gain from more
+    console = Console(width=140)
+    setting = Setting(options.steps, options.epochs, rate=options.rate, decide=options.decide)
+    rows = run(setting, options.seeds, console)
+    if options.rows is not None:
+        with options.rows.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(setting) | asdict(row)) + "\n" for row in rows)
+    console.print(table_of(rows))
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -419,6 +419,7 @@ MASK = torch.eye(4, dtype=torch.bool)
         (lambda: RECORD[torch.ones(2, dtype=torch.bool)], IndexError, "mask"),
         (lambda: mismatch(MASK, MASK[1:]), ValueError, r"a has masks of shapes \[\(4, 4\)\] and b \[\(3, 4\)\]"),
         (lambda: mismatch([], MASK), ValueError, "a is empty"),
+        (lambda: mismatch(3, MASK), TypeError, "a is a int: expected a Routing or a mask"),
         (lambda: path_log_prob([]), ValueError, r"routings have \[\] tokens"),
         (
             lambda: path_log_prob([routings_of(cr.Exactly(1), 4, rows=r)[0] for r in (2, 3)]),
