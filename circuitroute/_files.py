@@ -7,9 +7,10 @@ import hashlib
 import os
 import secrets
 import stat
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 
 def as_path(name: str, path: object) -> Path:
@@ -88,7 +89,71 @@ def _replace(target: Path, former: os.stat_result | None, content: bytes) -> Non
         raise
 
 
-def _take_after(file: BinaryIO, former: os.stat_result) -> None:
+class Growing:
+    """A file that is written bit by bit beside its place, as ``NAME.partial``, and moved there when it is complete.
+
+    Raises:
+        TypeError, ValueError: what is no path; see :func:`as_path`.
+        FileExistsError: there is a ``NAME.partial`` already.
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, path: str | bytes | os.PathLike[str]) -> None:
+        given = as_path("path", path)
+        self._target = _behind_links(given)
+        former = _status(self._target)
+        if former is not None and not (stat.S_ISREG(former.st_mode) and os.access(self._target, os.W_OK)):
+            raise PermissionError(errno.EACCES, "there is no file that may be replaced", str(given))
+        self.beside = self._target.with_name(self._target.name + ".partial")
+        # Without a buffer, in which what could not be written would stay.
+        self._file = self.beside.open("xb", buffering=0)
+        if former is not None:
+            _take_after(self._file, former)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is complete, or was left."""
+        return self._file.closed
+
+    @property
+    def size(self) -> int:
+        """Bytes written by now."""
+        return self._file.tell()
+
+    def put(self, parts: Iterable[bytes]) -> None:
+        """Write all parts, or, where that fails, none of them.
+
+        Raises:
+            OSError: it fails.
+        """
+        before = self._file.tell()
+        try:
+            for part in parts:
+                rest = memoryview(part)
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+        except BaseException:
+            self._file.truncate(before)
+            self._file.seek(before)
+            raise
+
+    def complete(self) -> None:
+        """Move it to its place."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self.beside, self._target)
+
+    def leave(self) -> None:
+        """Close it, and leave it beside its place."""
+        self._file.close()
+
+    def drop(self) -> None:
+        """Close and remove it."""
+        self._file.close()
+        self.beside.unlink()
+
+
+def _take_after(file: IO[bytes], former: os.stat_result) -> None:
     """Give a new file the owner, as far as that is allowed, and the permissions of the one that it replaces."""
     if not hasattr(os, "fchown"):  # Windows
         return

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import circuitroute as cr
+from circuitroute.routing.records.frames import Head
 from tests.foreign import DecisionDnnf, random_cnf
 from tests.interop.files import BALANCED, ONE_OF_THREE_C2D, ONE_OF_THREE_D4, TWO_PAIRS_SDD
 from tests.truth import enumerate_worlds
@@ -24,6 +25,8 @@ FUZZ = settings(
 )
 
 CNF = random_cnf(11, 6, 9, shortest=2)
+# The beginning of a stream of records, up to which there are no tokens yet.
+STREAM = Head((4, 300), log_probs=True).frame()
 C2D = [ONE_OF_THREE_C2D, DecisionDnnf(CNF).c2d(6), "nnf 4 4 2\nL 1\nO 0 0\nL 2\nO 0 3 1 0 1\n"]
 D4 = [ONE_OF_THREE_D4, DecisionDnnf(CNF).d4()]
 
@@ -118,6 +121,17 @@ def test_binary_junk(tmp_path, data):
     (tmp_path / "a").write_bytes(data)
     for read in (cr.read_nnf, lambda path: cr.read_sdd(path, path), cr.load):
         assert read_or_refuse(lambda read=read: read(tmp_path / "a")) is None
+
+
+@FUZZ
+@given(data=st.binary(max_size=200), begin=st.sampled_from([b"", b"PK", b"circuitroute routing stream\n", STREAM]))
+def test_binary_junk_is_no_record(tmp_path, data, begin):
+    (tmp_path / "a").write_bytes(begin + data)
+    for read in (cr.RoutingRecord.load, cr.replay.RecordFile):
+        with pytest.raises(cr.CircuitFileError, match=re.escape(str(tmp_path / "a"))):
+            read(tmp_path / "a")
+    if begin == STREAM and len(data) < 8:  # which may be the beginning of a chunk
+        assert len(cr.replay.RecordFile(tmp_path / "a", partial=True)) == 0
 
 
 @FUZZ

@@ -14,14 +14,18 @@ import torch
 
 import circuitroute as cr
 from circuitroute._files import sealed
-from circuitroute.routing import records
+from circuitroute.routing.records import archive as files
+from circuitroute.routing.records.layers import indices_of, pack
 from circuitroute.routing.replay import (
     LayerRecord,
     RoutingRecord,
     importance_ratio,
+    log_probs,
     masks_for,
     mismatch,
     path_log_prob,
+    router_shift,
+    truncated_ratio,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -99,8 +103,8 @@ def test_what_servers_report_is_recorded(unused):
     indices = [layer.masked_fill(layer < 0, unused) for layer in record.indices()]
     assert all(layer.shape == (T, 4) and (layer.diff() > 0).sum() > T for layer in indices)
     stacked = torch.stack(indices, dim=1).flip(-1).to(torch.int32)
-    assert RoutingRecord.of_indices(stacked, 12, record.log_probs) == record
-    assert RoutingRecord.of_indices(indices, [12, 12, 12], record.log_probs) == record
+    assert RoutingRecord.of_indices(stacked, 12, log_probs=record.log_probs) == record
+    assert RoutingRecord.of_indices(indices, [12, 12, 12], log_probs=record.log_probs) == record
 
 
 # ---------------------------------------------------------------------------------------------- minibatches
@@ -133,9 +137,9 @@ def test_minibatches_are_gathered(tokens):
 
 def test_records_are_equal_if_their_decisions_are():
     record = record_of()
-    bits = RoutingRecord([LayerRecord(12, "bits", records._pack(mask)) for mask in record.masks()], record.log_probs)
+    bits = RoutingRecord([LayerRecord(12, "bits", pack(mask)) for mask in record.masks()], record.log_probs)
     indices = RoutingRecord(
-        [LayerRecord(12, "indices", records._indices(mask, 7).to(torch.int16)) for mask in record.masks()],
+        [LayerRecord(12, "indices", indices_of(mask, 7).to(torch.int16)) for mask in record.masks()],
         record.log_probs,
     )
     assert record == bits == indices
@@ -208,11 +212,11 @@ def test_no_damage_goes_unnoticed(tmp_path):
 def test_a_hostile_record_takes_no_more_memory_than_its_file(tmp_path):
     """A valid checksum says nothing about who wrote a file: it may promise arrays that it does not hold."""
     path = tmp_path / "r.npz"
-    header = np.frombuffer(json.dumps({"kind": records._KIND, "version": 1}).encode(), dtype=np.uint8)
+    header = np.frombuffer(json.dumps({"kind": files.KIND, "version": 1}).encode(), dtype=np.uint8)
     compressed = io.BytesIO()
     np.savez_compressed(compressed, header=header, layer_0=np.zeros((1 << 20, 8), dtype=np.uint8))
     with zipfile.ZipFile(compressed, "a") as archive:
-        archive.comment = records._SEAL + b"0" * 64
+        archive.comment = files.SEAL + b"0" * 64
     path.write_bytes(sealed(compressed.getvalue()[:-64]))
     with pytest.raises(cr.CircuitFileError, match="compressed"):
         RoutingRecord.load(path)
@@ -221,7 +225,7 @@ def test_a_hostile_record_takes_no_more_memory_than_its_file(tmp_path):
     short = io.BytesIO()
     with zipfile.ZipFile(short, "w") as archive:
         archive.writestr("header.npy", promised.getvalue())
-        archive.comment = records._SEAL + b"0" * 64
+        archive.comment = files.SEAL + b"0" * 64
     path.write_bytes(sealed(short.getvalue()[:-64]))
     with pytest.raises(cr.CircuitFileError, match="not a readable routing record"):
         RoutingRecord.load(path)
@@ -243,7 +247,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def arrays_of(record, **changes):
-    header = {"kind": records._KIND, "version": 1, "experts": [12], "forms": ["indices"], **changes}
+    header = {"kind": files.KIND, "version": 1, "experts": [12], "forms": ["indices"], **changes}
     return {
         "layer_0": record.layers[0].data.numpy(),
         "header": np.frombuffer(json.dumps(header).encode(), dtype=np.uint8),
@@ -273,10 +277,10 @@ def test_whatever_is_in_a_sealed_file_is_checked(tmp_path):
         "log_probs has shape": {**sound, "log_probs": np.zeros(3, dtype=np.float32)},
         "Object arrays cannot be loaded": {**sound, "layer_0": np.array([[object()]])},
     }
-    path.write_bytes(records._sealed(sound))
+    path.write_bytes(files.sealed_archive(sound))
     assert RoutingRecord.load(path) == RoutingRecord(record.layers[:1])
     for message, arrays in wrong.items():
-        path.write_bytes(records._sealed(arrays))
+        path.write_bytes(files.sealed_archive(arrays))
         with pytest.raises(cr.CircuitFileError, match=message):
             RoutingRecord.load(path)
     plain = io.BytesIO()
@@ -415,6 +419,7 @@ MASK = torch.eye(4, dtype=torch.bool)
         (lambda: RECORD[torch.ones(2, dtype=torch.bool)], IndexError, "mask"),
         (lambda: mismatch(MASK, MASK[1:]), ValueError, r"a has masks of shapes \[\(4, 4\)\] and b \[\(3, 4\)\]"),
         (lambda: mismatch([], MASK), ValueError, "a is empty"),
+        (lambda: mismatch(3, MASK), TypeError, "a is a int: expected a Routing or a mask"),
         (lambda: path_log_prob([]), ValueError, r"routings have \[\] tokens"),
         (
             lambda: path_log_prob([routings_of(cr.Exactly(1), 4, rows=r)[0] for r in (2, 3)]),
@@ -472,3 +477,370 @@ def test_masks_for_checks_every_layer_before_any_replays():
     masks[1][3] = True
     with pytest.raises(ValueError, match=r"layer 1 has subsets that Between\(1, 2\) forbids, in row 3"):
         masks_for(RoutingRecord.of(masks), circuits, [1.0, 1.0])
+
+
+# ---------------------------------------------------------------------------------------------- what servers report
+
+
+INDICES = torch.tensor([[[3, 1, 0], [0, 2, 2]], [[2, 2, 2], [1, 0, 3]], [[-1, 4, 99], [3, -1, 3]]])
+WEIGHTS = torch.tensor(
+    [[[0.5, 0.0, 0.5], [1.0, 0.0, 0.2]], [[0.0, 0.7, 0.0], [0.1, 0.2, 0.7]], [[1.0, 1.0, 1.0], [-0.0, 1.0, 9.0]]]
+)
+CHOSEN = [[[0, 3], [0, 2]], [[2], [0, 1, 3]], [[], [3]]]
+
+
+def chosen_of(record):
+    return [[mask[t].nonzero().flatten().tolist() for mask in record.masks()] for t in range(len(record))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float32])
+def test_slots_of_weight_0_are_unused(dtype):
+    """Whatever expert stands there, one that another slot names too; slots of no expert may hold any weight."""
+    weights = WEIGHTS.to(dtype)
+    strange = weights.clone()
+    strange[2, 0], strange[2, 1, 1] = torch.tensor([math.nan, -1.0, math.inf], dtype=dtype), -math.inf
+    for given in (weights, strange, strange.transpose(0, 1).contiguous().transpose(0, 1)):
+        assert chosen_of(RoutingRecord.of_indices(INDICES, 4, given)) == CHOSEN
+    layers = [RoutingRecord.of_indices(INDICES[:, i : i + 1], [4], weights[:, i : i + 1]) for i in range(2)]
+    assert [[chosen_of(layer)[t][0] for layer in layers] for t in range(3)] == CHOSEN
+    by_layer = RoutingRecord.of_indices(list(INDICES.unbind(1)), [4, 4], weights=list(weights.unbind(1)))
+    assert chosen_of(by_layer) == CHOSEN
+    assert chosen_of(RoutingRecord.of_indices(INDICES.int(), 4, weights=weights > 0)) == CHOSEN
+    assert by_layer == RoutingRecord.of_indices(INDICES.to(torch.int16), 4, weights * 1000)
+
+
+def test_what_a_serving_function_reports_is_what_it_decided():
+    """Distinct experts of weight 0 fill its unused slots."""
+    circuit = cr.compile(cr.Between(1, 4), 12)
+    routings = [cr.route(logits_of(12, i), circuit, training=False) for i in range(2)]
+    weights, indices = (torch.stack(part, 1) for part in zip(*(r.padded(width=6) for r in routings), strict=True))
+    assert int((weights == 0).sum()) > T
+    assert RoutingRecord.of_indices(indices, 12, weights).masks()[0].equal(routings[0].mask)
+    assert RoutingRecord.of_indices(indices, 12, weights) == RoutingRecord.of(routings, log_probs=False)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3), (1, 1, 1), (5, 3, 0)])
+def test_reports_of_any_size(shape):
+    record = RoutingRecord.of_indices(torch.zeros(shape, dtype=torch.int64), 1, torch.ones(shape))
+    assert (len(record), len(record.layers)) == shape[:2]
+    assert all(bool((mask == (shape[2] > 0)).all()) for mask in record.masks())
+
+
+def bad_weights(layer, row, slot, value):
+    weights = WEIGHTS.clone()
+    weights[row, layer, slot] = value
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            (INDICES, 4, bad_weights(1, 0, 0, math.nan)),
+            ValueError,
+            r"weights\[1\] holds nan in row 0: weights are finite",
+        ),
+        ((INDICES, 4, bad_weights(0, 1, 1, -0.5)), ValueError, r"weights\[0\] holds -0\.5 in row 1: .*; give weight 0"),
+        ((INDICES, 4, bad_weights(0, 1, 1, math.inf)), ValueError, r"weights\[0\] holds inf in row 1"),
+        ((INDICES, 4, bad_weights(1, 2, 0, 1.0)), ValueError, r"indices\[1\] names an expert twice in row 2$"),
+        (
+            (INDICES, 4),
+            ValueError,
+            r"indices\[0\] names an expert twice in row 1; where unused slots repeat one, give -1",
+        ),
+        ((INDICES, 4, WEIGHTS[..., :2]), ValueError, r"weights\[0\] has shape \(3, 2\): .* slot of indices, \(3, 3\)"),
+        ((INDICES, 4, WEIGHTS[:2]), ValueError, r"weights\[0\] has shape \(2, 3\)"),
+        ((INDICES, 4, WEIGHTS[:, :1]), ValueError, "weights has 1 layers: expected those of indices, 2"),
+        ((INDICES, 4, torch.zeros(3, 2)), ValueError, r"weights has shape \(3, 2\): .* handed over as log_probs="),
+        ((INDICES, 4, 0.5), TypeError, "weights is a float: expected a tensor"),
+        ((INDICES, 4, [WEIGHTS[:, 0].tolist()] * 2), TypeError, r"weights\[0\]=.*expected a tensor"),
+        ((INDICES, 4, WEIGHTS + 0j), TypeError, r"weights\[0\] has dtype torch.complex64"),
+        (("indices", 4), TypeError, "indices is a str: expected a tensor"),
+        ((INDICES, 4, WEIGHTS, [1.0]), TypeError, r"log_probs=\[1\.0\]: expected a tensor"),
+        ((INDICES, 4, WEIGHTS, torch.zeros(3, 2).long()), TypeError, "log_probs has dtype torch.int64"),
+    ],
+)
+def test_reports_that_make_no_sense_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        RoutingRecord.of_indices(*arguments)
+
+
+def test_reports_may_say_whose_they_are():
+    record = RoutingRecord.of_indices(
+        INDICES, 4, WEIGHTS, torch.zeros(3, 2), temperature=0.5, constraints=[cr.AtMost(3), None], model="m"
+    )
+    assert (record.temperature, record.constraints, record.model) == (0.5, ("AtMost(3)", None), "m")
+    assert record.log_probs.equal(torch.zeros(3, 2))
+
+
+# ---------------------------------------------------------------------------------------------- router logits
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("shape", [(15,), (3, 5), (1, 15)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_modes_of_router_logits(shape, dtype, temperature):
+    """Against top-k, and the exact log-probability of enumeration."""
+    logits = [logits_of(6, i, 15).to(dtype) for i in range(2)]
+    given = tuple(x.reshape(*shape, 6).requires_grad_() for x in logits)
+    record = RoutingRecord.of_router_logits(given, cr.Exactly(2), temperature, model="m")
+    assert (record.temperature, record.constraints, record.model) == (temperature, ("Exactly(2)",) * 2, "m")
+    for i, (x, mask) in enumerate(zip(logits, record.masks(), strict=True)):
+        assert mask.equal(torch.zeros(15, 6).bool().scatter(1, x.topk(2).indices, True))
+        subsets, log_probs = policy(x.double() / temperature, cr.compile(cr.Exactly(2), 6))
+        at = (mask.double() @ subsets.t()).argmax(-1, keepdim=True)
+        torch.testing.assert_close(record.log_probs[:, i].double(), log_probs.gather(1, at)[:, 0], rtol=1e-5, atol=1e-5)
+    assert RoutingRecord.of_router_logits(given, cr.Exactly(2), log_probs=False) == RoutingRecord(
+        RoutingRecord.of(record.masks()).layers
+    )
+
+
+def test_modes_of_layers_that_differ():
+    rules = [cr.Between(1, 3), cr.compile(cr.ActiveGroups(cr.Groups(4), at_most=1) & cr.Exactly(2), 8)]
+    logits = (logits_of(5, 0), logits_of(8, 1))
+    logits[0][3, 2], logits[0][4, 1] = math.inf, -math.inf
+    record = RoutingRecord.of_router_logits(logits, rules)
+    decided = [cr.route(x, cr.compile(r, x.shape[1]), training=False) for x, r in zip(logits, rules, strict=True)]
+    assert record == RoutingRecord.of(decided)
+    assert record.constraints == RoutingRecord.of(decided).constraints
+    assert bool(record.masks()[0][3, 2])
+    assert RoutingRecord.of_router_logits(logits[0], rules[0]).masks()[0].equal(decided[0].mask)
+    assert len(RoutingRecord.of_router_logits([torch.zeros(0, 4)], cr.Exactly(1))) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (((), cr.Exactly(1)), ValueError, "router_logits is empty: call the model with output_router_logits=True"),
+        ((None, cr.Exactly(1)), TypeError, "router_logits=None: expected a tensor"),
+        (([None], cr.Exactly(1)), TypeError, r"router_logits\[0\]=None: expected a tensor"),
+        (([torch.zeros(2, 4).long()], cr.Exactly(1)), TypeError, r"router_logits\[0\] has dtype torch.int64"),
+        (
+            ([torch.zeros(4)], cr.Exactly(1)),
+            ValueError,
+            r"router_logits\[0\] has shape \(4,\): expected \[tokens, experts",
+        ),
+        (([torch.zeros(2, 4), torch.zeros(3, 4)], cr.Exactly(1)), ValueError, r"router_logits are of \[2, 3\] tokens"),
+        (([torch.zeros(2, 4)], [cr.Exactly(1)] * 2), ValueError, "constraint has 2 entries: .* router_logits, 1"),
+        (([torch.zeros(2, 4)], 3), TypeError, "constraint=3: expected a constraint or circuit"),
+        (([torch.zeros(2, 4)], ["Exactly(1)"]), cr.UnsupportedConstraintError, "Exactly"),
+        (([torch.zeros(2, 4)], cr.compile(cr.Exactly(1), 5)), ValueError, "over 5 variables"),
+        (([torch.zeros(2, 4)], cr.Exactly(5)), cr.InfeasibleError, "Exactly"),
+        (([torch.full((2, 4), math.nan)], cr.Exactly(1)), ValueError, r"router_logits\[0\]: .*NaN"),
+        (([torch.full((2, 4), -math.inf)], cr.Exactly(1)), ValueError, r"router_logits\[0\]: .*row"),
+        (([torch.zeros(2, 4)], cr.Exactly(1), 0.0), ValueError, "temperature=0.0"),
+    ],
+)
+def test_router_logits_that_make_no_sense_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        RoutingRecord.of_router_logits(*arguments)
+
+
+# ---------------------------------------------------------------------------------------------- whose it is
+
+
+class Parity(cr.Constraint):
+    """One of a user's own, whose repr is an address."""
+
+    def leaf(self, var):
+        return 0, 1
+
+    def merge(self, left, right):
+        return (left + right) % 2
+
+    def accepts(self, state):
+        return state == 1
+
+    __repr__ = object.__repr__
+
+
+def test_a_record_keeps_constraints_and_model(tmp_path):
+    record = RoutingRecord.of(routings_of(cr.Between(1, 4), 12), model="policy 7")
+    assert (record.constraints, record.model) == (("Between(1, 4)",) * 3, "policy 7")
+    assert repr(record).endswith(", of model 'policy 7')")
+    record.save(tmp_path / "r.npz")
+    with np.load(tmp_path / "r.npz", allow_pickle=False) as archive:  # what older readers look at is what it was
+        assert json.loads(archive["header"].tobytes())["version"] == 1
+    read = RoutingRecord.load(tmp_path / "r.npz")
+    for some in (read, record[3:5], record[[0]], *record.split([10, 20]), RoutingRecord.cat([record, record[:2]])):
+        assert (some.constraints, some.model) == (record.constraints, "policy 7")
+    assert RoutingRecord.of(record.masks()).constraints is None
+    assert RoutingRecord.of(routings_of(cr.Exactly(1), 4)[0]).constraints == ("Exactly(1)",)
+    long = cr.Cost(range(1000), at_most=3)
+    kept = RoutingRecord(record.layers[:1], constraints=[long]).constraints[0]
+    assert len(kept) < 300
+    assert kept != RoutingRecord(record.layers[:1], constraints=[cr.Cost(range(1000), at_most=4)]).constraints[0]
+    assert RoutingRecord(record.layers[:1], constraints=[Parity()]).constraints is None
+
+
+def test_joined_records_know_what_all_of_them_know():
+    first, second = (RoutingRecord.of(routings_of(rule, 12), model="m") for rule in (cr.AtMost(3), cr.Exactly(2)))
+    assert RoutingRecord.cat([first, second]).constraints is None
+    mixed = RoutingRecord(second.layers, second.log_probs, constraints=["AtMost(3)", "other", None])
+    joined = RoutingRecord.cat([first, mixed])
+    assert (joined.constraints, joined.model) == (("AtMost(3)", None, None), None)
+    with pytest.raises(ValueError, match=r"records are of models \['m', 'n'\]"):
+        RoutingRecord.cat([first, RoutingRecord(first.layers, first.log_probs, model="n")])
+
+
+def test_records_of_others_are_not_replayed():
+    circuit, other = (cr.compile(rule, 12) for rule in (cr.Between(1, 4), cr.Between(0, 4)))
+    record = RoutingRecord.of(routings_of(cr.Between(1, 4), 12), model="a")
+    assert (
+        len(masks_for(record, [circuit] * 3, [1.0] * 3, "a")) == len(masks_for(record, [circuit] * 3, [1.0] * 3)) == 3
+    )
+    with pytest.raises(ValueError, match="record is of model 'a', and is to be replayed by 'b'"):
+        masks_for(record, [circuit] * 3, [1.0] * 3, model="b")
+    with pytest.raises(TypeError, match="model=3: expected a text"):
+        masks_for(record, [circuit] * 3, [1.0] * 3, model=3)
+    with pytest.raises(ValueError, match=r"layer 2 was decided under Between\(1, 4\), and .* under Between\(0, 4\)"):
+        masks_for(record, [circuit, circuit, other], [1.0] * 3)
+    with pytest.raises(ValueError, match="temperatures has 2 entries: expected one per layer, 3"):
+        masks_for(record, [circuit] * 3, [1.0] * 2)
+    unknown = RoutingRecord(record.layers)
+    assert len(masks_for(unknown, [other] * 3, [1.0] * 3, "b")) == 3
+    single = RoutingRecord.of(routings_of(cr.Between(1, 4), 12)[0])
+    assert cr.route(logits_of(12, 0), circuit, replay=single).mask.equal(single.masks()[0])
+    with pytest.raises(ValueError, match="was decided under"):
+        cr.route(logits_of(12, 0), other, replay=single)
+    assert cr.route(logits_of(12, 0), other, replay=RoutingRecord(single.layers)).mask.equal(single.masks()[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"constraints": ["a"]}, ValueError, "constraints has 1 entries: expected one per layer, 3"),
+        ({"constraints": "abc"}, TypeError, "constraints='abc': expected one constraint"),
+        ({"constraints": [1, None, None]}, TypeError, r"constraints\[0\]=1: expected a constraint"),
+        ({"model": 7}, TypeError, "model=7: expected a text"),
+    ],
+)
+def test_what_is_told_of_a_record_is_checked(options, error, message):
+    with pytest.raises(error, match=message):
+        RoutingRecord(RECORD.layers, **options)
+
+
+def test_what_a_file_tells_of_a_record_is_checked(tmp_path):
+    record = record_of(cr.Exactly(1))
+    for origin, message in {
+        b"{}": "'constraints'",
+        b"[1]": "list indices",
+        b"{": "not a readable routing record",
+        b'{"constraints": ["a", "b"], "model": null}': "constraints has 2 entries",
+        b'{"constraints": null, "model": 3}': "model=3",
+    }.items():
+        arrays = arrays_of(record) | {"origin": np.frombuffer(origin, dtype=np.uint8)}
+        (tmp_path / "r.npz").write_bytes(files.sealed_archive(arrays))
+        with pytest.raises(cr.CircuitFileError, match=message):
+            RoutingRecord.load(tmp_path / "r.npz")
+
+
+# ---------------------------------------------------------------------------------------------- truncated ratios
+
+
+def replayed_pair(layers=3):
+    """Exact log-probabilities of the same decisions under two policies, [T, L] float64, the first with gradients."""
+    circuit = cr.compile(cr.Between(1, 3), 8).with_engine("torch")
+    record = RoutingRecord.of(
+        [cr.route(logits_of(8, i), circuit, key=cr.random_key(i, torch.arange(T))) for i in range(layers)]
+    )
+    leaf = torch.stack([logits_of(8, i) + logits_of(8, 9 + i) / 4 for i in range(layers)]).requires_grad_()
+    routings = [cr.route(x, circuit, replay=mask) for x, mask in zip(leaf, record.masks(), strict=True)]
+    return log_probs(routings), record.log_probs
+
+
+def test_log_probs_are_those_of_every_layer():
+    new, old = replayed_pair()
+    assert (new.shape, new.dtype, new.requires_grad) == ((T, 3), torch.float64, True)
+    routings = routings_of(cr.Exactly(2), 8)
+    assert log_probs(routings).equal(torch.stack([r.log_prob.double() for r in routings], 1))
+    assert log_probs(routings).sum(1).equal(path_log_prob(routings))
+    assert log_probs(routings).float().equal(RoutingRecord.of(routings).log_probs)
+    assert importance_ratio(new, old).shape == (T, 3)
+
+
+def test_truncated_ratios_are_what_they_say():
+    new, old = replayed_pair()
+    ratios = (new - old.double()).exp().detach()
+    path = ratios.prod(1)
+    assert float(path.min()) < 0.5 < 2 < float(path.max())
+
+    def found(**options):
+        weight = truncated_ratio(new, old, **options)
+        assert (weight.dtype, weight.requires_grad, weight.shape) == (torch.float32, False, (T,))
+        return weight.double()
+
+    def same(a, b):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+
+    same(found(), path.clamp(max=2))
+    same(found(low=0.5, high=1.5), path.clamp(0.5, 1.5))
+    same(found(high=math.inf), path)
+    same(found(per="layer", low=0.8, high=1.2), ratios.clamp(0.8, 1.2).prod(1))
+    inside = (path >= 0.5) & (path <= 2)
+    same(found(low=0.5, outside="zero"), path * inside)
+    same(found(low=0.5, outside="zero", per="layer"), (ratios * ((ratios >= 0.5) & (ratios <= 2))).prod(1))
+    shift = (-(new - old.double()).abs().mean(1)).exp().detach()
+    same(router_shift(new, old).double(), shift)
+    same(router_shift(new, old, floor=0.9).double(), shift.clamp(min=0.9))
+    assert not router_shift(new, old).requires_grad
+    assert router_shift(old, old).equal(torch.ones(T))
+
+
+def test_a_truncated_ratio_is_biased_by_what_it_cuts_and_no_more():
+    """E_old[min(r, C)] = sum min(p_new, C p_old), against enumeration."""
+    circuit = cr.compile(cr.Between(1, 3), 6).with_engine("torch")
+    old, new = logits_of(6, 0, 1), logits_of(6, 1, 1)
+    subsets = circuit(old).enumerate_support()[:, 0].bool()
+    before, after = (cr.route(x.expand(len(subsets), -1), circuit, replay=subsets).log_prob for x in (old, new))
+    weight = truncated_ratio(after[:, None], before[:, None], high=1.5)
+    expected = torch.minimum(after.exp(), 1.5 * before.exp()).sum()
+    torch.testing.assert_close((before.exp() * weight).sum(), expected.detach(), rtol=1e-5, atol=0)
+    assert expected < 0.9
+
+
+@pytest.mark.parametrize("outside", ["clamp", "zero"])
+def test_extreme_ratios_stay_bounded(outside):
+    new = torch.tensor([[-1000.0, 0.0], [1000.0, 0.0], [-math.inf, 0.0], [1000.0, -1000.0], [math.nan, 0.0]])
+    old = torch.zeros(5, 2)
+    path = truncated_ratio(new, old, outside=outside, high=2)
+    top = 2.0 if outside == "clamp" else 0.0
+    assert path[:4].tolist() == [0.0, top, 0.0, 1.0]
+    assert path[4].isnan()
+    assert truncated_ratio(new, old, outside=outside, per="layer", low=0.5, high=2)[:4].tolist() == (
+        [0.5, 2.0, 0.5, 1.0] if outside == "clamp" else [0.0, 0.0, 0.0, 0.0]
+    )
+    assert router_shift(new, old, floor=0.25)[:4].tolist() == [0.25] * 4
+    assert truncated_ratio(new[:0], old[:0], outside=outside).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"per": "token"}, ValueError, "per='token': choose one of 'path', 'layer'"),
+        ({"outside": "drop"}, ValueError, "outside='drop': choose one of 'clamp', 'zero'"),
+        ({"low": 2.0}, ValueError, r"low=2\.0 and high=2\.0: expected 0 <= low < high"),
+        ({"low": -1}, ValueError, r"low=-1\.0"),
+        ({"high": math.nan}, ValueError, "high=nan"),
+        ({"high": "2"}, TypeError, "high='2': expected a number"),
+    ],
+)
+def test_bounds_of_ratios_are_checked(options, error, message):
+    with pytest.raises(error, match=message):
+        truncated_ratio(torch.zeros(2, 3), torch.zeros(2, 3), **options)
+
+
+@pytest.mark.parametrize("ratio", [truncated_ratio, router_shift])
+def test_log_probs_of_ratios_are_checked(ratio):
+    for new, old, error, message in [
+        (torch.zeros(2), torch.zeros(2), ValueError, r"new_log_probs has shape \(2,\): expected \[tokens, layers\]"),
+        (torch.zeros(2, 0), torch.zeros(2, 0), ValueError, r"new_log_probs has shape \(2, 0\)"),
+        (torch.zeros(2, 3), torch.zeros(2, 4), ValueError, r"\(2, 3\) and old_log_probs \(2, 4\)"),
+        (torch.zeros(2, 3), torch.full((2, 3), -math.inf), ValueError, "old_log_probs is not finite"),
+        (torch.zeros(2, 3), None, TypeError, "old_log_probs=None: expected a tensor"),
+        (torch.zeros(2, 3).long(), torch.zeros(2, 3), TypeError, "new_log_probs has dtype torch.int64"),
+    ]:
+        with pytest.raises(error, match=message):
+            ratio(new, old)
+    with pytest.raises(ValueError, match=r"floor=2\.0: must lie in 0\.\.1"):
+        router_shift(torch.zeros(2, 3), torch.zeros(2, 3), floor=2)

@@ -211,10 +211,12 @@ def replayed(batch: Batch, replay: Tensor | RoutingRecord, invalid: Tensor | Non
     """[T, E] bool, the recorded decision; invalid rows had none to check.
 
     Raises:
-        ValueError: a record of another temperature, or a subset that is not allowed, named by row.
+        ValueError: a record of another temperature or constraint, or a subset that is not allowed, named by row.
     """
     distribution = batch.untempered
     mask = recorded_mask(replay, distribution.logits, batch.temperature)
+    if isinstance(replay, RoutingRecord):
+        replay.check_constraint(0, distribution.circuit.constraint)
     # Nobody wants values checked, for which the host would wait; or they cannot be.
     if (mask.is_cuda and not batch.unchecked) or batched() or traced(mask):
         return mask
