@@ -240,8 +240,8 @@ def replay(model: nn.Module | Sequence[nn.Module], record: RoutingRecord | None)
     Raises:
         TypeError: ``record`` is none.
         ValueError: the model has no circuitroute router; or the record is of other numbers of layers or experts, was
-            made at another temperature, or holds a subset that a layer forbids, named with its rows. Another number of
-            tokens is found in the forward pass.
+            made at another temperature or under another constraint, or holds a subset that a layer forbids, named with
+            its rows. Another number of tokens is found in the forward pass.
     """
     hosted = _hosted(model)
     deciders = [decider for *_, decider in hosted]

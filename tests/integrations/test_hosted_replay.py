@@ -314,6 +314,11 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         r"record has layers of \[8, 9, 8\] experts",
     ),
     "temperature": (random_record(temperature=0.5), ValueError, "temperature 0.5, and layer 0 decides at 1"),
+    "constraint": (
+        cr.RoutingRecord(random_record().layers, constraints=[RULE, RULE, cr.Between(1, 5)]),
+        ValueError,
+        r"layer 2 was decided under Between\(1, 5\), and is to be replayed under Between\(1, 4\)",
+    ),
     "subsets": (forbidden(), ValueError, r"layer 1 has subsets that Between\(1, 4\) forbids, in rows 4, 7"),
 }
 
