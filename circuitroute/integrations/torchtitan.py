@@ -7,8 +7,11 @@ Probes are further slots, whose scores are 0 in value and have the gates' gradie
 the experts' *outputs* by the scores, so this gradient is what the expert would have been worth; the backward pass
 through the probed experts computes zeros.
 
-Importing this module imports torchtitan. Legend, as there: B sequences, L positions, D model dimension, E experts, K
-slots per token.
+Slots that are not used have the score -0.0, the sign of which tells them from probes. The dispatchers made here leave
+such slots out before the experts run; any other computes them and weighs them by 0, which is as right.
+
+Importing this module imports torchtitan. Legend, as there: B sequences, L positions, T = B L tokens, D model dimension,
+E experts, K slots per token; S the slots in use.
 """
 
 from __future__ import annotations
@@ -16,13 +19,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, SupportsIndex
+from typing import Any, Literal, SupportsIndex, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from circuitroute._validate import plain_word
+from circuitroute._validate import one_of, plain_word
 from circuitroute.constraints import Constraint
 from circuitroute.inference.circuit import Circuit
 from circuitroute.integrations.hosted import GROUP_LIMIT, Decider, one_per_layer, refuse_replaced
@@ -46,10 +49,20 @@ from circuitroute.routing.probes import (
 try:
     from torchtitan.config.override import derive
     from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
+    from torchtitan.models.common.token_dispatcher import (
+        AllToAllTokenDispatcher,
+        LocalTokenDispatcher,
+        TorchAOTokenDispatcher,
+    )
 except ImportError as error:
     raise ImportError(
         "circuitroute.integrations.torchtitan needs torchtitan 0.3 and what it imports: pip install torchtitan==0.3.0"
     ) from error
+
+Padding: TypeAlias = Literal["auto", "distinct", "ragged"]
+
+# Dispatchers that gather the rows of all slots in one method, _local_reorder, and go by its counts.
+REORDERING = (LocalTokenDispatcher, AllToAllTokenDispatcher, TorchAOTokenDispatcher)
 
 # Settings of the router's config that would silently have no effect, and what to do instead.
 REPLACED = {
@@ -64,8 +77,9 @@ class CircuitRouter(TokenChoiceTopKRouter):
 
     In training the subset is sampled, and gradients reach all logits through the estimator; in evaluation it is the
     most probable one. The expert bias of auxiliary-loss-free balancing shifts the *logits* for the choice (torchtitan's
-    router adds it to the scores), and leaves the weights alone. Slots that a token does not use have weight 0 and the
-    ids of experts that it did not choose, as torchtitan's dispatchers require.
+    router adds it to the scores), and leaves the weights alone. Slots that a token does not use have the weight -0.0 and
+    the ids of experts that it did not choose, as torchtitan's dispatchers require; probes have the weight 0.0. A row
+    without a decision, of NaN, has weights of NaN.
 
     Raises:
         ValueError: settings that the constraint replaces, or a ``top_k`` that is not the constraint's largest count.
@@ -135,14 +149,16 @@ class CircuitRouter(TokenChoiceTopKRouter):
             scale=self.route_scale,
             key=key,
         )
+        worth_TE = torch.zeros_like(routing.gates)
         if self.is_probing():
             worth_TE = probe_weights(routing, self.probes, key, self.probe_weights)
-            weights_TK, ids_TK = padded_with_probes(routing, worth_TE, self.top_k)
-        else:
-            weights_TK, ids_TK = routing.padded(self.top_k)
+        weights_TK, ids_TK = padded_with_probes(routing, worth_TE, self.top_k)
+        unused_TK = (weights_TK == 0) & (worth_TE.gather(-1, ids_TK) == 0)
+        # Adding 0 makes 0.0 of a probe's -0.0.
+        weights_TK = torch.where(unused_TK, -0.0, weights_TK + 0.0)
         scores_BLE = logits_BLE.sigmoid() if self.score_func == "sigmoid" else logits_BLE.softmax(-1)
         # Dispatchers flatten the ids with view().
-        return weights_TK.reshape(B, L, -1), ids_TK.contiguous().view(B, L, -1), scores_BLE
+        return weights_TK.reshape(B, L, self.top_k), ids_TK.contiguous().view(B, L, self.top_k), scores_BLE
 
     def is_probing(self) -> bool:
         """Whether a forward pass runs probes now: in training, with gradients enabled."""
@@ -174,6 +190,7 @@ def circuit_moe(
     *,
     probes: ProbeCount = 0,
     probe_weights: ProbeWeights = "importance",
+    padding: Padding = "auto",
     **options: Any,
 ) -> Any:
     """The config of a mixture-of-experts layer, with a constraint in place of top-k.
@@ -185,6 +202,11 @@ def circuit_moe(
         constraint: what is allowed, over its experts; or a circuit.
         probes, probe_weights: in training, how many unchosen experts every token runs besides, or ``"all"``, and how
             much each counts in the gradient of the gates: see :class:`circuitroute.MoE`.
+        padding: what becomes of slots that a token does not use. ``"ragged"``: the dispatcher leaves them out, so that
+            experts compute what was chosen, and probes; within ``torch.compile``, where shapes are not to depend on
+            values, all slots are computed. ``"distinct"``: the dispatcher remains the config's, and all slots are
+            computed, unused ones with weight 0. ``"auto"``: ``"ragged"`` for torchtitan's local and all-to-all
+            dispatchers, ``"distinct"`` for others.
         options: ``estimator``, ``seed``, ``decide`` and ``temperature`` of
             :class:`~circuitroute.integrations.hosted.Decider`.
 
@@ -195,7 +217,8 @@ def circuit_moe(
         InfeasibleError: no subset of the layer's experts satisfies the constraint.
         TypeError: not such a config, or not a constraint.
         ValueError: settings that the constraint replaces; probes with the estimators ``"none"`` and ``"score"``, where
-            unchosen experts' gates have no gradient.
+            unchosen experts' gates have no gradient; ``padding="ragged"`` for a dispatcher that is not one of
+            torchtitan's local and all-to-all ones.
     """
     if not isinstance(config, MoE.Config):
         raise TypeError(f"config is a {type(config).__qualname__}: expected the MoE.Config of a layer")
@@ -207,7 +230,10 @@ def circuit_moe(
     kept = {name: getattr(decider, name) if name != "estimator" else plain_word(options[name]) for name in options}
     router = derive(config.router, CircuitRouter.Config, top_k=slots, constraint=constraint, **probing, **kept)
     experts = config.routed_experts
-    dispatcher = derive(experts.token_dispatcher, type(experts.token_dispatcher), top_k=slots)
+    # Where every token uses all slots there is nothing to leave out.
+    sparing = bool(probing["probes"]) or not decider.fixed_count
+    kind = _dispatcher(type(experts.token_dispatcher), plain_word(padding), sparing)
+    dispatcher = derive(experts.token_dispatcher, kind, top_k=slots)
     routed = derive(experts, type(experts), token_dispatcher=dispatcher)
     return derive(config, _counting(type(config)._owner).Config, router=router, routed_experts=routed)
 
@@ -222,8 +248,8 @@ def convert(
     Args:
         model: a config that contains such layers, before ``build()``.
         constraint: one for all layers, or one per layer, in order; or circuits.
-        options: of :func:`circuit_moe`: ``estimator``, ``seed``, ``decide``, ``temperature``, ``probes`` and
-            ``probe_weights``.
+        options: of :func:`circuit_moe`: ``estimator``, ``seed``, ``decide``, ``temperature``, ``probes``,
+            ``probe_weights`` and ``padding``.
 
     Returns:
         How many layers there are.
@@ -247,6 +273,71 @@ def convert(
     return len(found)
 
 
+def _dispatcher(config: Any, padding: str, sparing: bool) -> Any:
+    """The class of a dispatcher's config: ``config`` itself, or of its subclass that leaves unused slots out.
+
+    Args:
+        config: the class of the layer's dispatcher config.
+        padding: see :func:`circuit_moe`.
+        sparing: whether there may be unused slots.
+
+    Raises:
+        ValueError: an unknown ``padding``, or ``"ragged"`` for a dispatcher that has its own way of dispatching.
+    """
+    one_of("padding", padding, get_args(Padding))
+    owner = config._owner
+    known = any(
+        owner.dispatch is kind.dispatch and owner._local_reorder is kind._local_reorder and issubclass(owner, kind)
+        for kind in REORDERING
+    )
+    if padding == "ragged" and not known:
+        names = ", ".join(kind.__name__ for kind in REORDERING)
+        raise ValueError(
+            f"padding='ragged': {owner.__qualname__} dispatches in its own way, and whether it can leave slots out is "
+            f"not known; use padding='distinct', or one of {names}"
+        )
+    return _ragged(owner).Config if known and sparing and padding != "distinct" else config
+
+
+def _used(scores_TK: Tensor) -> Tensor:
+    """[T, K] bool: all slots but those with the score -0.0."""
+    return (scores_TK != 0) | ~torch.signbit(scores_TK)
+
+
+@cache
+def _ragged(owner: Any) -> Any:
+    """The subclass of a token dispatcher that leaves unused slots out, except in compiled programs."""
+
+    class RaggedTokenDispatcher(owner):
+        @dataclass(kw_only=True, slots=True)
+        class Config(owner.Config):
+            def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+                return _unpickled, (_ragged, owner, True), *object.__reduce_ex__(self, 2)[2:]
+
+        def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+            return _unpickled, (_ragged, owner, False), self.__getstate__()
+
+        def dispatch(self, x_TD: Tensor, scores_TK: Tensor, ids_TK: Tensor, counts_E: Tensor) -> Any:
+            if not torch.compiler.is_compiling():
+                # The layer counts all slots.
+                chosen_TE = counts_E.new_zeros(len(ids_TK), self.num_experts, dtype=torch.bool)
+                counts_E = chosen_TE.scatter_(-1, ids_TK, _used(scores_TK)).sum(0).to(counts_E.dtype)
+            return super().dispatch(x_TD, scores_TK, ids_TK, counts_E)
+
+        def _local_reorder(self, x_TD: Tensor, scores_TK: Tensor, ids_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            if torch.compiler.is_compiling():
+                reordered: tuple[Tensor, Tensor, Tensor] = super()._local_reorder(x_TD, scores_TK, ids_TK)
+                return reordered
+            slot_S = _used(scores_TK).flatten().nonzero().squeeze(-1)
+            # By expert, and then by token, as all slots would be.
+            slot_S = slot_S[ids_TK.flatten()[slot_S].argsort(stable=True)]
+            token_S = slot_S // scores_TK.shape[-1]
+            return x_TD[token_S], token_S, scores_TK.flatten()[slot_S]
+
+    RaggedTokenDispatcher.__name__ = RaggedTokenDispatcher.__qualname__ = f"Ragged{owner.__name__}"
+    return RaggedTokenDispatcher
+
+
 @cache
 def _counting(owner: Any) -> Any:
     """The subclass of a MoE whose load counter counts the sampled experts only, and which has slots for probes only
@@ -257,10 +348,10 @@ def _counting(owner: Any) -> Any:
         @dataclass(kw_only=True, slots=True)
         class Config(owner.Config):
             def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-                return _unpickled, (owner, True), *object.__reduce_ex__(self, 2)[2:]
+                return _unpickled, (_counting, owner, True), *object.__reduce_ex__(self, 2)[2:]
 
         def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-            return _unpickled, (owner, False), self.__getstate__()
+            return _unpickled, (_counting, owner, False), self.__getstate__()
 
         def __init__(self, config: Config) -> None:
             super().__init__(config)
@@ -278,18 +369,20 @@ def _counting(owner: Any) -> Any:
 
         @torch.no_grad()
         def _discount_unused(self, router: Any, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
-            # The layer is about to count all slots; unused ones and probes are those with weight 0.
+            # The layer is about to count all slots; unused ones and probes are those with weight 0, and rows without a
+            # decision have weights of NaN.
             if self.training:
                 weights, ids, _ = output
                 load_E = self.tokens_per_expert_E
-                load_E.index_add_(0, ids.flatten(), -(weights == 0).flatten().to(load_E.dtype))
+                uncounted = (weights == 0) | weights.isnan()
+                load_E.index_add_(0, ids.flatten(), -uncounted.flatten().to(load_E.dtype))
 
     # These classes have no names to be found by: they are made again.
     CircuitMoE.__name__ = CircuitMoE.__qualname__ = f"Circuit{owner.__name__}"
     return CircuitMoE
 
 
-def _unpickled(owner: Any, config: bool) -> Any:
-    """A layer of :func:`_counting`, or a config of one, that is about to be given its state."""
-    kind = _counting(owner)
+def _unpickled(subclass: Any, owner: Any, config: bool) -> Any:
+    """An object of ``subclass(owner)``, or a config of one, that is about to be given its state."""
+    kind = subclass(owner)
     return object.__new__(kind.Config if config else kind)
