@@ -77,9 +77,9 @@ class CircuitRouter(TokenChoiceTopKRouter):
 
     In training the subset is sampled, and gradients reach all logits through the estimator; in evaluation it is the
     most probable one. The expert bias of auxiliary-loss-free balancing shifts the *logits* for the choice (torchtitan's
-    router adds it to the scores), and leaves the weights alone. Slots that a token does not use have the weight -0.0 and
-    the ids of experts that it did not choose, as torchtitan's dispatchers require; probes have the weight 0.0. A row
-    without a decision, of NaN, has weights of NaN.
+    router adds it to the scores), and leaves the weights alone. Slots that a token does not use have the weight -0.0
+    and the ids of experts that it did not choose, as torchtitan's dispatchers require; probes have the weight 0.0. A
+    row without a decision, of NaN, has weights of NaN.
 
     Raises:
         ValueError: settings that the constraint replaces, or a ``top_k`` that is not the constraint's largest count.
