@@ -26,6 +26,7 @@ from circuitroute.inference.circuit import Circuit
 from circuitroute.integrations.hosted import GROUP_LIMIT, Decider, Weights, refuse_replaced
 from circuitroute.integrations.hosted import begin_step as begin_step
 from circuitroute.integrations.hosted import recorded_routings as recorded_routings
+from circuitroute.integrations.hosted import replay as replay
 from circuitroute.routing import losses
 from circuitroute.routing.choice import Decide
 from circuitroute.routing.decision import Routing

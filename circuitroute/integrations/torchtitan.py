@@ -31,6 +31,7 @@ from circuitroute.inference.circuit import Circuit
 from circuitroute.integrations.hosted import GROUP_LIMIT, Decider, one_per_layer, refuse_replaced
 from circuitroute.integrations.hosted import begin_step as begin_step
 from circuitroute.integrations.hosted import recorded_routings as recorded_routings
+from circuitroute.integrations.hosted import replay as replay
 from circuitroute.keys import drawn_keys
 from circuitroute.routing.choice import Decide
 from circuitroute.routing.estimators import Estimator
