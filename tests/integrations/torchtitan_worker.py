@@ -1,4 +1,4 @@
-"""torchtitan's layers in processes that share the experts: run by test_torchtitan_processes.py, which reads the results.
+"""torchtitan's layers in processes that share the experts: run by test_torchtitan_processes.py.
 
 ``python torchtitan_worker.py DIRECTORY``: every scenario on two processes, and on one, to which those are held. The
 experts are sharded, and the tokens exchanged, by torchtitan's own ``parallelize`` and all-to-all dispatcher.
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -31,6 +32,7 @@ from circuitroute.integrations import torchtitan
 from tests.integrations.process_worker import fork_all
 
 B, L, D, E, HIDDEN, STEPS = 4, 6, 16, 8, 24, 3
+RULE = cr.Between(1, 4)
 
 
 class LoopedExperts(GroupedExperts):
@@ -70,16 +72,22 @@ class Scenario:
 
     def __init__(self, rank: int, processes: int) -> None:
         self.rank, self.processes = rank, processes
+        self.record: cr.RoutingRecord | None = None
+        self.recompute = False
 
-    def run(self, constraint: cr.Constraint, backend: str, **options: Any) -> dict[str, Any]:
-        config = torchtitan.circuit_moe(layer_config(), constraint, seed=0, **options)
+    def run(self, constraint: cr.Constraint, *, share: Any = None, **options: Any) -> dict[str, Any]:
+        """``share``: the hidden states, of shape [B, ...], in place of random ones."""
+        config = torchtitan.circuit_moe(layer_config(), constraint, **{"seed": 0, **options})
         layout = dict.fromkeys(("w1_EFD", "w2_EDF", "w3_EFD"))
         set_moe_sharding_config(config, enable_ep=True, enable_sp=False, expert_param_layout=layout)
         layer = config.build()
         torch.manual_seed(0)
         for parameter in layer.parameters():
             nn.init.normal_(parameter, std=0.3)
-        hidden = torch.randn(B, L, D).chunk(self.processes)[self.rank].requires_grad_()
+        hidden = torch.randn(B, L, D) if share is None else share
+        hidden = hidden.chunk(self.processes)[self.rank].requires_grad_()
+        # Exchanges of unequal numbers of rows: gloo has none of the kind that torchtitan's default backend asks for.
+        backend = "partial_dtensor"
         utils.set_spmd_backend(backend)
         dims = parallel_dims.ParallelDims(1, self.processes, 1, 1, 1, self.processes, self.processes, backend)
         dims.build_mesh()
@@ -89,11 +97,15 @@ class Scenario:
 
     def train(self, layer: Any, hidden: Tensor) -> dict[str, Any]:
         """Steps of gradient descent, with the gate's gradient summed over processes as data parallelism does."""
+        if self.record is not None:
+            tokens = hidden.shape[0] * hidden.shape[1]
+            torchtitan.replay(layer, self.record.split([tokens] * self.processes)[self.rank])
         found: dict[str, Any] = {"losses": [], "decisions": [], "rows": [], "load": [], "gradients": []}
         for step in range(STEPS):
-            torchtitan.begin_step(layer, step, offset=self.rank * hidden.shape[0] * L)
+            torchtitan.begin_step(layer, step, offset=self.rank * hidden.shape[0] * hidden.shape[1])
             with torchtitan.recorded_routings(layer) as routings:
-                loss = layer(hidden).square().sum()
+                output = checkpoint(layer, hidden, use_reentrant=False) if self.recompute else layer(hidden)
+                loss = output.square().sum()
             rows = layer.routed_experts.inner_experts.rows
             loss.backward()
             if self.processes > 1:
@@ -136,10 +148,45 @@ class Scenario:
 
 
 def ragged(s: Scenario) -> dict[str, Any]:
-    return s.run(cr.Between(1, 4), "partial_dtensor")
+    return s.run(RULE)
 
 
-SCENARIOS: dict[str, Callable[[Scenario], dict[str, Any]]] = {f.__name__: f for f in (ragged,)}
+def distinct(s: Scenario) -> dict[str, Any]:
+    return s.run(RULE, padding="distinct")
+
+
+def ragged_checkpoint(s: Scenario) -> dict[str, Any]:
+    s.recompute = True
+    return s.run(RULE)
+
+
+def ragged_probes(s: Scenario) -> dict[str, Any]:
+    return s.run(RULE, probes=1)
+
+
+def fixed(s: Scenario) -> dict[str, Any]:
+    return s.run(cr.Exactly(2))
+
+
+def empty_handed(s: Scenario) -> dict[str, Any]:
+    """Tokens of the first process need experts of the second alone, and those of the second need none."""
+    hidden = torch.randn(B, 1, D) * 0.01
+    s.record = cr.RoutingRecord.of(torch.arange(E).ge(E - 2).expand(B, E) & torch.arange(B)[:, None].lt(B // 2))
+    return s.run(cr.AtMost(2), share=hidden)
+
+
+def replayed(s: Scenario) -> dict[str, Any]:
+    """A record of all tokens, of which each process replays its own."""
+    logits = torch.randn(B * L, E, generator=torch.Generator().manual_seed(9))
+    mask = cr.compile(RULE, E)(logits).sample(key=cr.random_key(9, torch.arange(B * L))).bool()
+    s.record = cr.RoutingRecord.of(mask)
+    return s.run(RULE, seed=None)
+
+
+SCENARIOS: dict[str, Callable[[Scenario], dict[str, Any]]] = {
+    function.__name__: function
+    for function in (ragged, distinct, ragged_checkpoint, ragged_probes, fixed, empty_handed, replayed)
+}
 
 if __name__ == "__main__":
     parallel_dims.device_type = "cpu"  # torchtitan takes a machine without a GPU for one with
