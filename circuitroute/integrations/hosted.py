@@ -129,6 +129,7 @@ class Decider:
         renormalize: bool = False,
         scale: float = 1.0,
         key: Tensor | None = None,
+        replay: Tensor | None = None,
     ) -> Routing:
         """Decide for T tokens.
 
@@ -141,6 +142,7 @@ class Decider:
             renormalize: whether to divide the weights of each token by their sum.
             scale: multiplies all weights.
             key: [T] int64, keys in place of the tokens' own.
+            replay: [T, E] bool, decisions that the host itself recorded, in its order of tokens.
 
         Returns:
             The decision. Its distribution and marginals are those of the shifted logits, from which it was drawn. A
@@ -148,11 +150,12 @@ class Decider:
 
         Raises:
             RuntimeError: there is a seed, but no step has begun.
-            ValueError: the record that is replayed has another number of tokens or was made at another temperature, or
-                infinite logits exclude one of its subsets.
+            ValueError: the record that is replayed has another number of tokens or was made at another temperature; or
+                there are two, the host's and one of :func:`replay`; or the constraint or infinite logits exclude a
+                subset, named by row.
         """
         for_choice = logits if shift is None else logits + shift.detach().to(logits.dtype)
-        replay = self._replayed(token)
+        replay = self._replayed(token, replay)
         key = (self.keys(token) if key is None else key) if training and replay is None else None
         share = as_share(self.decide, self.estimator) if training else 0.0
         batch = Batch.of(for_choice, self.circuit, key=key, temperature=self.temperature)
@@ -166,14 +169,20 @@ class Decider:
         gates = gates * scale
         gates = torch.where(decided.mask & (gates == 0), torch.finfo(gates.dtype).tiny, gates)
         routing = decided.weighed(gates, batch.logits)
+        routing.token = token
         if self.recorded is not None:
             self.recorded.append(routing)
         return routing
 
-    def _replayed(self, token: Tensor) -> Tensor | None:
+    def _replayed(self, token: Tensor, by_host: Tensor | None) -> Tensor | None:
         """[T, E] bool, the recorded decisions for the tokens with these numbers; None where none are replayed."""
         if self._replay is None:
-            return None
+            return by_host
+        if by_host is not None:
+            raise ValueError(
+                "replay: there are two records, one of replay(model, record) and one that the model's own library "
+                "replays; end one of them, such as by replay(model, None)"
+            )
         mask, temperature = self._replay
         if len(mask) != len(token):
             raise ValueError(

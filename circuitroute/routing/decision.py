@@ -56,6 +56,17 @@ def chosen_first(mask: Tensor, scores: Tensor, slots: int) -> Tensor:
     return by_score.gather(-1, order[:, :slots])
 
 
+def by_token(decision: object, rows: Tensor) -> Tensor:
+    """[T, ...] rows of a decision, put in the order of the tokens' numbers; differentiable.
+
+    Args:
+        decision: a :class:`Routing`; whatever else has no numbers, and its rows stay as they are.
+        rows: [T, ...] of that decision, such as its mask or log-probabilities.
+    """
+    token: Tensor | None = getattr(decision, "token", None)
+    return rows if token is None else rows.index_select(0, token.argsort().to(rows.device))
+
+
 class Routing:
     """The chosen experts of T tokens, with what training, serving and replay need of the choice.
 
@@ -65,7 +76,11 @@ class Routing:
     Attributes:
         mask: [T, E] bool, the chosen experts.
         temperature: what the logits were divided by for the decision: a number, or a tensor [] or [T].
+        token: [T] int64, the numbers of the rows' tokens, where a host holds them in another order than that of their
+            numbers; else None. Records are by number: see :func:`by_token`.
     """
+
+    token: Tensor | None = None
 
     def __init__(
         self,
@@ -91,7 +106,9 @@ class Routing:
     def weighed(self, gates: Tensor, logits: Tensor | None = None) -> Routing:
         """The same decision with other weights [T, E], and with ``logits`` [T, E] as those it was made of."""
         logits = self.logits if logits is None else logits
-        return Routing(self.distribution, self.mask, gates, self.untempered, logits, self.temperature)
+        weighed = Routing(self.distribution, self.mask, gates, self.untempered, logits, self.temperature)
+        weighed.token = self.token
+        return weighed
 
     @property
     def distribution(self) -> SubsetDistribution:
@@ -199,7 +216,8 @@ class Routing:
         tempered = None if self.distribution is self.untempered else _parameters(self.distribution)
         temperature = self.temperature.detach() if isinstance(self.temperature, Tensor) else self.temperature
         untempered, values = _parameters(self.untempered), (self.mask, self.gates.detach(), self.logits.detach())
-        return _restored, (tempered, untempered, *values, temperature)
+        numbered = {} if self.token is None else {"token": self.token}
+        return _restored, (tempered, untempered, *values, temperature), numbered
 
     def __copy__(self) -> Routing:
         twin = object.__new__(type(self))

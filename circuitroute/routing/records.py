@@ -25,7 +25,7 @@ from circuitroute._tensors import plain
 from circuitroute._validate import as_items, as_number, int_at_least, one_of
 from circuitroute.errors import CircuitFileError
 from circuitroute.inference.evidence import rows_text
-from circuitroute.routing.decision import Routing
+from circuitroute.routing.decision import Routing, by_token
 
 Form: TypeAlias = Literal["indices", "bits"]
 Array: TypeAlias = npt.NDArray[Any]
@@ -126,6 +126,7 @@ class RoutingRecord:
 
         Args:
             decisions: those of all layers, or of the only one. The record has their temperature; that of masks is 1.
+                Routings of a host that numbers its tokens are put in the order of these numbers.
             log_probs: whether to keep the log-probabilities of Routings (masks have none): exact, and already computed
                 where the decision was sampled. :func:`importance_ratio` compares with them.
 
@@ -134,12 +135,13 @@ class RoutingRecord:
             AttributeError: a decision without a log-probability, such as a soft router's; record its mask.
         """
         each = each_of("decisions", decisions)
-        layers = [LayerRecord.of(mask_of(f"decisions[{i}]", decision)) for i, decision in enumerate(each)]
+        masks = [by_token(decision, mask_of(f"decisions[{i}]", decision)) for i, decision in enumerate(each)]
+        layers = [LayerRecord.of(mask) for mask in masks]
         routings = [decision for decision in each if isinstance(decision, Routing)]
         known = None
         if log_probs and routings and len(routings) == len(each):
             with torch.no_grad():
-                known = torch.stack([routing.log_prob.float().cpu() for routing in routings], dim=1)
+                known = torch.stack([by_token(routing, routing.log_prob).float().cpu() for routing in routings], dim=1)
         return RoutingRecord(layers, known, _temperature_of(routings))
 
     @staticmethod
