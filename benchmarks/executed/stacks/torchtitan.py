@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torchtitan
 from torch import Tensor
 from torch.nn import functional as F
 from torchtitan.models.common.linear import Linear
