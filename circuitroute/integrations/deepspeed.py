@@ -28,7 +28,6 @@ from circuitroute.integrations.hosted import recorded_routings as recorded_routi
 from circuitroute.integrations.hosted import replay as replay
 from circuitroute.routing import losses
 from circuitroute.routing.decision import Routing
-from circuitroute.routing.probes import padded_with_probes
 
 try:
     from deepspeed import comm
@@ -107,8 +106,8 @@ class CircuitGate(TopKGate):
 
     def _routes(self, routing: Routing, chosen_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(experts, rows within the experts, weights), [K, T] each."""
-        weights_TK, ids_TK = padded_with_probes(routing, torch.zeros_like(routing.gates), self.k)
-        used_TK = chosen_TE.gather(-1, ids_TK)
+        ids_TK = chosen_TE.float().topk(self.k).indices
+        used_TK, weights_TK = chosen_TE.gather(-1, ids_TK), routing.gates.gather(-1, ids_TK)
         rows_TK = torch.where(used_TK, _rows(chosen_TE).gather(-1, ids_TK), 0)
         ids_TK = torch.where(used_TK, ids_TK, -1)
         # Weights of NaN, of tokens without a decision, remain: the layer multiplies what is not there by them.

@@ -17,6 +17,7 @@ E experts, K slots per token; S the slots in use.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, SupportsIndex, TypeAlias, get_args
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from circuitroute._tensors import traced, without_autocast
 from circuitroute._validate import one_of, plain_word
 from circuitroute.constraints import Constraint
 from circuitroute.inference.circuit import Circuit
@@ -34,13 +36,13 @@ from circuitroute.integrations.hosted import recorded_routings as recorded_routi
 from circuitroute.integrations.hosted import replay as replay
 from circuitroute.keys import drawn_keys
 from circuitroute.routing.choice import Decide
+from circuitroute.routing.decision import Routing
 from circuitroute.routing.estimators import Estimator
 from circuitroute.routing.probes import (
     ProbeCount,
     ProbeWeights,
     as_probe_count,
     as_probe_weights,
-    padded_with_probes,
     plain_probe_weights,
     probe_slots,
     probe_weights,
@@ -150,13 +152,10 @@ class CircuitRouter(TokenChoiceTopKRouter):
             scale=self.route_scale,
             key=key,
         )
-        worth_TE = torch.zeros_like(routing.gates)
+        worth_TE = None
         if self.is_probing():
             worth_TE = probe_weights(routing, self.probes, key, self.probe_weights)
-        weights_TK, ids_TK = padded_with_probes(routing, worth_TE, self.top_k)
-        unused_TK = (weights_TK == 0) & (worth_TE.gather(-1, ids_TK) == 0)
-        # Adding 0 makes 0.0 of a probe's -0.0.
-        weights_TK = torch.where(unused_TK, -0.0, weights_TK + 0.0)
+        weights_TK, ids_TK = _in_slots(routing, worth_TE, self.top_k)
         scores_BLE = logits_BLE.sigmoid() if self.score_func == "sigmoid" else logits_BLE.softmax(-1)
         # Dispatchers flatten the ids with view().
         return weights_TK.reshape(B, L, self.top_k), ids_TK.contiguous().view(B, L, self.top_k), scores_BLE
@@ -167,15 +166,39 @@ class CircuitRouter(TokenChoiceTopKRouter):
 
     def _logits(self, x_BLD: Tensor) -> Tensor:
         # In float32 on GPUs, as in the host; autocast on CPUs has no such mode and would only warn.
-        on_gpu = x_BLD.device.type != "cpu"
-        with torch.autocast(x_BLD.device.type, dtype=torch.float32 if on_gpu else None, enabled=on_gpu):
+        kind = x_BLD.device.type
+        context = nullcontext() if kind in ("cpu", "meta") else torch.autocast(kind, dtype=torch.float32)
+        with without_autocast(x_BLD), context:
             logits_BLE: Tensor = self.gate(x_BLD)
         if isinstance(logits_BLE, DTensor):
             raise TypeError(
-                f"the gate returned a DTensor ({logits_BLE.placements}): tensor and expert parallelism of the router "
-                f"are not supported by this adapter; use data parallelism (DDP, FSDP) or torchtitan's own router"
+                f"the gate returned a DTensor ({logits_BLE.placements}): a router that is sharded, as under tensor "
+                f"parallelism, is not supported by this adapter; use data and expert parallelism without it, or "
+                f"torchtitan's own router"
             )
         return logits_BLE if logits_BLE.dtype == torch.float64 else logits_BLE.float()
+
+
+def _in_slots(routing: Routing, worth_TE: Tensor | None, slots: int) -> tuple[Tensor, Tensor]:
+    """(weights [T, K], distinct ids [T, K]): the chosen experts, then probes, then others, those of high logits first.
+
+    Args:
+        routing: a decision.
+        worth_TE: how much each expert counts as a probe, 0 where it is none; None where there are no probes.
+        slots: K.
+    """
+    gates_TE, used_TE = routing.gates, routing.mask
+    # atan keeps the order of logits and makes the infinite ones finite.
+    rank_TE = routing.logits.detach().atan() + 8.0 * routing.mask
+    if worth_TE is not None:
+        probed_TE = worth_TE > 0
+        gates_TE = gates_TE * torch.where(routing.mask, 1.0, worth_TE)
+        used_TE, rank_TE = used_TE | probed_TE, rank_TE + 4.0 * probed_TE
+    ids_TK = rank_TE.topk(slots).indices
+    weights_TK = gates_TE.gather(-1, ids_TK)
+    # Weights of NaN, of rows without a decision, are not to pass for 0. Adding 0 makes 0.0 of a probe's -0.0.
+    used_TK = used_TE.gather(-1, ids_TK) | weights_TK.isnan()
+    return torch.where(used_TK, weights_TK + 0.0, -0.0), ids_TK
 
 
 def _slots(decider: Decider, probes: ProbeCount, weights: ProbeWeights) -> int:
@@ -204,10 +227,10 @@ def circuit_moe(
         probes, probe_weights: in training, how many unchosen experts every token runs besides, or ``"all"``, and how
             much each counts in the gradient of the gates: see :class:`circuitroute.MoE`.
         padding: what becomes of slots that a token does not use. ``"ragged"``: the dispatcher leaves them out, so that
-            experts compute what was chosen, and probes; within ``torch.compile``, where shapes are not to depend on
-            values, all slots are computed. ``"distinct"``: the dispatcher remains the config's, and all slots are
-            computed, unused ones with weight 0. ``"auto"``: ``"ragged"`` for torchtitan's local and all-to-all
-            dispatchers, ``"distinct"`` for others.
+            experts compute what was chosen, and probes; in traced programs, such as those of ``torch.compile``, whose
+            shapes are not to depend on values, all slots are computed. ``"distinct"``: the dispatcher remains the
+            config's, and all slots are computed, unused ones with weight 0. ``"auto"``: ``"ragged"`` for torchtitan's
+            local and all-to-all dispatchers, ``"distinct"`` for others.
         options: ``estimator``, ``seed``, ``decide`` and ``temperature`` of
             :class:`~circuitroute.integrations.hosted.Decider`.
 
@@ -307,7 +330,7 @@ def _used(scores_TK: Tensor) -> Tensor:
 
 @cache
 def _ragged(owner: Any) -> Any:
-    """The subclass of a token dispatcher that leaves unused slots out, except in compiled programs."""
+    """The subclass of a token dispatcher that leaves unused slots out, except in traced programs."""
 
     class RaggedTokenDispatcher(owner):
         @dataclass(kw_only=True, slots=True)
@@ -319,14 +342,14 @@ def _ragged(owner: Any) -> Any:
             return _unpickled, (_ragged, owner, False), self.__getstate__()
 
         def dispatch(self, x_TD: Tensor, scores_TK: Tensor, ids_TK: Tensor, counts_E: Tensor) -> Any:
-            if not torch.compiler.is_compiling():
+            if not traced(scores_TK):
                 # The layer counts all slots.
                 chosen_TE = counts_E.new_zeros(len(ids_TK), self.num_experts, dtype=torch.bool)
                 counts_E = chosen_TE.scatter_(-1, ids_TK, _used(scores_TK)).sum(0).to(counts_E.dtype)
             return super().dispatch(x_TD, scores_TK, ids_TK, counts_E)
 
         def _local_reorder(self, x_TD: Tensor, scores_TK: Tensor, ids_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            if torch.compiler.is_compiling():
+            if traced(scores_TK):
                 reordered: tuple[Tensor, Tensor, Tensor] = super()._local_reorder(x_TD, scores_TK, ids_TK)
                 return reordered
             slot_S = _used(scores_TK).flatten().nonzero().squeeze(-1)

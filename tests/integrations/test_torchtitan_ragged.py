@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import circuitroute as cr
 from tests.integrations.test_torchtitan import B, E, L, Stack, build, hidden, layer_config, torchtitan
@@ -131,6 +133,21 @@ def test_compiled_programs_compute_all_slots() -> None:
     torch.testing.assert_close(compiled(hidden()), expected)
     assert seen[0] < seen[-1] == B * L * 4
     assert plain[0].shape == expected.shape
+
+
+def test_traced_programs_and_tensors_without_numbers_have_all_slots() -> None:
+    layer, x = build_padded(cr.Between(1, 4), "auto"), hidden()
+    # The experts' loop reads counts; here they are one map.
+    layer.routed_experts.inner_experts.forward = lambda x, counts: x * 2.0
+    rows = rows_of(layer)
+    recorded = make_fx(layer)(x)
+    assert rows == [B * L * 4]
+    torch.testing.assert_close(recorded(x + 1.0), layer(x + 1.0))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert layer(mode.from_tensor(x)).shape == x.shape
+    assert layer.to("meta")(x.to("meta")).shape == x.shape
+    assert rows[2:] == [B * L * 4] * 2
+    assert rows[1] < rows[0]
 
 
 def test_dispatchers_are_kept_where_nothing_can_be_left_out() -> None:

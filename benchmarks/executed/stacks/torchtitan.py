@@ -33,9 +33,10 @@ class LoopedExperts(GroupedExperts):
         """The host's fields."""
 
     def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
-        outputs = []
-        for e, x in enumerate(x_RD.split(num_tokens_per_expert_E.tolist())):
-            outputs.append((F.silu(x @ self.w1_EFD[e].t()) * (x @ self.w3_EFD[e].t())) @ self.w2_EDF[e].t())
+        rows = x_RD.split(num_tokens_per_expert_E.tolist())
+        # Unbound at once: every index of its own would have a gradient of the size of all experts.
+        each = zip(rows, self.w1_EFD.unbind(), self.w2_EDF.unbind(), self.w3_EFD.unbind(), strict=True)
+        outputs = [(F.silu(x @ w1.t()) * (x @ w3.t())) @ w2.t() for x, w1, w2, w3 in each]
         return torch.cat(outputs)
 
 
