@@ -234,7 +234,8 @@ def replay(model: nn.Module | Sequence[nn.Module], record: RoutingRecord | None)
         model: as in :func:`begin_step`.
         record: of all routers of the model, or of its parts on this process, in the order in which its modules list
             them; its tokens are those of the next forward pass on this process, numbered as their keys are: sequence by
-            sequence. None ends it. Micro-batches have a record each, set before the forward pass.
+            sequence. None ends it. Micro-batches have a record each, set before the forward pass; and again before a
+            backward pass that recomputes layers, where the forward pass of another micro-batch came between.
 
     Raises:
         TypeError: ``record`` is none.

@@ -5,18 +5,19 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import circuitroute as cr
 from circuitroute.integrations import hosted
-from circuitroute.routing.replay import importance_ratio, path_log_prob
+from circuitroute.routing.replay import importance_ratio, mismatch, path_log_prob
 
 T, H, E, LAYERS = 12, 6, 8, 3
 RULE = cr.Between(1, 4)
@@ -164,8 +165,26 @@ def test_recomputed_layers_decide_the_same(recompute: str) -> None:
         assert torch.equal(plain, recomputed)
 
 
+@pytest.mark.parametrize("recompute", ["reentrant", "not reentrant"])
+def test_a_record_is_set_again_for_a_recomputation_that_comes_later(recompute: str) -> None:
+    """Two forward passes before the first backward pass."""
+    records, gradients = [random_record(seed=0), random_record(seed=1)], []
+    for way in (None, recompute):
+        model, outputs = Model(recompute=way), []
+        for seed, record in enumerate(records):
+            hosted.replay(model, record)
+            outputs.append(model(hidden(seed=seed).requires_grad_()))
+        for output, record in zip(outputs, records, strict=True):
+            hosted.replay(model, record)
+            output.square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
 WRAPPED: dict[str, Callable[[Model], Any]] = {
     "DataParallel": DataParallel,
+    "DistributedDataParallel": DistributedDataParallel,
     "parts": lambda model: list(model.layers),
     "a part twice": lambda model: [model, model.layers[0]],
     "compiled layers": lambda model: nn.ModuleList(
@@ -174,7 +193,16 @@ WRAPPED: dict[str, Callable[[Model], Any]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def one_process() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch is built without gloo")
 @pytest.mark.parametrize("way", WRAPPED)
+@pytest.mark.usefixtures("one_process")
 def test_models_may_be_wrapped_or_in_parts(way: str) -> None:
     """torch.compile's wrapper lends the router's attributes, and is no layer of its own."""
     model, record = Model(seed=0), random_record()
@@ -229,6 +257,42 @@ def test_tokens_of_a_record_are_numbered_as_their_keys_are() -> None:
     order = torch.arange(T).view(2, -1).t().reshape(-1)
     for routing, mask in zip(routed(model, hidden()), record.masks(), strict=True):
         assert torch.equal(routing.mask, mask[order])
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 3])
+def test_what_a_host_records_it_replays(sequences: int) -> None:
+    """Whatever the order in which it holds its tokens; copies of the decisions make the same record."""
+    model = Model(seed=0, sequences=sequences)
+    hosted.begin_step(model, 0)
+    rollout = routed(model, hidden())
+    record = cr.RoutingRecord.of(rollout)
+    order = torch.arange(T).view(sequences, -1).t().reshape(-1)
+    for routing, mask, known in zip(rollout, record.masks(), record.log_probs.unbind(1), strict=True):
+        assert torch.equal(mask[order], routing.mask)
+        torch.testing.assert_close(known[order], routing.log_prob.detach())
+    for copied in (copy.copy, copy.deepcopy, lambda routing: pickle.loads(pickle.dumps(routing))):
+        again = cr.RoutingRecord.of([copied(routing) for routing in rollout])
+        assert cr.RoutingRecord(again.layers) == cr.RoutingRecord(record.layers)
+        torch.testing.assert_close(again.log_probs, record.log_probs)
+    doubled = cr.RoutingRecord.of([routing.weighed(2 * routing.gates) for routing in rollout])
+    assert cr.RoutingRecord(doubled.layers) == cr.RoutingRecord(record.layers)
+    hosted.replay(model, record)
+    replayed = routed(model, hidden())
+    assert mismatch(replayed, record).tokens == mismatch(replayed, rollout).tokens == 0
+    torch.testing.assert_close(path_log_prob(replayed).detach(), record.path_log_prob)
+    by_position = cr.RoutingRecord.of([routing.mask for routing in rollout])
+    assert (mismatch(replayed, by_position).tokens > 0) == (sequences > 1)
+
+
+def test_a_host_may_replay_a_record_of_its_own_but_not_two() -> None:
+    decider = hosted.Decider(RULE, E, seed=0)
+    mask = random_record().masks()[0]
+    logits = hidden() @ torch.randn(H, E, generator=torch.Generator().manual_seed(0))
+    given = {"weights": "softmax", "token": torch.arange(T), "training": True}
+    assert torch.equal(decider(logits, **given, replay=mask).mask, mask)
+    decider.replay(mask)
+    with pytest.raises(ValueError, match=r"there are two records, .* such as by replay\(model, None\)"):
+        decider(logits, **given, replay=mask)
 
 
 def forbidden() -> cr.RoutingRecord:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-import re
-import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -290,16 +287,6 @@ def test_a_seed_wants_steps() -> None:
     layer = build(megatron.router(cr.Between(1, 4), seed=0))
     with pytest.raises(RuntimeError, match=r"seed=0 was given, but no step has begun"):
         layer(hidden())
-
-
-def test_the_page_runs() -> None:
-    page = Path(__file__).parents[2] / "docs" / "megatron.md"
-    text = page.read_text(encoding="utf-8")
-    blocks = re.findall(r"^ *```py\n(.*?)^ *```", text, flags=re.DOTALL | re.MULTILINE)
-    assert blocks
-    scope: dict[str, Any] = {"__name__": "docs"}
-    for block in blocks:
-        exec(compile(textwrap.dedent(block), str(page), "exec", dont_inherit=True), scope)
 
 
 @pytest.mark.parametrize("decide", ["mode", 0.5, None])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -209,6 +212,21 @@ def test_records_of_other_models_are_refused() -> None:
     exact = Stack(cr.Exactly(4))
     with pytest.raises(ValueError, match=r"layer 0 has subsets that Exactly\(4\) forbids"):
         megatron.replay(exact, record)
+
+
+def test_the_page_runs() -> None:
+    page = Path(__file__).parents[2] / "docs" / "megatron.md"
+    blocks = re.findall(r"^ *```py\n(.*?)^ *```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    scope: dict[str, Any] = {"__name__": "docs"}
+    for block in blocks:
+        exec(compile(textwrap.dedent(block), str(page), "exec", dont_inherit=True), scope)
+    model = Stack()
+    megatron.begin_step(model, 0)
+    record = scope["rollout"](model, hidden())
+    loss = scope["train"](model, hidden(), record, torch.ones(T))
+    assert loss.item() == pytest.approx(-1.0, abs=1e-5)
+    loss.backward()
+    assert all(layer.router.weight.grad.abs().sum() > 0 for layer in model.layers)
 
 
 # ------------------------------------------------------------------------------------------------ Megatron's own
