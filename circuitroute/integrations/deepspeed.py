@@ -159,9 +159,16 @@ def convert(model: nn.Module, constraint: Any, **options: Any) -> int:
     Raises:
         InfeasibleError: no subset of a layer's experts satisfies the constraint.
         TypeError: a gate of a class of its own, or not a constraint.
-        ValueError: there is no such layer, the number of constraints differs from that of the layers, a gate's ``k`` is
-            not the constraint's largest count, or it has settings that the constraint replaces.
+        ValueError: there is no such layer, or one that AutoEP made; the number of constraints differs from that of the
+            layers; a gate's ``k`` is not the constraint's largest count, or it has settings that the constraint
+            replaces.
     """
+    others = [name for name, module in model.named_modules() if getattr(module, "_is_autoep_layer", False)]
+    if others:
+        raise ValueError(
+            f"model has layers that AutoEP made ({', '.join(others)}): their router is a top-k of its own, which is "
+            "not converted; leave expert_parallel out of DeepSpeed's configuration"
+        )
     gates = [(name, module) for name, module in model.named_modules() if isinstance(module, TopKGate)]
     if not gates:
         raise ValueError(

@@ -493,6 +493,18 @@ def test_one_wrong_layer_leaves_all_as_they_were() -> None:
         deepspeed.convert(nn.Linear(2, 2), cr.Exactly(2))
 
 
+def test_layers_with_routers_of_another_kind_are_not_passed_over() -> None:
+    """AutoEP marks its layers so."""
+    model = nn.Sequential(build(2), nn.Linear(H, H))
+    model[1]._is_autoep_layer = True
+    with pytest.raises(ValueError, match=r"layers that AutoEP made \(1\): their router is a top-k of its own"):
+        deepspeed.convert(model, cr.Exactly(2))
+    assert type(gate_of(model[0])) is TopKGate
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+
+    assert AutoEPMoELayer._is_autoep_layer
+
+
 def test_settings_that_do_nothing_are_not_refused() -> None:
     """Of a single expert nothing is a second; "None" is no noise; random tokens are chosen under a capacity only."""
     layer = build(1, top2_2nd_expert_sampling=True, noisy_gate_policy="None", use_rts=True)
