@@ -132,12 +132,13 @@ def _rows(chosen_TE: Tensor) -> Tensor:
 
 
 def _dense(gates_TE: Tensor, chosen_TE: Tensor, room: int) -> tuple[Tensor, Tensor]:
-    """([T, E, C] the weights in the rows of the experts, the same as bool)."""
+    """([T, E, C] the weights of tokens in the rows of the experts, [T, E, C] bool: which rows they take)."""
     rows_TE1 = torch.where(chosen_TE, _rows(chosen_TE), 0)[..., None]
     weights_TE1 = torch.where(chosen_TE, gates_TE, 0.0)[..., None]
     weights = gates_TE.new_zeros(*gates_TE.shape, room)
     weights = weights.scatter_add(-1, rows_TE1, weights_TE1) if room else weights
-    return weights, weights.bool()
+    # Tokens without a decision take no row, and get NaN for what is in all of them.
+    return weights.masked_fill(gates_TE.isnan()[..., None], torch.nan), weights.bool()
 
 
 def convert(model: nn.Module, constraint: Any, **options: Any) -> int:

@@ -216,6 +216,9 @@ def test_rows_without_a_number_are_not_dropped(monkeypatch: pytest.MonkeyPatch) 
         output, _, counts = layer(x)
     assert torch.equal(output.isnan().any(-1), bad)
     assert torch.equal(counts, routings[0].mask.sum(0))
+    _, weights, dispatch, _ = gate_of(layer)(x.flatten(0, 1))
+    assert torch.equal(weights.isnan().any(-1).any(-1), bad.flatten())
+    assert torch.equal(dispatch.any(-1), routings[0].mask)
 
 
 def test_padding_has_no_expert_and_counts_nowhere() -> None:
