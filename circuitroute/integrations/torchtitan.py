@@ -250,8 +250,10 @@ def circuit_moe(
     decider = Decider(constraint, config.num_experts, **options)  # bad options raise here, before anything is built
     slots = _slots(decider, probes, probe_weights)
     probing = {"probes": as_probe_count(probes), "probe_weights": plain_probe_weights(probe_weights)}
-    # As the decider has them, plain: configs are printed and written to files.
-    kept = {name: getattr(decider, name) if name != "estimator" else plain_word(options[name]) for name in options}
+    # As the decider has them, plain: configs are printed and written to files. All of them, since a config may have
+    # been converted before.
+    kept = {name: getattr(decider, name) for name in ("seed", "decide", "temperature")}
+    kept["estimator"] = plain_word(options.get("estimator", "simple"))
     router = derive(config.router, CircuitRouter.Config, top_k=slots, constraint=constraint, **probing, **kept)
     experts = config.routed_experts
     # Where every token uses all slots there is nothing to leave out.
@@ -259,7 +261,7 @@ def circuit_moe(
     kind = _dispatcher(type(experts.token_dispatcher), plain_word(padding), sparing)
     dispatcher = derive(experts.token_dispatcher, kind, top_k=slots)
     routed = derive(experts, type(experts), token_dispatcher=dispatcher)
-    return derive(config, _counting(type(config)._owner).Config, router=router, routed_experts=routed)
+    return derive(config, _counting(_host(type(config)._owner)).Config, router=router, routed_experts=routed)
 
 
 def convert(
@@ -298,7 +300,7 @@ def convert(
 
 
 def _dispatcher(config: Any, padding: str, sparing: bool) -> Any:
-    """The class of a dispatcher's config: ``config`` itself, or of its subclass that leaves unused slots out.
+    """The class of a dispatcher's config: the host's, or of its subclass that leaves unused slots out.
 
     Args:
         config: the class of the layer's dispatcher config.
@@ -309,7 +311,7 @@ def _dispatcher(config: Any, padding: str, sparing: bool) -> Any:
         ValueError: an unknown ``padding``, or ``"ragged"`` for a dispatcher that has its own way of dispatching.
     """
     one_of("padding", padding, get_args(Padding))
-    owner = config._owner
+    owner = _host(config._owner)
     known = any(
         owner.dispatch is kind.dispatch and owner._local_reorder is kind._local_reorder and issubclass(owner, kind)
         for kind in REORDERING
@@ -320,7 +322,7 @@ def _dispatcher(config: Any, padding: str, sparing: bool) -> Any:
             f"padding='ragged': {owner.__qualname__} dispatches in its own way, and whether it can leave slots out is "
             f"not known; use padding='distinct', or one of {names}"
         )
-    return _ragged(owner).Config if known and sparing and padding != "distinct" else config
+    return _ragged(owner).Config if known and sparing and padding != "distinct" else owner.Config
 
 
 def _used(scores_TK: Tensor) -> Tensor:
@@ -333,6 +335,8 @@ def _ragged(owner: Any) -> Any:
     """The subclass of a token dispatcher that leaves unused slots out, except in traced programs."""
 
     class RaggedTokenDispatcher(owner):
+        _host = owner
+
         @dataclass(kw_only=True, slots=True)
         class Config(owner.Config):
             def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
@@ -369,6 +373,8 @@ def _counting(owner: Any) -> Any:
     """
 
     class CircuitMoE(owner):
+        _host = owner
+
         @dataclass(kw_only=True, slots=True)
         class Config(owner.Config):
             def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
@@ -404,6 +410,11 @@ def _counting(owner: Any) -> Any:
     # These classes have no names to be found by: they are made again.
     CircuitMoE.__name__ = CircuitMoE.__qualname__ = f"Circuit{owner.__name__}"
     return CircuitMoE
+
+
+def _host(owner: Any) -> Any:
+    """What :func:`_counting` or :func:`_ragged` made ``owner`` of; ``owner`` itself if they did not make it."""
+    return vars(owner).get("_host", owner)
 
 
 def _unpickled(subclass: Any, owner: Any, config: bool) -> Any:

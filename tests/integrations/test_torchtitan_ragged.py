@@ -209,6 +209,22 @@ def test_dispatchers_that_nobody_knows_compute_all_slots() -> None:
     assert rows == [int(routings[0].mask.sum())]
 
 
+@pytest.mark.parametrize("padding", ["auto", "distinct", "ragged"])
+def test_a_config_may_be_converted_again(padding: Any) -> None:
+    """It becomes what converting the stock config makes of it, whatever it was before."""
+    first = torchtitan.circuit_moe(layer_config(), cr.Between(1, 3), seed=9, probes=1, temperature=0.5, decide="mode")
+    again = torchtitan.circuit_moe(first, cr.Between(1, 4), padding=padding)
+    direct = torchtitan.circuit_moe(layer_config(), cr.Between(1, 4), padding=padding)
+    assert again == direct
+    assert type(again) is type(direct)
+    layer = build(again)
+    rows = rows_of(layer)
+    with torchtitan.recorded_routings(layer) as routings:
+        layer(hidden())
+    assert torch.equal(layer.tokens_per_expert_E, routings[0].mask.sum(0).float())
+    assert rows == [B * L * 4 if padding == "distinct" else int(routings[0].mask.sum())]
+
+
 @pytest.mark.parametrize("padding", ["sentinel", None, 1])
 def test_unknown_paddings_are_refused(padding: Any) -> None:
     with pytest.raises(ValueError, match=f"padding={padding!r}: choose one of 'auto', 'distinct', 'ragged'"):
