@@ -11,7 +11,8 @@ To add a stack, write a module there that has
   ImportError, the stack is skipped and the reason told.
 - ``WAYS``: names of its ways, in the order of the table.
 - ``build(way, setting) -> Layer``: the layer for a :class:`~benchmarks.executed.settings.Setting`, which has the
-  tokens, the router's weight and the constraint; it raises ``UnavailableError`` where it cannot run.
+  tokens, the router's weight and the constraint; None for a setting that the way does not have (all have the fixed
+  top-k). It raises ``UnavailableError`` where it cannot run.
 
 Steering asks nothing of a stack: the price of an expert is a bias of the router, put into its weight, which multiplies
 a hidden state that is 1 for every token. Routers take the mode, in training too (``decide="mode"``), so that both

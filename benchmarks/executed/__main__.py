@@ -70,7 +70,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--means", type=_numbers, help="executed experts per token, with commas")
     parser.add_argument("--padded", type=_numbers, help="the means at which tokens pay for k slots too")
     parser.add_argument("--stacks", type=_words, default=names(), help="with commas; all of them by default")
-    parser.add_argument("--ways", type=_words, default=(), help="with commas; all of them by default")
+    parser.add_argument("--ways", nargs="+", default=(), help="all of them by default")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=OUT, help="the file that rows are appended to")

@@ -28,13 +28,14 @@ TOLERANCE = 0.02
 def run_way(
     stack: Any, name: str, way: str, settings: Sequence[Setting], *, repeats: int = 10, threads: int = 1
 ) -> list[Row]:
-    """Rows of one way of a stack: for every setting, one per pass. The first setting is what ratios refer to.
+    """Rows of one way of a stack: for every setting that it has, one per pass; ratios refer to the first.
 
     Raises:
         UnavailableError: the way cannot run here.
         RuntimeError: a layer executed another number of experts than its setting asks for.
     """
-    layers = [stack.build(way, setting) for setting in settings]
+    built = [(setting, stack.build(way, setting)) for setting in settings]
+    cases, layers = zip(*((setting, layer) for setting, layer in built if layer is not None), strict=True)
     hidden = settings[0].hidden
     clock = clock_for(hidden.device, threads)
     upstream = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
@@ -44,7 +45,7 @@ def run_way(
     with quiet(threads):
         for name_of_pass in PASSES:
             samples, executed = _timed(layers, hidden, upstream, name_of_pass, clock, repeats)
-            for setting, times, count in zip(settings, samples, executed, strict=True):
+            for setting, times, count in zip(cases, samples, executed, strict=True):
                 _check(name, way, setting, count)
                 row = {"op": "executed", "stack": name, "way": way, **_described(setting), "executed": count}
                 found.append({**row, "pass": name_of_pass, **_timings(times, samples[0]), **common})
@@ -52,7 +53,7 @@ def run_way(
 
 
 def _timed(
-    layers: list[Layer], hidden: Tensor, upstream: Tensor, name_of_pass: str, clock: Clock, repeats: int
+    layers: Sequence[Layer], hidden: Tensor, upstream: Tensor, name_of_pass: str, clock: Clock, repeats: int
 ) -> tuple[list[list[float]], list[float]]:
     """Milliseconds of every layer and round, and the mean number of experts that every layer executed."""
     for layer in layers:

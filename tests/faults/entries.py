@@ -116,6 +116,7 @@ _MODULES: dict[str, Callable[[], nn.Module]] = {
     "MoE": lambda: cr.MoE(cr.DynamicKRouter(H, E, 1, 3), _experts()),
     "MoE, probes": lambda: cr.MoE(cr.DynamicKRouter(H, E, 1, 3), _experts(), probes=1),
     "MoE, stacked": lambda: cr.MoE(cr.ExactKRouter(H, E, 2), cr.StackedExperts(E, H, 4)),
+    "MoE, null experts": lambda: cr.MoE(cr.ExactKRouter(H, E + 2, 3), _experts(), probes=1, null_experts="identity"),
     "BudgetRouter": lambda: cr.BudgetRouter(H, E, 2, cr.Between(1, 3), cr.AtMost(4), per_token=True),
 }
 
@@ -278,7 +279,7 @@ def _layers() -> list[Entry]:
     found += [
         Entry(f"{name}(hidden)", "hidden", "real", hidden, lambda x, b, name=name: module(name, b)(x, key=key(b))[0],
               width=H, python=True)
-        for name in ("MoE", "MoE, probes", "MoE, stacked")
+        for name in ("MoE", "MoE, probes", "MoE, stacked", "MoE, null experts")
     ]  # fmt: skip
     return [
         *found,

@@ -275,6 +275,7 @@ class CircuitRouting(nn.Module):
         # Probes are for the gates' gradient: without one there are none.
         probing = self.training and plan.probe_slots > 0 and routing.gates.requires_grad
         weights, indices = plan.project_with_probes(routing, key) if probing else plan.project(routing)
+        weights, indices = plan.family.fitted(plan.experts, weights, indices, plan.circuit.n)
         return logits, weights.to(plan.family.dtype(hidden_states, logits)), indices
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
