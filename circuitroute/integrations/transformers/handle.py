@@ -5,7 +5,7 @@ Legend: T tokens, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,21 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from circuitroute._validate import as_int
+from circuitroute.inference.evidence import rows_text
 from circuitroute.integrations.transformers.experts import leave_ragged
 from circuitroute.integrations.transformers.extra import transformers
+from circuitroute.integrations.transformers.recomputation import forget
 from circuitroute.integrations.transformers.routers import (
     OWNER,
     CircuitRouting,
-    Session,
     restore_class,
     use_ragged_experts,
 )
+from circuitroute.integrations.transformers.session import Replay, Session
 from circuitroute.integrations.transformers.settings import SETTINGS, Options
-from circuitroute.integrations.transformers.walk import forget_turns
 from circuitroute.layers.budget import Budget
 from circuitroute.routing import losses
 from circuitroute.routing.decision import Routing, SoftRouting
 from circuitroute.routing.probes import ProbeCount
+from circuitroute.routing.records import RoutingRecord, same_temperature
+from circuitroute.routing.replay import masks_for
 
 # The name of the budget in its model, with which the names of its parameters begin.
 BUDGET = "circuitroute_budget"
@@ -62,7 +65,13 @@ class Handle:
 
     @temperature.setter
     def temperature(self, value: float) -> None:
-        self._set(replace(self._session.options, temperature=value))
+        options, replayed = replace(self._session.options, temperature=value), self.replaying
+        if replayed is not None and not same_temperature(replayed.temperature, options.temperature):
+            raise ValueError(
+                f"temperature={options.temperature}: a record made at {replayed.temperature:g} is replayed, whose "
+                "log-probabilities would be others; call handle.replay(None) first"
+            )
+        self._set(options)
 
     @property
     def probes(self) -> ProbeCount:
@@ -81,9 +90,51 @@ class Handle:
 
     def _set(self, options: Options) -> None:
         """Route by ``options`` from now on, and save those that may change."""
+        self._session.keep()
         self._session.options = options
         settings: dict[str, Any] = getattr(self.model.config, SETTINGS)
         settings["temperature"], settings["probes"] = options.temperature, options.probes
+
+    def replay(self, record: RoutingRecord | None) -> None:
+        """Take recorded decisions in place of the model's own, in training and in evaluation, until ``replay(None)``.
+
+        Every layer takes those of its layer in the record, with their gates, log-probabilities and gradients under
+        the model as it is. Layers that are recomputed in a backward pass take what they took in their first run, even
+        if another record, or none, is replayed by then (under transformers' own checkpointing; under any other for
+        one forward pass at a time). A copy of the model replays nothing.
+
+        Args:
+            record: of all routed layers in order, and of the tokens of one forward pass: all of the batch's, one
+                sequence after the other, padding included. None goes back to the model's own decisions.
+
+        Raises:
+            TypeError: it is something else.
+            ValueError: it is of other numbers of layers or experts, was made at another temperature than
+                :attr:`temperature`, or holds subsets that a layer or the budget forbids; names layer and rows.
+                Whatever was replayed before goes on. Forward passes over another number of tokens raise one, too.
+            RuntimeError: the model is no longer patched.
+        """
+        replay = None if record is None else self._checked(record)
+        self._session.keep()
+        self._session.replay = replay
+
+    @property
+    def replaying(self) -> RoutingRecord | None:
+        """What :meth:`replay` was given last."""
+        return None if self._session.replay is None else self._session.replay.record
+
+    def _checked(self, record: RoutingRecord) -> Replay:
+        """A record that all layers can replay, on their devices."""
+        routers = {router.circuitroute_plan.position: router for router in patched_routers(self.model)}
+        if not routers:
+            raise RuntimeError(f"model={type(self.model).__name__} is not patched: there is nothing to replay in")
+        positions = sorted(routers)
+        circuits = [routers[position].circuitroute_plan.circuit for position in positions]
+        masks = masks_for(record, circuits, [self.temperature] * len(circuits))
+        if self.budget is not None:
+            _check_total(masks, self.budget)
+        placed = (mask.to(_device_of(routers[position])) for position, mask in zip(positions, masks, strict=True))
+        return Replay(record, dict(zip(positions, placed, strict=True)))
 
     def set_step(self, step: int | Tensor, token_offset: int | Tensor = 0) -> None:
         """Set the training step: with a seed, token i draws with ``cr.random_key(seed, step, layer, i)``.
@@ -100,8 +151,9 @@ class Handle:
         Raises:
             TypeError: an argument is neither an integer nor an integer tensor.
         """
-        self._session.step = _as_counter("step", step)
-        self._session.token_offset = _as_counter("token_offset", token_offset)
+        step, token_offset = _as_counter("step", step), _as_counter("token_offset", token_offset)
+        self._session.keep()
+        self._session.step, self._session.token_offset = step, token_offset
 
     def trainer_callback(self) -> Any:
         """A ``TrainerCallback`` that sets the step, with an offset for every process and accumulated batch."""
@@ -180,14 +232,15 @@ class Handle:
             restore_class(router)
         owner = self._session.model()
         if self._session.walk is not None and owner is not None:
-            forget_turns(owner)
             delattr(owner, BUDGET)
             self._session.walk = None
         if owner is not None:
+            forget(owner)
             vars(owner).pop(OWNER, None)
         config = getattr(self.model, "config", None)
         if hasattr(config, SETTINGS):
             delattr(config, SETTINGS)
+        self._session.replay = None
         self.release()
 
     def __repr__(self) -> str:
@@ -197,6 +250,24 @@ class Handle:
 def patched_routers(model: nn.Module) -> Iterator[CircuitRouting]:
     """The patched routers of a model."""
     return (module for module in model.modules() if isinstance(module, CircuitRouting))
+
+
+def _device_of(router: nn.Module) -> torch.device:
+    """Where a router decides; the CPU for one whose parameters are elsewhere until it runs."""
+    device = next(router.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _check_total(masks: Sequence[Tensor], budget: Budget) -> None:
+    """Refuse recorded paths whose experts add up to what the budget forbids."""
+    total = torch.stack([mask.sum(-1) for mask in masks]).sum(0)
+    allowed = budget.feasible[-1].cpu()
+    forbidden = (total >= len(allowed)) | ~allowed[total.clamp(max=len(allowed) - 1)]
+    if bool(forbidden.any()):
+        raise ValueError(
+            f"record: over all layers the experts add up to what the budget, {budget.total!r}, forbids, in "
+            f"{rows_text(forbidden)}: replay decisions that were made under the same budget"
+        )
 
 
 def _as_counter(name: str, value: int | Tensor) -> int | Tensor:
