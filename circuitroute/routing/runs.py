@@ -127,7 +127,7 @@ def read_run(path: str | os.PathLike[str]) -> RunRecord:
 
     Raises:
         CircuitFileError: there is no such file, a line that is not a step (named by its number), or no step at all. A
-            last line without its end that cannot be read was being written: it is left out, with a note.
+            last line that breaks off was being written: it is left out, with a note.
     """
     source = as_path("path", path)
     try:
@@ -147,14 +147,16 @@ def read_run(path: str | os.PathLike[str]) -> RunRecord:
                 continue
             step = _step(row)
         except ValueError as error:
-            if number == len(lines) and not _parses(line):
+            if 1 < number == len(lines) and _is_cut(line):
                 notes.append(f"line {number}, the last one, is half written and was left out")
                 continue
             raise CircuitFileError(f"{source}, line {number}: {error}") from None
         steps = _without_later(steps, step)
         steps.append(step)
     if not steps:
-        raise CircuitFileError(f"{source} holds no steps: expected lines such as " + '{"step": 0, "all/load_entropy": 1}')
+        raise CircuitFileError(
+            f"{source} holds no steps: expected lines such as " + '{"step": 0, "all/load_entropy": 1}'
+        )
     return RunRecord(run, tuple(steps), tuple(notes))
 
 
@@ -177,12 +179,15 @@ def _row(line: str) -> dict[str, Any]:
     return row
 
 
-def _parses(line: str) -> bool:
+def _is_cut(line: str) -> bool:
+    """Whether a line begins as a row does and has no end."""
     try:
-        _row(line)
-    except ValueError:
+        json.loads(line)
+    except RecursionError:
         return False
-    return True
+    except ValueError:
+        return line.startswith("{")
+    return False
 
 
 def _run_of(row: Mapping[str, Any]) -> str:

@@ -46,7 +46,7 @@ def summary(
     budget: int | OverLayers | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> dict[str, float]:
-    """The decisions of a step in a few numbers: per layer, as ``"layer0/load_entropy"``, and over all, as ``"all/..."``.
+    """The decisions of a step in a few numbers: by layer, as ``"layer0/load_entropy"``, and over all, as ``"all/..."``.
 
     Plain floats, all finite, for TensorBoard, W&B, a JSON line or a Trainer's logs. ``"all/..."`` is the mean over the
     layers that have a quantity; of ``experts_per_path`` and, given a ``budget``, of ``budget_use`` it is that of whole
@@ -90,11 +90,9 @@ def summary(
     """
     layers = _named(routings)
     total = _total_of(budget, len(layers))
-    with torch.no_grad():
-        masks = {name: executed(decision, f"routings[{name!r}]") for name, decision in layers.items()}
-        parts = [_sums(decision, masks[name]) for name, decision in layers.items()]
-        path = _path_sums(list(masks.values()), total is not None)
-        numbers = _gathered([*parts, path], group)
+    masks = {name: _mask_of(f"routings[{name!r}]", decision) for name, decision in layers.items()}
+    parts = [_sums(decision, masks[name]) for name, decision in layers.items()]
+    numbers = _gathered([*parts, _path_sums(list(masks.values()), total is not None)], group)
     each = {name: _of_layer(layers[name], sums) for (name, sums) in zip(layers, numbers, strict=False)}
     return {
         **{f"{name}/{key}": value for name, found in each.items() for key, value in found.items()},
@@ -125,6 +123,14 @@ def _named(routings: Decisions | Iterable[Decisions] | Mapping[str, Decisions]) 
     return named
 
 
+def _mask_of(name: str, decision: Decisions) -> Tensor:
+    """[T, E] bool."""
+    mask = executed(decision, name)
+    if mask.shape[1] == 0:
+        raise ValueError(f"{name} have shape {tuple(mask.shape)}: expected [tokens, experts] with an expert at least")
+    return mask
+
+
 def _total_of(budget: int | OverLayers | None, layers: int) -> int | None:
     """The most experts that a token may use over all layers."""
     if not isinstance(budget, OverLayers):
@@ -138,10 +144,11 @@ def _sums(decision: Decisions, mask: Tensor) -> Tensor:
     """Sums over the tokens, float64: [T, counts, squared counts], then loads [E], then what a distribution adds."""
     counts = mask.sum(-1).double()
     parts = [torch.stack([counts.new_tensor(len(mask)), counts.sum(), counts.square().sum()]), mask.sum(0).double()]
-    if isinstance(decision, SoftRouting):
-        parts.append(decision.marginals.double().sum()[None])
-    elif isinstance(decision, Routing):
-        parts.append(_distribution_sums(decision, mask))
+    if isinstance(decision, Routing):
+        # What was made in inference mode can only be filled in in it.
+        with torch.inference_mode(decision.mask.is_inference()), torch.no_grad():
+            soft = isinstance(decision, SoftRouting)
+            parts.append(decision.marginals.double().sum()[None] if soft else _distribution_sums(decision, mask))
     return torch.cat(parts)
 
 
@@ -150,7 +157,9 @@ def _distribution_sums(routing: Routing, mask: Tensor) -> Tensor:
     distribution, mode = routing.distribution, routing.untempered.mode_mask()
     distance = (mask ^ mode).sum(-1).double() / (mask.sum(-1) + mode.sum(-1)).clamp(min=1)
     mass = distribution.marginals.double().sum(-1)
-    values = [distribution.entropy().double(), expected_agreement(distribution, mode).double(), distance, mass]
+    # Rounding may take the entropy of a single subset below 0.
+    entropy, agreement = distribution.entropy().double().clamp(min=0), expected_agreement(distribution, mode).double()
+    values = [entropy, agreement, distance, mass]
     invalid = distribution.invalid_rows()
     valid = torch.ones_like(distance, dtype=torch.bool) if invalid is None else ~invalid
     return torch.stack([valid.sum().double(), *(torch.where(valid, value, 0.0).sum() for value in values)])
