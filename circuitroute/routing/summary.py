@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -100,7 +100,7 @@ def summary(
     }
 
 
-def _named(routings: Decisions | Iterable[Decisions] | Mapping[str, Decisions]) -> dict[str, Decisions]:
+def _named(routings: Any) -> dict[str, Decisions]:
     """The decisions by the name of their layer."""
     if isinstance(routings, Mapping):
         named = dict(routings)

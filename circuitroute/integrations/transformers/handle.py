@@ -5,6 +5,7 @@ Legend: T tokens, E experts.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,8 +15,17 @@ from torch import Tensor, nn
 
 from circuitroute._validate import as_int
 from circuitroute.inference.evidence import rows_text
+from circuitroute.integrations.transformers.callback import Duties, callback_of
+from circuitroute.integrations.transformers.controls import (
+    Biases,
+    Control,
+    Place,
+    Prices,
+    as_biases,
+    as_plain,
+    as_prices,
+)
 from circuitroute.integrations.transformers.experts import leave_ragged
-from circuitroute.integrations.transformers.extra import transformers
 from circuitroute.integrations.transformers.recomputation import forget
 from circuitroute.integrations.transformers.routers import (
     OWNER,
@@ -31,6 +41,7 @@ from circuitroute.routing.decision import Routing, SoftRouting
 from circuitroute.routing.probes import ProbeCount
 from circuitroute.routing.records import RoutingRecord, same_temperature
 from circuitroute.routing.replay import masks_for
+from circuitroute.routing.schedules import Schedule
 
 # The name of the budget in its model, with which the names of its parameters begin.
 BUDGET = "circuitroute_budget"
@@ -46,8 +57,7 @@ class Handle:
     @property
     def layers(self) -> tuple[int, ...]:
         """The numbers of the routed layers, in order."""
-        plans = {router.circuitroute_plan.position: router.circuitroute_plan for router in patched_routers(self.model)}
-        return tuple(plans[position].layer for position in sorted(plans))
+        return tuple(router.circuitroute_plan.layer for router in self._routers().values())
 
     @property
     def budget(self) -> Budget | None:
@@ -125,16 +135,13 @@ class Handle:
 
     def _checked(self, record: RoutingRecord) -> Replay:
         """A record that all layers can replay, on their devices."""
-        routers = {router.circuitroute_plan.position: router for router in patched_routers(self.model)}
-        if not routers:
-            raise RuntimeError(f"model={type(self.model).__name__} is not patched: there is nothing to replay in")
-        positions = sorted(routers)
-        circuits = [routers[position].circuitroute_plan.circuit for position in positions]
+        routers, places = self._routers(), self._places()
+        circuits = [router.circuitroute_plan.circuit for router in routers.values()]
         masks = masks_for(record, circuits, [self.temperature] * len(circuits))
         if self.budget is not None:
             _check_total(masks, self.budget)
-        placed = (mask.to(_device_of(routers[position])) for position, mask in zip(positions, masks, strict=True))
-        return Replay(record, dict(zip(positions, placed, strict=True)))
+        placed = [mask.to(place.device) for mask, place in zip(masks, places, strict=True)]
+        return Replay(record, dict(zip(routers, placed, strict=True)))
 
     def set_step(self, step: int | Tensor, token_offset: int | Tensor = 0) -> None:
         """Set the training step: with a seed, token i draws with ``cr.random_key(seed, step, layer, i)``.
@@ -155,9 +162,111 @@ class Handle:
         self._session.keep()
         self._session.step, self._session.token_offset = step, token_offset
 
-    def trainer_callback(self) -> Any:
-        """A ``TrainerCallback`` that sets the step, with an offset for every process and accumulated batch."""
-        return _step_setter(self)
+    @property
+    def price(self) -> tuple[Tensor | None, ...]:
+        """[] per routed layer, what an expert costs: taken off its logits for the choice alone; None for nothing.
+
+        So a range takes fewer experts at a higher price, and weights are those of the logits themselves, as in
+        :func:`circuitroute.route`, in training and in evaluation: a layer with a price decides in evaluation by its
+        mode, not as the stock router. A saved model keeps it. Set it between steps, to a number or [] for all layers,
+        to one per routed layer ([L] or a sequence), or to None.
+
+        Raises:
+            TypeError, ValueError: set to what is not finite, requires a gradient, or is not one per layer; nothing
+                changes then.
+            RuntimeError: set when the model is no longer patched.
+        """
+        return tuple(control.price for control in self._controls())
+
+    @price.setter
+    def price(self, value: Prices) -> None:
+        self._move("price", as_prices(value, self._places()))
+
+    @property
+    def bias(self) -> tuple[Tensor | None, ...]:
+        """[E] per routed layer, added to the logits for the choice alone, as loss-free balancing does; see `price`.
+
+        Set it to [E] for all layers, to one per routed layer ([L, E] or a sequence), or to None.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as :attr:`price`.
+        """
+        return tuple(control.bias for control in self._controls())
+
+    @bias.setter
+    def bias(self, value: Biases) -> None:
+        self._move("bias", as_biases(value, self._places()))
+
+    def _controls(self) -> list[Control]:
+        return [self._session.controls.get(position, Control()) for position in self._routers()]
+
+    def _move(self, name: str, values: Sequence[Tensor | None]) -> None:
+        """Let these prices or biases, by layer, move the choices from now on, and save them."""
+        moved = [control._replace(**{name: value}) for control, value in zip(self._controls(), values, strict=True)]
+        each = zip(self._routers(), moved, strict=True)
+        self._session.keep()
+        self._session.controls = {
+            position: control for position, control in each if any(x is not None for x in control)
+        }
+        settings: dict[str, Any] = getattr(self.model.config, SETTINGS)
+        kept = as_plain(values)
+        if kept is None:
+            settings.pop(name, None)
+        else:
+            settings[name] = kept
+
+    def _routers(self) -> dict[int, CircuitRouting]:
+        """The routers by position of their layer, in order."""
+        routers = {router.circuitroute_plan.position: router for router in patched_routers(self.model)}
+        return dict(sorted(routers.items()))
+
+    def _places(self) -> list[Place]:
+        """The routed layers, in order.
+
+        Raises:
+            RuntimeError: the model is no longer patched.
+        """
+        routers = self._routers()
+        if not routers:
+            raise RuntimeError(f"model={type(self.model).__name__} is not patched: it has no layers that are routed")
+        plans = [(router.circuitroute_plan, router) for router in routers.values()]
+        return [Place(plan.layer, plan.circuit.n, _device_of(router)) for plan, router in plans]
+
+    def trainer_callback(
+        self,
+        *,
+        trainer: Any = None,
+        path: str | os.PathLike[str] | None = None,
+        log_every: int = 10,
+        run: str | None = None,
+        temperature: Schedule | None = None,
+        controller: Any = None,
+    ) -> Any:
+        """A ``TrainerCallback`` that sets the step, with an offset for every process and accumulated batch.
+
+        And what else is asked for: it logs :func:`circuitroute.metrics.summary` of the decisions, sets the temperature,
+        and moves controllers. All of these look at the last forward pass of a step; of accumulated batches, at the last
+        one. Controllers' states go into the Trainer's checkpoints and are taken up again where it resumes from one.
+
+        Args:
+            trainer: whose logs get ``"routing/layer0/load_entropy"`` and the like, for TensorBoard, W&B and
+                ``log_history``; so add the callback with ``trainer.add_callback(handle.trainer_callback(
+                trainer=trainer))``.
+            path: a file for ``circuitroute report``, see :class:`circuitroute.metrics.RunLog`, with the loss of steps
+                that the Trainer logs, too.
+            log_every: after how many steps either is written.
+            run: tells the run of ``path`` from others; by default the Trainer's ``run_name``, or its ``output_dir``.
+            temperature: a schedule, such as those of :mod:`circuitroute.schedules`, for :attr:`temperature`.
+            controller: with ``init()`` and ``update(state, routing)``, such as :class:`circuitroute.CountController`,
+                or several: every routed layer has a state of each, whose ``price`` or ``bias`` becomes the layer's
+                :attr:`price` or :attr:`bias` for the next step. Where several processes train, ``group=`` makes them
+                agree.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong kind; two controllers that both have a price, or a bias.
+        """
+        duties = Duties.of(trainer, path, log_every, run, temperature, controller)
+        return callback_of(self, duties)
 
     @property
     def routings(self) -> tuple[Routing, ...]:
@@ -290,36 +399,3 @@ def _selected(routing: Routing, attention_mask: Tensor | None) -> Routing:
         )
     logits, marginals = routing.logits[kept], routing.marginals[kept]
     return SoftRouting(logits, marginals, routing.mask[kept], routing.gates[kept], routing.max_count)
-
-
-def _share(model: Any, rank: int) -> int:
-    """The share of the batch that a process has; tensor- and pipeline-parallel groups have one together.
-
-    In transformers' device mesh, tensor parallelism is the innermost dimension and pipeline parallelism the outermost.
-    """
-    layout = getattr(model.config, "distributed_config", None)
-    if layout is None:
-        return rank
-    return int(rank // layout.tp_size % layout.dp_size)
-
-
-def _step_setter(handle: Handle) -> Any:
-    class StepSetter(transformers().TrainerCallback):  # type: ignore[misc]
-        """Sets the step of the handle."""
-
-        def _set(self, args: Any, state: Any, part: int) -> None:
-            self.part = part
-            # Room for 2^32 tokens per part and 2^16 parts per process.
-            share = _share(handle.model, args.process_index)
-            handle.set_step(state.global_step, ((share << 16) + part) << 32)
-
-        def __reduce__(self) -> Any:
-            return _step_setter, (handle,)
-
-        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self._set(args, state, 0)
-
-        def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self._set(args, state, self.part + 1)
-
-    return StepSetter()

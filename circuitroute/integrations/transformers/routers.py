@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from circuitroute._tensors import without_autocast
 from circuitroute.inference.circuit import Circuit
 from circuitroute.inference.distribution import SubsetDistribution
+from circuitroute.integrations.transformers.controls import Control
 from circuitroute.integrations.transformers.experts import (
     choose_padding,
     encoded_probes,
@@ -31,7 +32,7 @@ from circuitroute.integrations.transformers.experts import (
     register,
 )
 from circuitroute.integrations.transformers.families import Family
-from circuitroute.integrations.transformers.session import Control, Session, Setting
+from circuitroute.integrations.transformers.session import Session, Setting
 from circuitroute.integrations.transformers.settings import Options
 from circuitroute.routing.choice import Batch, Rule, as_share, decide, shift_of
 from circuitroute.routing.decision import Decision, Routing, chosen_first

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from circuitroute.integrations.transformers.controls import Control
 from circuitroute.integrations.transformers.recomputation import Recomputation, in_backward, keep
 from circuitroute.integrations.transformers.settings import Options
 from circuitroute.integrations.transformers.walk import Walk
@@ -40,18 +41,6 @@ class Replay(NamedTuple):
 
     record: RoutingRecord
     masks: Mapping[int, Tensor]
-
-
-class Control(NamedTuple):
-    """What moves the choice of a layer, and not its weights.
-
-    Attributes:
-        price: [], what an expert costs.
-        bias: [E], added to the logits.
-    """
-
-    price: Tensor | None = None
-    bias: Tensor | None = None
 
 
 class Setting(NamedTuple):
