@@ -41,8 +41,6 @@ def run(options: argparse.Namespace, command: str) -> int:
         _check_target(target, source, options.force)
         record = read_run(source)
         replace_file(target, page_of(record, source.name).encode("utf-8"))
-    except BrokenPipeError:
-        raise  # nothing to be said, and nobody to say it to
     except (CircuitFileError, ValueError) as error:
         return _fail(str(error), 2)
     except OSError as error:
