@@ -52,23 +52,21 @@ def summary(
     layers that have a quantity; of ``experts_per_path`` and, given a ``budget``, of ``budget_use`` it is that of whole
     paths.
 
-    ======================= =========================================================================== ==============
-    key                     value                                                                       of
-    ======================= =========================================================================== ==============
-    tokens                  T                                                                           everything
-    load_entropy            :func:`~circuitroute.metrics.load_entropy`: 1 when balanced                 everything
-    max_violation           :func:`~circuitroute.metrics.max_violation`: 0 when balanced                everything
-    dead_experts            share of the experts that no token uses                                     everything
-    experts_per_token       mean number of executed experts                                             everything
-    experts_per_token_std   its standard deviation over the tokens                                      everything
-    budget_use              executed experts over the most that the constraint allows                   routings
-    soft_mass               mean sum of the marginals, or of soft weights                               routings
-    decision_entropy        mean exact entropy of what decisions are drawn from, in nats                distributions
-    mode_agreement          mean of :func:`~circuitroute.metrics.mode_agreement`                        distributions
-    mode_distance           mean of \\|S xor M\\| / (\\|S\\| + \\|M\\|), S the decision, M the mode     distributions
-    invalid_tokens          share of the tokens with NaN, or with infinite logits that leave no subset  distributions
-    all/experts_per_path    mean number of experts of a token over all layers, and ``..._std``          equal T
-    ======================= =========================================================================== ==============
+    | key | value | of |
+    | --- | --- | --- |
+    | `tokens` | T | everything |
+    | `load_entropy` | see :func:`~circuitroute.metrics.load_entropy`: 1 when balanced | everything |
+    | `max_violation` | see :func:`~circuitroute.metrics.max_violation`: 0 when balanced | everything |
+    | `dead_experts` | share of the experts that no token uses | everything |
+    | `experts_per_token` | mean number of executed experts | everything |
+    | `experts_per_token_std` | its standard deviation over the tokens | everything |
+    | `budget_use` | executed experts over the most that the constraint allows | routings |
+    | `soft_mass` | mean sum of the marginals, or of soft weights | routings |
+    | `decision_entropy` | mean exact entropy, in nats, of what decisions are drawn from | distributions |
+    | `mode_agreement` | mean of :func:`~circuitroute.metrics.mode_agreement` | distributions |
+    | `mode_distance` | mean size of (S xor M) over the sizes of S and M, S the decision, M the mode | distributions |
+    | `invalid_tokens` | share with NaN, or with infinite logits that leave no subset | distributions |
+    | `all/experts_per_path` | mean number of experts of a token over all layers; `..._std` | layers of equal T |
 
     What does not exist has no key, and nothing is NaN: masks have no budget and no distribution, and a
     :class:`SoftRouting` has no distribution. A layer without tokens has ``tokens`` only. Invalid tokens choose no
