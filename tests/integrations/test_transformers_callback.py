@@ -9,6 +9,7 @@ import copy
 import json
 import pickle
 import shutil
+import types
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -530,6 +531,31 @@ def test_a_copy_of_a_callback_keeps_its_states(way: Any, tmp_path: Path) -> None
     assert [[float(s.price) for s in row] for row in twin.controllers.states] == [[float(p) for p in handle.price]]
     assert twin.controllers.handle is not handle
     assert json.dumps(twin.state()) == json.dumps(callback.state())
+
+
+def test_controllers_of_several_processes_are_told_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one of them writes."""
+    seen = []
+
+    class Together(SignRule):
+        def update(self, state: BiasState, routing: cr.Routing, group: Any = None) -> BiasState:
+            seen.append(group)
+            return super().update(state, routing)
+
+    monkeypatch.setattr("circuitroute.integrations.transformers.callback._group", lambda: "everyone")
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group: tensor.mul_(2))
+    handle, logged = patched(), []
+    trainer = types.SimpleNamespace(log=logged.append)
+    callback = handle.trainer_callback(controller=Together(8), trainer=trainer, path="never.jsonl", log_every=1)
+    state = types.SimpleNamespace(global_step=0, is_world_process_zero=False, stateful_callbacks={})
+    control = types.SimpleNamespace(should_log=False)
+    callback.on_train_begin(types.SimpleNamespace(run_name="a"), state, control)
+    handle.model.train()(tokens())
+    state.global_step = 1
+    callback.on_step_end(None, state, control)
+    assert seen == ["everyone", "everyone"]
+    assert logged[0]["routing/layer0/tokens"] == 2 * tokens().numel()
+    assert not Path("never.jsonl").exists()
 
 
 def test_accumulated_batches_are_controlled_once_a_step(tmp_path: Path) -> None:

@@ -53,6 +53,8 @@ class Recomputation:
 
     def run(self, memory: Memory, function: Callable[..., Any], *args: Any) -> Any:
         """Run a checkpointed function, for the first time or again, with what it remembers."""
+        if is_compiling():  # traced once, and never again with another setting
+            return function(*args)
         outer, self.memory = self.memory, memory
         try:
             return function(*args)
