@@ -167,9 +167,8 @@ def test_the_command_says_where_the_page_is(short: Path, capsys: pytest.CaptureF
         ],
         [{"step": 10**12 + i, "layer0/own_number": -(i**3), "layer1/own_number": 7} for i in range(5)],
         [{"step": i, **{f"layer{j}/load_entropy": j / 200 for j in range(200)}} for i in range(2)],
-        [{"step": 0}],
     ],
-    ids=["loss alone", "one step", "gaps", "extremes", "other quantities", "many layers", "nothing"],
+    ids=["loss alone", "one step", "gaps", "extremes", "other quantities", "many layers"],
 )
 def test_pages_of_little_and_of_much(rows: list[dict[str, Any]], tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
@@ -234,6 +233,7 @@ def test_invalid_tokens_are_shown_where_there_are_some() -> None:
         ('{"loss": 1}\n', r"line 1: its step is None"),
         ('{"step": 0, "all/load_entropy": "high"}\n', r"line 1: its all/load_entropy is 'high': expected a number"),
         ("step,loss\n0,1\n", r"line 1: it is not JSON"),
+        ('{"step": 0}\n{"step": 1, "loss": null, "foo": 1}\n', r"has steps and no numbers: expected keys such as"),
         (b"\x89PNG\r\n\x1a\n\xff", r"it is not text"),
         (json.dumps([{"step": 0}]), r"line 1: it is a JSON list"),
         ('{"circuitroute": "run", "version": 9, "run": ""}\n', r"version 9, and this circuitroute reads 1"),

@@ -423,6 +423,9 @@ def test_lines_are_written_in_one_piece(tmp_path: Path) -> None:
         ('{"loss": 1}\n', r"line 1: its step is None: expected a whole number"),
         ('{"step": "one"}\n', r"line 1: its step is 'one'"),
         ('{"step": -1}\n', r"line 1: its step is -1"),
+        ('{"step": 0.5}\n', r"line 1: its step is 0\.5"),
+        ('{"step": Infinity}\n', r"line 1: its step is inf"),
+        ('{"step": 0}\n', r"has steps and no numbers"),
         ('{"step": true}\n', r"line 1: its step is True"),
         ('{"step": 0, "loss": "low"}', r"line 1: its loss is 'low': expected a number"),
         ('{"step": 0, "all/load_entropy": [1]}\n', r"line 1: its all/load_entropy is \[1\]"),
@@ -450,7 +453,7 @@ def test_lines_of_other_writers_are_read(tmp_path: Path) -> None:
     """Without a first line, with the names of a Trainer's logs, and with more than is known."""
     path = tmp_path / "run.jsonl"
     rows = [
-        {"step": 1, "routing/layer0/load_entropy": 0.5, "routing/all/load_entropy": 0.5, "epoch": 0.1, "note": "x"},
+        {"step": 1.0, "routing/layer0/load_entropy": 0.5, "routing/all/load_entropy": 0.5, "epoch": 0.1, "note": "x"},
         {"step": 2, "loss": 1, "blocks/0/mlp/max_violation": 2, "all/load_entropy": float("nan"), "big/x": 10**400},
     ]
     path.write_text("\n".join(json.dumps(row) for row in rows))

@@ -126,7 +126,8 @@ def read_run(path: str | os.PathLike[str]) -> RunRecord:
     """Read what :class:`RunLog` wrote, or another writer of such lines; keys may begin with ``routing/``.
 
     Raises:
-        CircuitFileError: there is no such file, a line that is not a step (named by its number), or no step at all. A
+        CircuitFileError: there is no such file, a line that is not a step (named by its number), no step at all, or
+            none with a number. A
             last line that breaks off was being written: it is left out, with a note.
     """
     source = as_path("path", path)
@@ -157,6 +158,8 @@ def read_run(path: str | os.PathLike[str]) -> RunRecord:
         raise CircuitFileError(
             f"{source} holds no steps: expected lines such as " + '{"step": 0, "all/load_entropy": 1}'
         )
+    if not any(step.values or step.loss is not None for step in steps):
+        raise CircuitFileError(f"{source} has steps and no numbers: expected keys such as 'all/load_entropy' or 'loss'")
     return RunRecord(run, tuple(steps), tuple(notes))
 
 
@@ -201,6 +204,7 @@ def _run_of(row: Mapping[str, Any]) -> str:
 
 def _step(row: Mapping[str, Any]) -> Step:
     step = row.get("step")
+    step = int(step) if isinstance(step, float) and step.is_integer() else step
     if type(step) is not int or step < 0:
         raise ValueError(f"its step is {step!r}: expected a whole number from 0")
     loss = None if row.get("loss") is None else _number("loss", row["loss"])
