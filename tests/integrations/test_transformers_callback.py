@@ -454,6 +454,7 @@ def edited(folder: Path, **changes: Any) -> None:
         ({"format": 9}, cr.CountController(2.0), r"cannot be read"),
         ({}, SignRule(8), r"states of the controllers \['CountController\(2.0.*do not fit \['SignRule\(8\)'\]"),
         ({}, [cr.CountController(2.0), SignRule(8)], r"which do not fit"),
+        ({"rules": ["Other"]}, cr.CountController(2.0), r"which do not fit"),  # with states of the same kind
         ({"states": [[3, 4]]}, cr.CountController(2.0), r"which do not fit"),
         (
             {"states": [[{"kind": "CountState", "values": {"price": p}} for p in (0.5, [1.0])]]},
@@ -490,7 +491,7 @@ def test_a_half_that_fits_is_not_applied(kept: Path, tmp_path: Path) -> None:
     """Prices that can be set, and then biases that cannot."""
     good = [{"kind": "CountState", "values": {"price": 0.5}}] * 2
     bad = [{"kind": "BiasState", "values": {"bias": [float("nan")] * 8, "seen": 1}}] * 2
-    edited(kept, states=[good, bad])
+    edited(kept, states=[good, bad], rules=["CountController", "SignRule"])
     handle = patched()
     trainer = trainer_of(handle, tmp_path / "second", steps=2)
     trainer.add_callback(handle.trainer_callback(controller=[cr.CountController(2.0), SignRule(8)]))

@@ -131,6 +131,7 @@ class Controllers:
             "format": FORMAT,
             "layers": [place.layer for place in places],
             "experts": [place.experts for place in places],
+            "rules": [type(controller).__name__ for controller in self.controllers],
             "controllers": [repr(controller) for controller in self.controllers],
             "states": [[_plain(state) for state in row] for row in self.states],
         }
@@ -151,7 +152,12 @@ class Controllers:
                     f"{mine[name]}: {remedy}"
                 )
         rows = kept.get("states")
-        if not isinstance(rows, list) or [_kinds(row) for row in rows] != [_kinds(row) for row in mine["states"]]:
+        other = kept.get("rules") != mine["rules"]
+        if (
+            other
+            or not isinstance(rows, list)
+            or [_kinds(row) for row in rows] != [_kinds(row) for row in mine["states"]]
+        ):
             raise ValueError(
                 f"the checkpoint has states of the controllers {kept.get('controllers')}, which do not fit "
                 f"{mine['controllers']}: {remedy}"
