@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-import shutil
 import types
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -428,22 +427,16 @@ def made_checkpoint(folder: Path, controller: Any) -> Path:
     return folder / "checkpoint-1"
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made_checkpoint(tmp_path_factory.mktemp("made"), cr.CountController(2.0))
+def kept_by(*controllers: Any) -> dict[str, Any]:
+    """What a checkpoint has of controllers."""
+    exported = patched().trainer_callback(controller=controllers).state()
+    return {"StepSetter": json.loads(json.dumps(exported))}
 
 
-@pytest.fixture
-def kept(made: Path, tmp_path: Path) -> Path:
-    """A checkpoint of a run with a CountController, to be damaged."""
-    return Path(shutil.copytree(made, tmp_path / "checkpoint-1"))
-
-
-def edited(folder: Path, **changes: Any) -> None:
-    path = folder / "trainer_state.json"
-    state = json.loads(path.read_text())
-    state["stateful_callbacks"]["StepSetter"]["attributes"]["kept"] |= changes
-    path.write_text(json.dumps(state))
+def resume(handle: adapter.Handle, controller: Any, kept: dict[str, Any]) -> None:
+    """What a Trainer does first when it goes on from a checkpoint with that."""
+    state = types.SimpleNamespace(global_step=1, is_world_process_zero=True, stateful_callbacks=kept)
+    handle.trainer_callback(controller=controller).on_train_begin(types.SimpleNamespace(), state, None)
 
 
 @pytest.mark.parametrize(
@@ -474,30 +467,32 @@ def edited(folder: Path, **changes: Any) -> None:
     ],
 )
 def test_states_of_another_run_are_refused_and_nothing_is_applied(
-    changes: dict[str, Any], controller: Any, message: str, kept: Path, tmp_path: Path
+    changes: dict[str, Any], controller: Any, message: str
 ) -> None:
-    edited(kept, **changes)
+    kept = kept_by(cr.CountController(2.0))
+    kept["StepSetter"]["attributes"]["kept"] |= changes
     handle = patched()
     handle.price = 0.125
-    trainer = trainer_of(handle, tmp_path / "second", steps=2)
-    trainer.add_callback(handle.trainer_callback(controller=controller))
     with pytest.raises(ValueError, match=message):
-        trainer.train(resume_from_checkpoint=str(kept))
+        resume(handle, controller, kept)
     assert [float(p) for p in handle.price] == [0.125, 0.125]
     assert handle.bias == (None, None)
 
 
-def test_a_half_that_fits_is_not_applied(kept: Path, tmp_path: Path) -> None:
+def test_a_half_that_fits_is_not_applied() -> None:
     """Prices that can be set, and then biases that cannot."""
-    good = [{"kind": "CountState", "values": {"price": 0.5}}] * 2
-    bad = [{"kind": "BiasState", "values": {"bias": [float("nan")] * 8, "seen": 1}}] * 2
-    edited(kept, states=[good, bad], rules=["CountController", "SignRule"])
-    handle = patched()
-    trainer = trainer_of(handle, tmp_path / "second", steps=2)
-    trainer.add_callback(handle.trainer_callback(controller=[cr.CountController(2.0), SignRule(8)]))
-    with pytest.raises(ValueError, match=r"cannot be used \(bias\[0\]="):
-        trainer.train(resume_from_checkpoint=str(kept))
+    controllers = [cr.CountController(2.0), SignRule(8)]
+    kept, handle = kept_by(*controllers), patched()
+    good, bad = kept["StepSetter"]["attributes"]["kept"]["states"]
+    good[0]["values"]["price"] = 0.5
+    bad[1]["values"]["bias"][3] = float("nan")
+    with pytest.raises(ValueError, match=r"cannot be used \(bias\[1\]="):
+        resume(handle, controllers, kept)
     assert handle.price == handle.bias == (None, None)
+    bad[1]["values"]["bias"][3] = 0.25
+    resume(handle, controllers, kept)
+    assert float(handle.price[0]) == 0.5
+    assert float(handle.bias[1][3]) == 0.25
 
 
 def test_a_checkpoint_without_controllers_starts_them(tmp_path: Path) -> None:
@@ -509,16 +504,10 @@ def test_a_checkpoint_without_controllers_starts_them(tmp_path: Path) -> None:
     assert all(0 < float(price) <= 1.5 for price in handle.price)
 
 
-def test_two_callbacks_in_a_checkpoint_are_refused(kept: Path, tmp_path: Path) -> None:
-    path = kept / "trainer_state.json"
-    state = json.loads(path.read_text())
-    state["stateful_callbacks"]["StepSetter"] = [state["stateful_callbacks"]["StepSetter"]] * 2
-    path.write_text(json.dumps(state))
-    handle = patched()
-    trainer = trainer_of(handle, tmp_path / "second", steps=2)
-    trainer.add_callback(handle.trainer_callback(controller=cr.CountController(2.0)))
+def test_two_callbacks_in_a_checkpoint_are_refused() -> None:
+    kept = kept_by(cr.CountController(2.0))
     with pytest.raises(ValueError, match="states of 2 callbacks of handles: use one per Trainer"):
-        trainer.train(resume_from_checkpoint=str(kept))
+        resume(patched(), cr.CountController(2.0), {"StepSetter": [kept["StepSetter"]] * 2})
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
