@@ -347,6 +347,7 @@ CALLS = {
             lambda routing: (routing.gates * torch.arange(8)).sum(), LOGITS, FIXED, rounds=i(4), seed=i(3), key=0
         ).correlation
     ),
+    "summary": lambda x, i: cr.metrics.summary(_routing(), budget=i(8)),
     "calibrate_temperature": lambda x, i: _exact().calibrate_temperature(torch.ones(2, 4), agreement=x(0.75)),
     "clip": lambda x, i: cr.replay.importance_ratio(torch.ones(2), torch.zeros(2), clip=(x(0.5), x(2.0))).tolist(),
 }

@@ -37,6 +37,8 @@ TESTS: dict[str, list[str]] = {
         "tests/test_prices.py",
         "tests/test_temperature.py",
     ],
+    "circuitroute/routing/summary.py": ["tests/test_summary.py"],
+    "circuitroute/routing/runs.py": ["tests/test_summary.py", "tests/test_report.py"],
     "circuitroute/routing/weights.py": [*_DECISIONS, "tests/test_estimators.py", "tests/test_probes.py"],
     "circuitroute/engines/combine.py": [*_DECISIONS, _STEP_NUMBA],
     "circuitroute/engines/shift.py": [*_ENGINES, *_ENGINE_NUMBA],

@@ -336,6 +336,10 @@ def _losses_and_metrics() -> list[Entry]:
         *found,
         Entry("metrics.mode_agreement(routing)", "logits", "real", logits,
               lambda x, b: cr.metrics.mode_agreement(_of_routing(x, b)), False),
+        Entry("metrics.summary(mask)", "routings", "mask", lambda: mask(logits()),
+              lambda x, b: torch.tensor([cr.metrics.summary(x).get(f"all/{name}", 0.0) for name in
+                                         ("load_entropy", "max_violation", "experts_per_token_std", "dead_experts")]),
+              False, width=None, python=True),
         Entry("metrics.swap_oracle(logits)", "logits", "real", logits,
               lambda x, b: cr.metrics.swap_oracle(_worth, x, flat(), rounds=4).actual, False, rows=False, python=True),
     ]  # fmt: skip
