@@ -60,7 +60,7 @@ def export(
             "gating_output": {0: tokens},
             "topk": None,
             "renormalize": None,
-            **dict.fromkeys(keys, {0: tokens}),
+            **{name: {0: tokens} for name in keys},
         },
         strict=False,
     )

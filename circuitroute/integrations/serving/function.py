@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from circuitroute._tensors import transformed
 from circuitroute._validate import as_flag, int_at_least, one_of
 from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Constraint
-from circuitroute.engines import layered_engine, ops
+from circuitroute.engines import layered_engine, ops, transforms
 from circuitroute.engines.layered import evaluated
 from circuitroute.engines.layered.torch import unrolled
 from circuitroute.engines.subset.mode import best_count, best_scores
@@ -217,6 +218,8 @@ class RoutingFunction(ServedFunction):
     def _mode(self, score: Tensor) -> Tensor:
         if self.circuit.counts is not None:
             return mode_of_counts(score, self._potential(score))
+        if transformed():
+            return transforms.mode(self.circuit, score, None)
         if self.unrolled is not None:
             found: Tensor = self.unrolled(score)
             return found

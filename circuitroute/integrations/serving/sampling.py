@@ -6,7 +6,6 @@ Legend: T tokens, E experts.
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from circuitroute.engines.layered.torch.unrolled_sampling import UnrolledSample
 from circuitroute.engines.subset.unrolled import UnrolledCount, products
 from circuitroute.engines.tables import Tables
 from circuitroute.inference.circuit import Circuit
-from circuitroute.inference.temperature import as_temperature
+from circuitroute.inference.temperature import MIN_TEMPERATURE
 from circuitroute.keys import random_key
 from circuitroute.routing.decision import chosen_first
 
@@ -45,7 +44,7 @@ class Sampling(nn.Module):
     def __init__(self, circuit: Circuit, temperature: object, head: object, layer: object) -> None:
         super().__init__()
         self.circuit = circuit
-        self.temperature = cast(float, as_temperature(as_number("temperature", temperature)))
+        self.temperature = _as_temperature(temperature)
         self.head = 0 if head is None else int_at_least("head", head, 0)
         if self.head > circuit.max_count:
             raise ValueError(
@@ -84,9 +83,18 @@ class Sampling(nn.Module):
         if transformed():
             return transforms.sample(self.circuit, score, potential, key)
         plain = traced(score, key) or (score.is_cuda and torch.cuda.is_current_stream_capturing())
-        if plain and self.unrolled is not None:
-            found: Tensor = self.unrolled(score, key)
-            return found
         if plain:
-            return ops.sample(self.circuit, score, potential, key)
-        return engine_of(self.circuit, score.device).sample(score.contiguous(), potential, key)
+            run = self.unrolled
+            found: Tensor = ops.sample(self.circuit, score, potential, key) if run is None else run(score, key)
+            return found
+        return engine_of(self.circuit, score.device).sample(score, potential, key)
+
+
+def _as_temperature(temperature: object) -> float:
+    number = as_number("temperature", temperature)
+    if not MIN_TEMPERATURE <= number < math.inf:
+        raise ValueError(
+            f"temperature={number}: must be positive and finite, {MIN_TEMPERATURE} at least; sample=False is the limit "
+            "of cold"
+        )
+    return number

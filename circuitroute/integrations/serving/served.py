@@ -67,7 +67,8 @@ class ServedFunction(nn.Module):
 
     def _scored(self, gating_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """([T, E] float32 logits, [T, E] what is chosen by, without NaN, [T] which tokens had NaN)."""
-        logits = gating_output.detach().to(torch.float32)
+        # In one order of memory, so that sums over experts are rounded alike.
+        logits = gating_output.detach().to(torch.float32).contiguous()
         score = logits
         if self.score == "sigmoid":
             score = torch.sigmoid(logits)

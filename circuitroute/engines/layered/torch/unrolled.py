@@ -213,8 +213,8 @@ def grouped(graph: Graph) -> Grouped:
             left, right, inside = _padded(level, members, sizes[members])
             nodes = level.nodes[members]
             row[nodes] = next_row + np.arange(len(members))
-            rows = [np.where(inside, row[side], nothing) for side in (left, right)]
-            groups.append(Group(next_row, nodes, *rows, left, right))
+            left_rows, right_rows = (np.where(inside, row[side], nothing) for side in (left, right))
+            groups.append(Group(next_row, nodes, left_rows, right_rows, left, right))
             next_row += len(members)
     return Grouped(groups, int(row[-1]), next_row)
 
