@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from circuitroute._tensors import transformed
+from circuitroute._tensors import traced, transformed
 from circuitroute._validate import as_flag, int_at_least, one_of
 from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Constraint
@@ -218,10 +218,13 @@ class RoutingFunction(ServedFunction):
     def _mode(self, score: Tensor) -> Tensor:
         if self.circuit.counts is not None:
             return mode_of_counts(score, self._potential(score))
+        found: Tensor
         if transformed():
-            return transforms.mode(self.circuit, score, None)
-        if self.unrolled is not None:
-            found: Tensor = self.unrolled(score)
+            found = transforms.mode(self.circuit, score, None)
+            return found
+        # On CPUs the engine is faster; elsewhere it would wait for the device, to see where there are ties.
+        if self.unrolled is not None and (traced(score) or score.device.type != "cpu"):
+            found = self.unrolled(score)
             return found
         if is_exporting():
             self.require_portable()

@@ -22,7 +22,6 @@ from circuitroute.engines.tables import Tables
 from circuitroute.inference.circuit import Circuit
 from circuitroute.inference.temperature import MIN_TEMPERATURE
 from circuitroute.keys import random_key
-from circuitroute.routing.decision import chosen_first
 
 
 class Sampling(nn.Module):
@@ -72,7 +71,7 @@ class Sampling(nn.Module):
 
     def forced(self, score: Tensor, mode: Tensor) -> Tensor:
         """[T, E] the scores with +inf at the head: the best members of the ``mode`` [T, E] bool, all of a small one."""
-        ids = chosen_first(mode, score, self.head)
+        ids = torch.where(mode, score, -math.inf).sort(dim=-1, descending=True, stable=True).indices[:, : self.head]
         return score.scatter(-1, ids, torch.where(mode.gather(-1, ids), math.inf, score.gather(-1, ids)))
 
     def forward(self, score: Tensor, key: Tensor) -> Tensor:
@@ -80,12 +79,14 @@ class Sampling(nn.Module):
         if self.temperature != 1.0:
             score = score / self.temperature  # infinite scores stay as they are
         potential = self.tables.on(score.device)["potential"] if len(self.tables) else None
+        found: Tensor
         if transformed():
-            return transforms.sample(self.circuit, score, potential, key)
+            found = transforms.sample(self.circuit, score, potential, key)
+            return found
         plain = traced(score, key) or (score.is_cuda and torch.cuda.is_current_stream_capturing())
         if plain:
             run = self.unrolled
-            found: Tensor = ops.sample(self.circuit, score, potential, key) if run is None else run(score, key)
+            found = ops.sample(self.circuit, score, potential, key) if run is None else run(score, key)
             return found
         return engine_of(self.circuit, score.device).sample(score, potential, key)
 
