@@ -42,7 +42,7 @@ def inputs(name, rows):
     return logits, keys_of(rows) if name.startswith("sample") else {}
 
 
-SLOW = {"sample of a circuit"}
+SLOW = {"sample of a range", "sample of a circuit"}
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,13 @@ def test_it_compiles_in_one_graph(name):
         assert_same_bits(found, call(function, logits, TOPK, **keys))
         assert found[0].isnan().all(-1).nonzero().tolist() == [[1]]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_sample_compiles():
+    """A small one, in the ordinary run."""
+    function = serving.routing_function(cr.AtMost(1), 3, sample=True)
+    found = call(traced(function), logits_of(3), 1, **keys_of())
+    assert_same_bits(found, call(function, logits_of(3), 1, **keys_of()))
 
 
 ELSEWHERE = """

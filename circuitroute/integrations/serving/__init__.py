@@ -14,6 +14,7 @@ They consist of plain tensor operations, so that ``torch.compile`` fuses them, C
 
 from circuitroute.integrations.serving.exporting import export as export
 from circuitroute.integrations.serving.function import RoutingFunction as RoutingFunction
+from circuitroute.integrations.serving.function import Score as Score
 from circuitroute.integrations.serving.function import routing_function as routing_function
 from circuitroute.integrations.serving.greedy import GreedyGroups as GreedyGroups
 from circuitroute.integrations.serving.greedy import greedy_groups as greedy_groups
