@@ -365,6 +365,15 @@ def _records() -> list[Entry]:
               checked=False),
         Entry("serving.routing_function(gating_output)", "gating_output", "real", logits,
               lambda x, b: serving.routing_function(flat(), E).to(b.device)(x, x, 3, True)[0], False, checked=False),
+        Entry("serving.routing_function(sample=True)(gating_output)", "gating_output", "real", logits,
+              lambda x, b: serving.routing_function(flat(), E, sample=True).to(b.device)(
+                  x, x, 3, True, seed=3, position=torch.arange(len(b), device=b.device))[0], False, checked=False),
+        Entry("serving.routing_function(sample=True)(position)", "position", "key", lambda: torch.arange(T),
+              lambda x, b: serving.routing_function(flat(), E, sample=True).to(b.device)(
+                  *[randn(len(b), E).to(b.device)] * 2, 3, True, seed=3, position=x)[0], False, width=None),
+        Entry("serving.greedy_groups(gating_output)", "gating_output", "real", logits,
+              lambda x, b: serving.greedy_groups(E, 2, groups=5, active=3, group_score="max").to(b.device)(
+                  x, x, 3, True)[0], False, checked=False),
     ]  # fmt: skip
 
 
