@@ -339,7 +339,8 @@ def test_shapes_alone_go_through() -> None:
     assert meta(torch.empty(8, 16, device="meta"), [2, 2, 2, 2]).shape == (8, 16)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of the compiler, about where it breaks the graph
+# Of the compiler: about where it breaks the graph, and about itself.
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 def test_compiled_layers_are_those_of_eager_ones(dtype: torch.dtype) -> None:
     """With sizes that the kernel takes, which traced programs may not know it with."""
