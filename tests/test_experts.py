@@ -337,3 +337,24 @@ def test_shapes_alone_go_through() -> None:
         assert stacked(rows, [2, 2, 2, 2]).shape == (8, 16)
     meta = cr.StackedExperts(E, 16, 8, device="meta")
     assert meta(torch.empty(8, 16, device="meta"), [2, 2, 2, 2]).shape == (8, 16)
+
+
+# Of the compiler: about where it breaks the graph, and about itself.
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
+def test_compiled_layers_are_those_of_eager_ones(dtype: torch.dtype) -> None:
+    """With sizes that the kernel takes, which traced programs may not know it with."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    layer = cr.MoE(cr.ExactKRouter(16, E, 2), cr.StackedExperts(E, 16, 8, dtype=dtype))
+    compiled = torch.compile(layer, backend="aot_eager")
+    key, rows = cr.random_key(0, torch.arange(8)), torch.randn(8, 16, dtype=dtype)
+    results = []
+    for run in (layer, compiled):
+        leaf = rows.clone().requires_grad_()
+        output, _ = run(leaf, key=key)
+        output.square().sum().backward()
+        results.append([output, leaf.grad])
+    for ours, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(ours, wanted)
+    torch.compiler.reset()

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from circuitroute._tensors import batchable, recorded, transformed, without_numbers
@@ -133,13 +134,14 @@ def grouped_kernel(rows: Tensor, widths: tuple[int, int]) -> bool:
 
     On CPUs it has the bits of a product per expert and takes a little less time, most where experts have few rows. On
     CUDA it is a launch in place of E, for bfloat16 and from compute capability 8.0 on. Everywhere rows and matrices
-    must start and go on at multiples of 16 bytes.
+    must start and go on at multiples of 16 bytes. Not in programs that torch.compile traces, which know it for bfloat16
+    only.
 
     Args:
         rows: [S, A], contiguous.
         widths: H and I.
     """
-    if _GROUPED_MM is None or len(rows) == 0 or without_numbers(rows) or transformed():
+    if _GROUPED_MM is None or is_compiling() or len(rows) == 0 or without_numbers(rows) or transformed():
         return False
     if rows.is_cuda:
         known = rows.dtype == torch.bfloat16 and torch.cuda.get_device_capability(rows.device) >= (8, 0)
@@ -223,8 +225,11 @@ def _grouped_outer(left: Tensor, right: Tensor, groups: _Groups) -> Tensor:
 
 
 def _aligned(*values: Tensor) -> bool:
-    """Whether their numbers start where the kernel wants them: parameters that are mapped from a file may not."""
-    return all(value.data_ptr() % ALIGNMENT == 0 for value in values)
+    """Whether their numbers start where the kernel wants them: parameters that are mapped from a file may not.
+
+    Those that are traced are nowhere; what is traced may begin after a call that was not.
+    """
+    return not is_compiling() and all(value.data_ptr() % ALIGNMENT == 0 for value in values)
 
 
 def _in_one_call(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
