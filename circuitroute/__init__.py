@@ -55,6 +55,8 @@ from circuitroute.routing import losses as losses
 from circuitroute.routing import metrics as metrics
 from circuitroute.routing import replay as replay
 from circuitroute.routing import schedules as schedules
+from circuitroute.routing.batch import BatchRouting as BatchRouting
+from circuitroute.routing.batch import route_batch as route_batch
 from circuitroute.routing.controllers import CountController as CountController
 from circuitroute.routing.decision import Routing as Routing
 from circuitroute.routing.decision import SoftRouting as SoftRouting
