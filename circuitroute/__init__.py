@@ -63,6 +63,9 @@ from circuitroute.routing.decision import SoftRouting as SoftRouting
 from circuitroute.routing.estimators import Estimator as Estimator
 from circuitroute.routing.records import RoutingRecord as RoutingRecord
 from circuitroute.routing.route import route as route
+from circuitroute.routing.sequence import SequenceRouting as SequenceRouting
+from circuitroute.routing.sequence import SequenceState as SequenceState
+from circuitroute.routing.sequence import route_sequence as route_sequence
 from circuitroute.routing.soft_topk import soft_topk as soft_topk
 
 # Public modules answer to their public names, wherever they live: `from circuitroute.replay import mismatch`.

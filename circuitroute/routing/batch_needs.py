@@ -2,10 +2,10 @@
 
 Legend: T tokens, E experts, R kinds of tokens (rows whose evidence is the same), J = K + 1 counts; U a set of experts.
 
-Whether a token has a subset within U is a matter of its infinite logits alone, so tokens of equal evidence are one row:
-a batch without evidence is a single one. Larger sets do what smaller ones do. To find a small one is a covering problem,
-hard in general; here it is a search that adds the experts of the cheapest missing subset, goes back where that was wrong,
-and is bounded below by what the neediest row still lacks.
+Whether a token has a subset within U is a matter of its infinite logits alone, so tokens of equal evidence are one
+row: a batch without evidence is a single one. Larger sets do what smaller ones do. To find a small one is a covering
+problem, hard in general; here it is a search that adds the experts of the cheapest missing subset, goes back where that
+was wrong, and is bounded below by what the neediest row still lacks.
 """
 
 from __future__ import annotations
