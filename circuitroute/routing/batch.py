@@ -136,8 +136,8 @@ def route_batch(
         max_distinct: M. The set has min(M, E) experts; those that no token wants fill it up.
         choose: ``"greedy"``, a deterministic rule, or ``"sample"``, drawn with an exact log-probability. None: drawn
             if tokens are, too.
-        exchanges: of the greedy rule, how many experts may at most be exchanged for better ones after the first pick.
-            Each takes two sweeps.
+        exchanges: of the greedy rule, how many times an exchange of one expert is tried after the first pick. Each
+            takes one sweep or two.
         experts: the set to use, in place of choosing one: indices of at most M experts, or a mask [E]; as to replay a
             decision with the ``experts`` that it was recorded with.
         decide, key, combine, estimator, training, replay, temperature, price, bias, count_potential, validate_args: see

@@ -13,7 +13,8 @@ which grows with U. Sweeps give its exact changes, for any circuit, since Z_t is
     F(U with j) - F(U)    =  sum_t log(1 + e^c odds_tj)    marginals where what is outside U has its logits less c
 
 the second up to terms e^-c, all j in one sweep. *Greedy*: the M experts of the largest -sum_t log(1 - m_ti), what each
-is worth on its own, and from there exchanges, the best j in and then the least i out, as long as F grows.
+is worth on its own, and from there exchanges: the best j in, then the least i out, which is done if F grows, and else the
+next best j is tried.
 
 Where every two experts are negatively correlated whatever else is known (counts within an interval; Borcea, Braenden &
 Liggett 2009, "Negative dependence and the geometry of polynomials"), F is submodular.
@@ -119,19 +120,23 @@ class Wanted:
         return self.needs.smallest(rank, self.most)
 
     def refined(self, within: Tensor, exchanges: int) -> Tensor:
-        """[E] bool, the set after at most so many exchanges, each of which F grows by."""
-        if self.most in (0, len(within)):
-            return within
-        for _ in range(exchanges):
-            entering = self.gained(within).masked_fill(within, -math.inf).argmax()
+        """[E] bool, the set after so many tries of an exchange, of which those are made that F grows by."""
+        gained, untried = None, ~within
+        for _ in range(exchanges if self.most else 0):
+            if not bool(untried.any()):
+                break
+            gained = self.gained(within) if gained is None else gained
+            entering = gained.masked_fill(~untried, -math.inf).argmax()
             larger = within.clone()
             larger[entering] = True
             lost = self.lost(larger).masked_fill(~larger, math.inf)
             leaving = lost.argmin()
-            if not bool(lost[leaving] < lost[entering] - WORTH):
-                break
-            within = larger
-            within[leaving] = False
+            if bool(lost[leaving] < lost[entering] - WORTH):
+                within = larger
+                within[leaving] = False
+                gained, untried = None, ~within
+            else:
+                untried[entering] = False
         return within
 
 

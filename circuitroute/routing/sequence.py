@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from circuitroute._tensors import batched, recorded, without_numbers
-from circuitroute._validate import as_real, int_at_least
+from circuitroute._validate import as_real, int_at_least, present
 from circuitroute.constraints import Constraint
 from circuitroute.engines.subset.naive import log_count_weights
 from circuitroute.inference.circuit import Circuit
@@ -274,8 +274,8 @@ class _Scan:
     def _log_weights(self, distribution: SubsetDistribution, rows: slice) -> Tensor:
         """[S, tokens, J] float64, log weights of the counts without the budget; ``DEAD`` where there are none."""
         S, T = self.counts.shape
-        given, potential = (x for x in distribution.rows.inputs())
-        assert potential is not None  # of a circuit with counts
+        given, potential = distribution.rows.inputs()
+        potential = present(potential, "a circuit with counts has a potential")
         logits = given.detach().view(S, T, -1)[:, rows].reshape(-1, given.shape[-1])
         own = log_count_weights(logits, self.J - 1).view(S, -1, self.J)
         phi = potential.detach().double()
@@ -363,7 +363,7 @@ def _start(length: int, S: int, J: int, device: torch.device) -> SequenceState:
 
 def _check_state(state: SequenceState, total: Total, S: int, T: int, J: int) -> None:
     left = state.length - state.position
-    if T > left:
+    if left < T:
         raise ValueError(
             f"logits hold {T} tokens of each sequence, and {left} of length={state.length} are left; give the "
             "length that the total is for"
