@@ -13,8 +13,8 @@ which grows with U. Sweeps give its exact changes, for any circuit, since Z_t is
     F(U with j) - F(U)    =  sum_t log(1 + e^c odds_tj)    marginals where what is outside U has its logits less c
 
 the second up to terms e^-c, all j in one sweep. *Greedy*: the M experts of the largest -sum_t log(1 - m_ti), what each
-is worth on its own, and from there exchanges: the best j in, then the least i out, which is done if F grows, and else the
-next best j is tried.
+is worth on its own, and from there exchanges: the best j in, then the least i out, which is done if F grows, and else
+the next best j is tried.
 
 Where every two experts are negatively correlated whatever else is known (counts within an interval; Borcea, Braenden &
 Liggett 2009, "Negative dependence and the geometry of polynomials"), F is submodular.
@@ -30,8 +30,10 @@ import math
 import torch
 from torch import Tensor
 
+from circuitroute._tensors import transformed
 from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Exactly
+from circuitroute.engines import engine_of
 from circuitroute.inference.circuit import Circuit
 from circuitroute.inference.distribution import SubsetDistribution
 from circuitroute.keys import fold_in, mix64
@@ -73,13 +75,21 @@ class Wanted:
             potential = None if potential is None else potential[tokens]
         self.logits = logits[tokens].double()
         self.potential = potential
+        self.allowed = _allowed(self.circuit, self.logits)
+        self.engine = engine_of(self.circuit, logits.device)
         self.needs = Needs.of(self.circuit, self.logits, potential, tokens)
         self.needs.check(most)
 
-    def law(self, within: Tensor, outside: float = -math.inf) -> SubsetDistribution:
-        """The tokens' laws with ``outside`` added to the logits of what is outside the set [E] bool."""
-        logits = torch.where(within | (self.logits == math.inf), self.logits, self.logits + outside)
-        return SubsetDistribution(self.circuit, logits, self.potential, validate_args=False)
+    def sweep(self, logits: Tensor, potential: Tensor | None) -> tuple[Tensor, Tensor]:
+        """([T], [T, E]) log Z and marginals of logits [T, E] and of a count potential that goes with them."""
+        if transformed():
+            law = SubsetDistribution(self.circuit, logits, potential, validate_args=False)
+            return law.log_partition, law.marginals
+        # Without what a distribution would look for in the logits, which takes longer than a sweep of few tokens.
+        if self.allowed is not None:
+            potential = self.allowed if potential is None else torch.where(self.allowed == 0, potential, -math.inf)
+        found = self.engine.infer(logits, potential)
+        return found.log_partition, found.marginals
 
     def worth(self) -> Tensor:
         """[E] float64, -sum_t log(1 - m_ti): what the batch loses without each expert, all others there."""
@@ -87,16 +97,16 @@ class Wanted:
 
     def lost(self, within: Tensor) -> Tensor:
         """[E] float64, F(U) - F(U without i) for i in the set [E] bool; inf where a token then has no subset."""
-        law = self.law(within)
-        absent = 1 - law.marginals
+        logits = torch.where(within, self.logits, -math.inf)
+        log_partition, marginals = self.sweep(logits, self.potential)
+        absent = 1 - marginals
         costs = -absent.log()
         close = within & (absent < CERTAIN)
         if bool(close.any()):
             token, expert = close.nonzero(as_tuple=True)
-            logits = law.logits[token].scatter(1, expert[:, None], -math.inf)
-            potential = None if self.potential is None else self.potential[token]
-            without = SubsetDistribution(self.circuit, logits, potential, validate_args=False).log_partition
-            exact = (law.log_partition[token] - without).clamp(min=0)
+            logits = logits[token].scatter(1, expert[:, None], -math.inf)
+            without, _ = self.sweep(logits, None if self.potential is None else self.potential[token])
+            exact = (log_partition[token] - without).clamp(min=0)
             costs[token, expert] = torch.where(
                 exact.isnan() | (self.logits[token, expert] == math.inf), math.inf, exact
             )
@@ -104,7 +114,7 @@ class Wanted:
 
     def gained(self, within: Tensor) -> Tensor:
         """[E] float64, F(U with j) - F(U) for j outside the set [E] bool, of which every token has a subset."""
-        present = self.law(within, -OUTSIDE).marginals
+        _, present = self.sweep(torch.where(within, self.logits, self.logits - OUTSIDE), self.potential)
         return torch.log1p(present / (1 - present).clamp(min=1e-300) * math.exp(OUTSIDE)).sum(0)
 
     def start(self, worth: Tensor) -> Tensor:
@@ -138,6 +148,15 @@ class Wanted:
             else:
                 untried[entering] = False
         return within
+
+
+def _allowed(circuit: Circuit, logits: Tensor) -> Tensor | None:
+    """[J] float64, the potential that a count constraint is; None for other circuits."""
+    if circuit.counts is None:
+        return None
+    allowed = torch.full((circuit.max_count + 1,), -math.inf, dtype=logits.dtype, device=logits.device)
+    allowed[list(circuit.counts)] = 0.0
+    return allowed
 
 
 def _first(worth: Tensor, held: Tensor, most: int) -> Tensor:

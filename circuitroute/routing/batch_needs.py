@@ -33,6 +33,7 @@ class Needs(NamedTuple):
         potential: [R, J] float64: -inf for counts that the count potential forbids, else 0; None where there is none.
         tokens, kind_of: [T] int64, the number of each token, and the row of its kind.
         forced: [E] bool, the experts that some token is given by +inf.
+        plain: whether there is no evidence at all.
     """
 
     circuit: Circuit
@@ -41,6 +42,7 @@ class Needs(NamedTuple):
     tokens: Tensor
     kind_of: Tensor
     forced: Tensor
+    plain: bool
 
     @staticmethod
     def of(circuit: Circuit, logits: Tensor, potential: Tensor | None, tokens: Tensor) -> Needs:
@@ -50,12 +52,13 @@ class Needs(NamedTuple):
         if potential is not None:
             potential = torch.where(potential == -math.inf, -math.inf, 0.0).double().expand(len(logits), -1)
             kinds = torch.cat([evidence, potential], -1)
-        if bool(kinds.any()):
-            kinds, kind_of = torch.unique(kinds, dim=0, return_inverse=True)
-        else:
+        plain = not bool(kinds.any())
+        if plain:
             kinds, kind_of = kinds[:1], torch.zeros_like(tokens)
+        else:
+            kinds, kind_of = torch.unique(kinds, dim=0, return_inverse=True)
         given = None if potential is None else kinds[:, circuit.n :]
-        return Needs(circuit, kinds[:, : circuit.n], given, tokens, kind_of, (logits == math.inf).any(0))
+        return Needs(circuit, kinds[:, : circuit.n], given, tokens, kind_of, (logits == math.inf).any(0), plain)
 
     def unmet(self, within: Tensor) -> Tensor:
         """[R] bool, rows without a subset within the set [E] bool, which holds what is forced."""
@@ -125,6 +128,8 @@ class Needs(NamedTuple):
 
     def _fewest(self) -> Tensor:
         """[R] int64, the size of each row's smallest subset."""
+        if self.plain:
+            return self.kind_of.new_full((len(self.evidence),), self.circuit.min_count)
         none = torch.zeros_like(self.forced)
         return self._lacking(none, none, none.double())[1]
 
