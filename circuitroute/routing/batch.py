@@ -18,7 +18,7 @@ from circuitroute.inference.circuit import Circuit
 from circuitroute.inference.distribution import SubsetDistribution
 from circuitroute.inference.evidence import rows_text, unsatisfiable_rows
 from circuitroute.routing import choice
-from circuitroute.routing.batch_choice import greedy, key_of_batch, law_of_experts
+from circuitroute.routing.batch_choice import by_weights, greedy, key_of_batch, law_of_experts
 from circuitroute.routing.choice import Batch, Decide
 from circuitroute.routing.decision import Pad, Routing, chosen_first
 from circuitroute.routing.estimators import Estimator
@@ -28,7 +28,8 @@ from circuitroute.routing.weights import Combine, as_combine
 from circuitroute.routing.wrapped import WrappedRouting
 
 Choose: TypeAlias = Literal["greedy", "sample"]
-CHOOSE = get_args(Choose)
+By: TypeAlias = Literal["weights", "logits"]
+CHOOSE, BY = get_args(Choose), get_args(By)
 
 
 class BatchRouting(WrappedRouting):
@@ -107,7 +108,8 @@ def route_batch(
     decide: Decide | float | None = None,
     key: Tensor | int | None = None,
     choose: Choose | None = None,
-    exchanges: int = 8,
+    by: By = "weights",
+    exchanges: int = 4,
     experts: Tensor | None = None,
     combine: Combine = "softmax",
     estimator: str | Estimator = "simple",
@@ -136,6 +138,8 @@ def route_batch(
         max_distinct: M. The set has min(M, E) experts; those that no token wants fill it up.
         choose: ``"greedy"``, a deterministic rule, or ``"sample"``, drawn with an exact log-probability. None: drawn
             if tokens are, too.
+        by: what the set is to keep: the ``"weights"`` that tokens give their experts, or by ``"logits"`` the
+            log-probability of the decisions that tokens would make with all experts.
         exchanges: of the greedy rule, how many times an exchange of one expert is tried after the first pick. Each
             takes one sweep or two.
         experts: the set to use, in place of choosing one: indices of at most M experts, or a mask [E]; as to replay a
@@ -155,7 +159,7 @@ def route_batch(
     share = choice.as_share(decide, estimator)
     share = share if training else 0.0
     most = int_at_least("max_distinct", max_distinct, 0)
-    exchanges = int_at_least("exchanges", exchanges, 0)
+    exchanges, by = int_at_least("exchanges", exchanges, 0), one_of("by", by, BY)
     drawn = (share > 0 if choose is None else one_of("choose", choose, CHOOSE) == "sample") and experts is None
     whole = Batch.of(
         logits,
@@ -175,13 +179,14 @@ def route_batch(
         whole = whole._replace(key=distribution.keys(whole.key))
         distribution = distribution.tempered(whole.temperature)
     most, law = min(most, circuit.n), None
+    wanted = by_weights(whole.untempered, combine) if by == "weights" else distribution
     if experts is not None:
         within = _given(experts, most, distribution)
     elif drawn:
-        law = law_of_experts(distribution, most)
+        law = law_of_experts(wanted, most)
         within = law.sample(key=key_of_batch(distribution.keys(whole.key))) == 1
     else:
-        within = greedy(distribution, most, exchanges)
+        within = greedy(wanted, most, exchanges)
     if replay is not None:
         replay = _replayed(replay, within, whole)
     logits = torch.where(within, whole.untempered.logits, -math.inf)

@@ -1,13 +1,16 @@
 """Which experts a batch is given: a set U of M, of which every token takes its subset.
 
-Legend: T tokens, E experts, M experts of the batch; p_t(S) the law of token t, m its marginals, Z_t(U) its partition
-function when what is outside U is forbidden.
+Legend: T tokens, E experts, M experts of the batch; p_t(S) a law of token t, m its marginals, Z_t(U) its partition
+function when what is outside U is forbidden; w its experts' weights.
 
-What is kept of the batch's laws is
+Every token has a law by which the set is chosen. *By logits* it is that of its decision. *By weights*, its logits are
+32 w: the softmax of its logits, or their sigmoid, where that is how experts are combined. What the set keeps of these
+laws is
 
     F(U) = sum_t log P_t(S within U) = sum_t log Z_t(U) - log Z_t(all),
 
-which grows with U. Sweeps give its exact changes, for any circuit, since Z_t is linear in the weight of every expert:
+by weights a smooth version, in units of 1/32, of the weight that the tokens' best subsets within U have. F grows
+with U. Sweeps give its exact changes, for any circuit, since Z_t is linear in the weight of every expert:
 
     F(U) - F(U without i) = -sum_t log(1 - m_ti)           marginals within U
     F(U with j) - F(U)    =  sum_t log(1 + e^c odds_tj)    marginals where what is outside U has its logits less c
@@ -34,11 +37,14 @@ from circuitroute._tensors import transformed
 from circuitroute.compilation import compile as compile_constraint
 from circuitroute.constraints import Exactly
 from circuitroute.engines import engine_of
+from circuitroute.engines.step import Combine
 from circuitroute.inference.circuit import Circuit
 from circuitroute.inference.distribution import SubsetDistribution
 from circuitroute.keys import fold_in, mix64
 from circuitroute.routing.batch_needs import Needs
 
+# What a weight of 1 is in logits of the law that the set is chosen by.
+SHARPNESS = 32.0
 # How far down experts outside the set are put to see what each would add.
 OUTSIDE = 30.0
 # Marginals this close to 1 leave no digits for 1 - m: what it costs to do without is then found by a sweep of its own.
@@ -148,6 +154,20 @@ class Wanted:
             else:
                 untried[entering] = False
         return within
+
+
+def by_weights(distribution: SubsetDistribution, combine: Combine) -> SubsetDistribution:
+    """The law by which a set keeps weight, of the same evidence; differentiable."""
+    logits = distribution.logits
+    if combine == "sigmoid":
+        weights = torch.sigmoid(logits)
+    else:
+        weights = torch.softmax(logits.masked_fill(logits == math.inf, -math.inf), -1).nan_to_num()
+    scores = torch.where(torch.isinf(logits), logits, SHARPNESS * weights)
+    invalid = distribution.invalid_rows()
+    if invalid is not None:
+        scores = torch.where(invalid[:, None], math.nan, scores)
+    return SubsetDistribution(distribution.circuit, scores, distribution.count_potential, validate_args=False)
 
 
 def _allowed(circuit: Circuit, logits: Tensor) -> Tensor | None:

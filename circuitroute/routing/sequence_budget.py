@@ -3,15 +3,15 @@
 Legend: S sequences, E experts, J counts 0..K of a token, L tokens of a block, W = L K + 1 counts that a block can
 spend; c experts spent, R tokens to come.
 
-As over layers (:mod:`circuitroute.layers.budget`), a token decides under the count potential V(c + j): the log weight of
-all ways in which the tokens after it can go on. Their logits are not known yet. One vector q stands for the count of
+As over layers (:mod:`circuitroute.layers.budget`), a token decides under the count potential V(c + j): the log weight
+of all ways in which the tokens after it can go on. Their logits are not known yet. One vector q stands for the count of
 every token to come, so that
 
     V_R(c) = log P(c + n_1 + ... + n_R is an allowed total),    n_r independent, of law q.
 
-For the tokens within reach, V is found by the backward recursion V_R(c) = log sum_j q(j) e^V_{R-1}(c + j), exactly. At
-the end of what is in reach, if that is not the end, it is Chernoff's bound, the smallest exponential one, which is exact to
-a term of order log R:
+For the tokens within reach, V is found by the backward recursion V_R(c) = log sum_j q(j) e^V_{R-1}(c + j), exactly.
+At the end of what is in reach, if that is not the end, it is Chernoff's bound, the smallest exponential one, which is
+exact to a term of order log R:
 
     V_R(c) = -R max_s (s x - log sum_j q(j) e^(s j)),    x R the nearest total to R mean(q) that c leaves.
 
@@ -21,7 +21,6 @@ Whatever q holds, the -inf of V are exact: from there no allowed total is reache
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -76,13 +75,13 @@ class Total(NamedTuple):
         found = Total(constraint, length, counts, allowed)
         if not allowed or not bool(found.open(length, torch.zeros(1, dtype=torch.int64)).all()):
             raise InfeasibleError(
-                f"total={total!r} cannot be met: {length} tokens of {_shown(counts)} experts each have between {low} and "
-                f"{high}; change total, or what the circuit allows a token"
+                f"total={total!r} cannot be met: {length} tokens of {_shown(counts)} experts each have between {low} "
+                f"and {high}; change total, or what the circuit allows a token"
             )
         return found
 
     def open(self, left: int, spent: Tensor) -> Tensor:
-        """Whether an allowed total can still be met with so many tokens left, from what is spent: bool, of its shape."""
+        """Whether an allowed total can still be met from what is spent, with so many tokens left: bool, its shape."""
         if not self.allowed:
             return torch.zeros_like(spent, dtype=torch.bool)
         if self._dense:
