@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from circuitroute._tensors import batched, recorded, without_numbers
+from circuitroute._tensors import batched, recorded, untraced, without_numbers
 from circuitroute._validate import as_real, index_tuple, int_at_least, one_of
 from circuitroute.errors import InfeasibleError
 from circuitroute.inference.circuit import Circuit
@@ -155,21 +155,35 @@ def route_batch(
         NotImplementedError: in a traced program or under torch.func.vmap, where values cannot be looked at.
             torch.compile breaks its graph here.
     """
+    if not isinstance(circuit, Circuit):
+        raise TypeError(f"circuit={circuit!r}: expected a circuit, such as cr.compile(cr.Exactly(8), 64)")
     as_combine(combine)
     share = choice.as_share(decide, estimator)
     share = share if training else 0.0
     most = int_at_least("max_distinct", max_distinct, 0)
     exchanges, by = int_at_least("exchanges", exchanges, 0), one_of("by", by, BY)
     drawn = (share > 0 if choose is None else one_of("choose", choose, CHOOSE) == "sample") and experts is None
-    whole = Batch.of(
-        logits,
-        circuit,
-        key=key,
-        temperature=temperature,
-        shift=choice.shift_of(price, bias, logits, circuit.n),
-        count_potential=count_potential,
-        validate_args=validate_args,
-    )
+    given = {"key": key, "temperature": temperature, "count_potential": count_potential}
+    given |= {"price": price, "bias": bias, "validate_args": validate_args}
+    sets = (min(most, circuit.n), drawn, by, exchanges, experts)
+    weights = {"combine": combine, "estimator": estimator, "replay": replay}
+    routing: BatchRouting = _in_a_set(logits, circuit, share, sets, given, weights)
+    return routing
+
+
+@untraced  # type: ignore[untyped-decorator]
+def _in_a_set(
+    logits: Tensor,
+    circuit: Circuit,
+    share: float,
+    sets: tuple[int, bool, By, int, Tensor | None],
+    given: dict[str, Any],
+    weights: dict[str, Any],
+) -> BatchRouting:
+    """The decision, of arguments that are options alone; outside of what torch.compile traces."""
+    most, drawn, by, exchanges, experts = sets
+    price, bias = given.pop("price"), given.pop("bias")
+    whole = Batch.of(logits, circuit, shift=choice.shift_of(price, bias, logits, circuit.n), **given)
     _refuse_what_cannot_be_looked_at(whole.logits)
     if whole.unchecked:
         whole.untempered.check()
@@ -178,8 +192,8 @@ def route_batch(
     if share > 0 or drawn:
         whole = whole._replace(key=distribution.keys(whole.key))
         distribution = distribution.tempered(whole.temperature)
-    most, law = min(most, circuit.n), None
-    wanted = by_weights(whole.untempered, combine) if by == "weights" else distribution
+    law = None
+    wanted = by_weights(whole.untempered, weights["combine"]) if by == "weights" else distribution
     if experts is not None:
         within = _given(experts, most, distribution)
     elif drawn:
@@ -187,11 +201,14 @@ def route_batch(
         within = law.sample(key=key_of_batch(distribution.keys(whole.key))) == 1
     else:
         within = greedy(wanted, most, exchanges)
-    if replay is not None:
-        replay = _replayed(replay, within, whole)
-    logits = torch.where(within, whole.untempered.logits, -math.inf)
-    restricted = SubsetDistribution(circuit, logits, whole.untempered.count_potential, validate_args)
-    decided = routed(whole._replace(untempered=restricted), share, combine=combine, estimator=estimator, replay=replay)
+    if weights["replay"] is not None:
+        weights["replay"] = _replayed(weights["replay"], within, whole)
+    inside = torch.where(within, whole.untempered.logits, -math.inf)
+    invalid = whole.untempered.invalid_rows()
+    if invalid is not None:  # and stay so without the +inf that nothing satisfies
+        inside = torch.where(invalid[:, None], math.nan, inside)
+    restricted = SubsetDistribution(circuit, inside, whole.untempered.count_potential, given["validate_args"])
+    decided = routed(whole._replace(untempered=restricted), share, **weights)
     return BatchRouting(decided, within.nonzero()[:, 0], law)
 
 

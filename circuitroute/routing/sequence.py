@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from circuitroute._tensors import batched, recorded, without_numbers
+from circuitroute._tensors import batched, recorded, untraced, without_numbers
 from circuitroute._validate import as_real, int_at_least, present
 from circuitroute.constraints import Constraint
 from circuitroute.engines.subset.naive import log_count_weights
@@ -150,19 +150,31 @@ def route_sequence(
     as_combine(combine)
     share = choice.as_share(decide, estimator)
     share = share if training else 0.0
-    counts = _counts_of(circuit)
+    _counts_of(circuit)
     logits = as_real("logits", logits, floating=True)
     if logits.dim() < 2:
         raise ValueError(f"logits have shape {tuple(logits.shape)}: expected [..., tokens, experts]")
-    whole = Batch.of(
-        logits,
-        circuit,
-        key=key,
-        temperature=temperature,
-        shift=choice.shift_of(price, bias, logits, circuit.n),
-        count_potential=count_potential,
-        validate_args=validate_args,
-    )
+    given = {"key": key, "temperature": temperature, "count_potential": count_potential}
+    given |= {"price": price, "bias": bias, "validate_args": validate_args}
+    along = (total, state, length, int_at_least("block", block, 1), estimate)
+    weights = {"combine": combine, "estimator": estimator, "replay": replay}
+    routing: SequenceRouting = _along(logits, circuit, share, along, given, weights)
+    return routing
+
+
+@untraced  # type: ignore[untyped-decorator]
+def _along(
+    logits: Tensor,
+    circuit: Circuit,
+    share: float,
+    along: tuple[int | Constraint, SequenceState | None, int | None, int, Tensor | None],
+    given: dict[str, Any],
+    weights: dict[str, Any],
+) -> SequenceRouting:
+    """The decision, of arguments that are options alone; outside of what torch.compile traces."""
+    total, state, length, block, estimate = along
+    price, bias, replay = given.pop("price"), given.pop("bias"), weights.pop("replay")
+    whole = Batch.of(logits, circuit, shift=choice.shift_of(price, bias, logits, circuit.n), **given)
     _refuse_what_cannot_be_looked_at(whole.logits)
     if whole.unchecked:
         whole.untempered.check()
@@ -170,18 +182,17 @@ def route_sequence(
     if share > 0:
         whole = whole._replace(key=whole.untempered.keys(whole.key))
     S, T = logits.shape[:-2].numel(), logits.shape[-2]
-    block = int_at_least("block", block, 1)
     length = _length(length, state, T)
-    budget = Total.of(total, length, counts)
+    budget = Total.of(total, length, _counts_of(circuit))
     assumed = None if estimate is None else _estimate(estimate, circuit, logits)
     if state is None:
         state = _start(length, S, circuit.max_count + 1, logits.device)
     _check_state(state, budget, S, T, circuit.max_count + 1)
     scan = _Scan(whole, S, T, share, None if replay is None else _replayed(replay, whole))
     state = scan.run(state, budget, block, assumed)
-    if bool(scan.closed.any()) and (replay is not None or validating(validate_args, logits)):
+    if bool(scan.closed.any()) and (replay is not None or validating(given["validate_args"], logits)):
         raise _no_room(scan, total, replay is not None)
-    return SequenceRouting(_decided(scan, combine, estimator), state)
+    return SequenceRouting(_decided(scan, **weights), state)
 
 
 class _Scan:
