@@ -287,10 +287,10 @@ class _Scan:
         S, T = self.counts.shape
         given, potential = distribution.rows.inputs()
         potential = present(potential, "a circuit with counts has a potential")
-        logits = given.detach().view(S, T, -1)[:, rows].reshape(-1, given.shape[-1])
-        own = log_count_weights(logits, self.J - 1).view(S, -1, self.J)
+        logits = given.detach().reshape(S, T, given.shape[-1])[:, rows]
+        own = log_count_weights(logits.flatten(0, 1), self.J - 1).view(*logits.shape[:2], self.J)
         phi = potential.detach().double()
-        phi = phi.view(S, T, -1)[:, rows] if phi.dim() > 1 else phi
+        phi = phi.view(S, T, self.J)[:, rows] if phi.dim() > 1 else phi
         weights = (own + phi).clamp(min=DEAD)
         if self.invalid is not None:
             weights = weights.masked_fill(self.invalid.view(S, T)[:, rows, None], DEAD)
