@@ -438,6 +438,7 @@ def test_bad_arguments():
         ({"experts": torch.tensor([0, 0])}, ValueError, "variable 0 is given twice"),
         ({"experts": torch.zeros(2, 2, dtype=torch.int64)}, ValueError, r"experts has shape \(2, 2\)"),
         ({"experts": torch.ones(5, dtype=torch.bool)}, ValueError, r"experts has shape \(5,\): a mask"),
+        ({"experts": torch.zeros(2)}, TypeError, "experts has dtype torch.float32: expected integer indices, or a mask"),
         ({"experts": torch.arange(4)}, ValueError, "experts are 4: more than max_distinct=3"),
         ({"experts": torch.arange(1)}, cr.InfeasibleError, "experts hold no subset .* in rows 0, 1, 2, 3"),
         ({"experts": [0, 1]}, TypeError, r"experts=\[0, 1\]: expected a tensor"),

@@ -11,8 +11,8 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from circuitroute._tensors import batched, recorded, untraced, without_numbers
-from circuitroute._validate import as_real, index_tuple, int_at_least, one_of
+from circuitroute._tensors import batched, plain, recorded, untraced, without_numbers
+from circuitroute._validate import index_tuple, int_at_least, one_of
 from circuitroute.errors import InfeasibleError
 from circuitroute.inference.circuit import Circuit
 from circuitroute.inference.distribution import SubsetDistribution
@@ -224,11 +224,13 @@ def _refuse_what_cannot_be_looked_at(logits: Tensor) -> None:
 def _given(experts: Tensor, most: int, distribution: SubsetDistribution) -> Tensor:
     """[E] bool, a set that the caller gave."""
     n, device = distribution.circuit.n, distribution.logits.device
-    given = as_real("experts", experts)
+    given = plain("experts", experts)
+    if given.is_complex() or given.is_floating_point():
+        raise TypeError(f"experts has dtype {given.dtype}: expected integer indices, or a mask of bools")
     within = torch.zeros(n, dtype=torch.bool, device=device)
     if given.dtype == torch.bool:
         if given.shape != (n,):
-            raise ValueError(f"experts has shape {tuple(given.shape)}: a mask of experts must be ({n},)")
+            raise ValueError(f"experts has shape {tuple(given.shape)}: a mask must be ({n},), indices integers")
         within |= given.to(device)
     elif given.numel():
         if given.dim() != 1:
