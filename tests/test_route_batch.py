@@ -164,9 +164,9 @@ def test_changes_of_what_is_kept_are_exact(name, spread):
 @pytest.mark.parametrize("by", ["weights", "logits"])
 @pytest.mark.parametrize("spread", [0.5, 2.0, 8.0])
 def test_the_greedy_set_is_nearly_always_the_best_one(by, spread):
-    """Of 36 batches per case, with fixed seeds, it is the best of all in 32 at least."""
+    """Of 15 batches per case, with fixed seeds, it is the best of all in 13 at least."""
     optimal = 0
-    for seed, (rule, M) in itertools.product(range(12), ((cr.Exactly(2), 4), (cr.Between(1, 3), 3), (GROUPED, 4))):
+    for seed, (rule, M) in itertools.product(range(5), ((cr.Exactly(2), 4), (cr.Between(1, 3), 3), (GROUPED, 4))):
         circuit, logits = cr.compile(rule, 6), normal(8, 6, seed=seed, spread=spread, dtype=torch.float64)
         scores = 32 * logits.softmax(-1) if by == "weights" else logits
         best = max(kept(circuit, scores, within) for within in sets_of(6, M))
@@ -176,7 +176,7 @@ def test_the_greedy_set_is_nearly_always_the_best_one(by, spread):
         found, picked = (kept(circuit, scores, chosen(6, r.experts.tolist())) for r in (routing, first))
         assert picked - 1e-9 <= found <= best + 1e-9
         optimal += found > best - 1e-9
-    assert optimal >= 32
+    assert optimal >= 13
 
 
 @st.composite
@@ -188,7 +188,7 @@ def batches(draw):
     return name, torch.tensor(rows, dtype=torch.float64).reshape(T, 6), draw(st.integers(0, 6)), draw(st.booleans())
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(batches())
 def test_never_more_than_that_many_and_refused_only_where_no_set_will_do(batch):
     name, logits, M, sampled = batch
@@ -241,22 +241,22 @@ def test_a_batch_is_a_function_of_logits_and_keys():
 
 
 def test_sets_are_drawn_with_their_probability_and_decisions_given_them():
-    """Pearson's statistics of 600 batches; each test is wrong once in 10,000 keys, and these are fixed."""
+    """Pearson's statistics of 400 batches; each test is wrong once in 10,000 keys, and these are fixed."""
     circuit, logits = cr.compile(cr.Exactly(1), 4), normal(2, 4, spread=1.0)
-    keys = cr.random_key(11, torch.arange(600)[:, None], torch.arange(2))
+    keys = cr.random_key(11, torch.arange(400)[:, None], torch.arange(2))
     found = [cr.route_batch(logits, circuit, max_distinct=2, key=key, by="logits") for key in keys]
     counts, expected = {}, {}
     for routing in found:
         experts = tuple(routing.experts.tolist())
         counts[experts] = counts.get(experts, 0) + 1
-        expected[experts] = 600 * float(routing.experts_log_prob.exp())
-    assert sum(expected.values()) == pytest.approx(600, rel=1e-6)
+        expected[experts] = 400 * float(routing.experts_log_prob.exp())
+    assert sum(expected.values()) == pytest.approx(400, rel=1e-6)
     assert sum((counts[s] - expected[s]) ** 2 / expected[s] for s in counts) < 25.7  # 5 degrees of freedom
     # By definition: odds that some token uses an expert.
     used = 1 - (1 - circuit(logits).marginals.double()).prod(0)
     weights = {s: float(torch.prod((used / (1 - used))[list(s)])) for s in expected}
     for s in expected:
-        assert expected[s] / 600 == pytest.approx(weights[s] / sum(weights.values()), rel=1e-5)
+        assert expected[s] / 400 == pytest.approx(weights[s] / sum(weights.values()), rel=1e-5)
     given_set = [r for r in found if r.experts.tolist() == [0, 1]]
     share = float(torch.stack([r.mask[:, 0] for r in given_set]).double().mean(0)[0])
     exact = float(logits[0, :2].softmax(-1)[0])
@@ -438,7 +438,7 @@ def test_bad_arguments():
         ({"experts": torch.tensor([0, 0])}, ValueError, "variable 0 is given twice"),
         ({"experts": torch.zeros(2, 2, dtype=torch.int64)}, ValueError, r"experts has shape \(2, 2\)"),
         ({"experts": torch.ones(5, dtype=torch.bool)}, ValueError, r"experts has shape \(5,\): a mask"),
-        ({"experts": torch.zeros(2)}, TypeError, "experts has dtype torch.float32: expected integer indices, or a mask"),
+        ({"experts": torch.zeros(2)}, TypeError, "experts has dtype torch.float32: expected integer indices"),
         ({"experts": torch.arange(4)}, ValueError, "experts are 4: more than max_distinct=3"),
         ({"experts": torch.arange(1)}, cr.InfeasibleError, "experts hold no subset .* in rows 0, 1, 2, 3"),
         ({"experts": [0, 1]}, TypeError, r"experts=\[0, 1\]: expected a tensor"),
