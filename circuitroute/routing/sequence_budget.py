@@ -71,7 +71,7 @@ class Total(NamedTuple):
         if not isinstance(constraint, Count):
             raise TypeError(f"total={total!r}: expected a number of experts, or a count such as cr.Between(90, 128)")
         low, high = length * counts[0], length * counts[-1]
-        allowed = tuple(c for c in range(low, high + 1) if constraint.allows(c))
+        allowed = _allowed(constraint, low, high)
         found = Total(constraint, length, counts, allowed)
         if not allowed or not bool(found.open(length, torch.zeros(1, dtype=torch.int64)).all()):
             raise InfeasibleError(
@@ -88,7 +88,8 @@ class Total(NamedTuple):
             least, most = self.allowed[0] - left * self.counts[-1], self.allowed[-1] - left * self.counts[0]
             return (spent >= least) & (spent <= most)
         bits = _reachable(self, left)
-        table = torch.from_numpy(np.array([bits >> c & 1 for c in range(bits.bit_length())] + [0], dtype=bool))
+        digits = bin(bits)[2:][::-1] + "0"
+        table = torch.from_numpy(np.frombuffer(digits.encode(), np.uint8) == ord("1"))
         return table.to(spent.device)[spent.clamp(max=len(table) - 1)]
 
     @property
@@ -99,6 +100,12 @@ class Total(NamedTuple):
 
 def _shown(counts: tuple[int, ...]) -> str:
     return f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+
+
+@functools.lru_cache(maxsize=64)
+def _allowed(constraint: Count, low: int, high: int) -> tuple[int, ...]:
+    """The counts in low..high that a constraint allows; kept, since a sequence is decided in many calls."""
+    return tuple(c for c in range(low, high + 1) if constraint.allows(c))
 
 
 @functools.lru_cache(maxsize=4096)
