@@ -201,8 +201,8 @@ def model(options: argparse.Namespace) -> Iterator[Row]:
             yield row("frequency", partial(frequency, M=M), M)
             yield row("summed marginals", partial(summed, M=M), M)
             yield row("first pick", partial(ours, M=M, training=False, exchanges=0), M)
-            yield row("greedy", partial(ours, M=M, training=False), M)
-            yield row("greedy by logits", partial(ours, M=M, training=False, by="logits"), M)
+            yield row("greedy", partial(ours, M=M, training=False, exchanges=4), M)
+            yield row("greedy by logits", partial(ours, M=M, training=False, exchanges=4, by="logits"), M)
             drawn = partial(ours, M=M, choose="sample", decide="mode", key=cr.random_key(seed, M))
             yield row("set drawn, mode within", drawn, M)
 

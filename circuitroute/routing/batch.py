@@ -109,7 +109,7 @@ def route_batch(
     key: Tensor | int | None = None,
     choose: Choose | None = None,
     by: By = "weights",
-    exchanges: int = 4,
+    exchanges: int = 0,
     experts: Tensor | None = None,
     combine: Combine = "softmax",
     estimator: str | Estimator = "simple",
