@@ -55,12 +55,17 @@ from circuitroute.routing import losses as losses
 from circuitroute.routing import metrics as metrics
 from circuitroute.routing import replay as replay
 from circuitroute.routing import schedules as schedules
+from circuitroute.routing.batch import BatchRouting as BatchRouting
+from circuitroute.routing.batch import route_batch as route_batch
 from circuitroute.routing.controllers import CountController as CountController
 from circuitroute.routing.decision import Routing as Routing
 from circuitroute.routing.decision import SoftRouting as SoftRouting
 from circuitroute.routing.estimators import Estimator as Estimator
 from circuitroute.routing.records import RoutingRecord as RoutingRecord
 from circuitroute.routing.route import route as route
+from circuitroute.routing.sequence import SequenceRouting as SequenceRouting
+from circuitroute.routing.sequence import SequenceState as SequenceState
+from circuitroute.routing.sequence import route_sequence as route_sequence
 from circuitroute.routing.soft_topk import soft_topk as soft_topk
 
 # Public modules answer to their public names, wherever they live: `from circuitroute.replay import mismatch`.

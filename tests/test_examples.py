@@ -1,5 +1,6 @@
 """Examples and the code blocks of README and docs run as they stand."""
 
+import json
 import re
 import runpy
 import textwrap
@@ -33,3 +34,13 @@ def test_quickstart_runs_and_is_what_the_readme_shows(capsys):
     shown = "\n".join(blocks(ROOT / "README.md"))
     for line in code.splitlines():
         assert line in shown
+
+
+@pytest.mark.slow
+def test_the_sets_of_batches_beside_the_best_ones(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.setattr("sys.argv", ["batch_budget.py", "quality", "--trials", "1", "--out", str(tmp_path / "rows")])
+    runpy.run_path(str(ROOT / "examples" / "batch_budget.py"), run_name="__main__")
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 2 * 5 * 4 * 4
+    assert all(-1e-9 <= row["mean_gap"] <= row["worst_gap"] + 1e-9 for row in rows)

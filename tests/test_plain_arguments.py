@@ -301,12 +301,15 @@ def test_the_tables_hold_every_public_callable_with_numbers():
         "load",  # a budget of seconds, of the call alone
         "BudgetState",  # a plain tuple that begin() makes
         "Routing",
+        "SequenceState",  # likewise, of route_sequence()
         "SoftRouting",
         "SubsetDistribution",
         "log_count_polynomial",
         "register_compiler",
         "random_key",
         "route",
+        "route_batch",
+        "route_sequence",
         "soft_topk",
     }
     numeric = {
@@ -340,6 +343,13 @@ def _routing(**options):
 CALLS = {
     "route": lambda x, i: _routing(decide=x(0.5), temperature=_scalar(x, 0.5)).temperature,
     "price": lambda x, i: _routing(price=x(0.5)).mask.tolist(),
+    "route_batch": lambda x, i: cr.route_batch(
+        LOGITS, CIRCUIT, max_distinct=i(4), exchanges=i(2), key=i(3), decide=x(0.5), price=x(0.25)
+    ).mask.tolist(),
+    "route_sequence": lambda x, i: [
+        *cr.route_sequence(LOGITS, CIRCUIT, total=i(4), length=i(3), block=i(2), key=i(3)).mask.tolist(),
+        *cr.route_sequence(LOGITS, CIRCUIT, total=i(4), length=i(3), decide=x(0.5), key=1).state[:2],
+    ],
     "random_key": lambda x, i: cr.random_key(i(3), i(2), i(4)).item(),
     "a key": lambda x, i: cr.route(LOGITS, CIRCUIT, key=i(3)).mask.tolist(),
     "padded": lambda x, i: [part.tolist() for part in _routing().padded(width=i(4))],

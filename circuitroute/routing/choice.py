@@ -193,15 +193,19 @@ def _chosen(
     """[T, E] bool. Only samples feel the temperature: the rule looks at the logits themselves."""
     if share == 1:
         return distribution.sample_in_sweep(key)
-    ruled = untempered.mode_mask(_likeliest(untempered.count_probs.detach()) if rule == "count" else None)
+    ruled = untempered.mode_mask(likeliest(untempered.count_probs.detach()) if rule == "count" else None)
     if share == 0:
         return ruled
     keys = distribution.keys(key)
-    sampled = uniform(fold_in(keys, keys.new_tensor(SHARE)), 0, 1, torch.float64)[0] < share
-    return torch.where(sampled[:, None], distribution.sample_in_sweep(keys), ruled)
+    return torch.where(sampled_tokens(keys, share)[:, None], distribution.sample_in_sweep(keys), ruled)
 
 
-def _likeliest(count_probs: Tensor) -> Tensor:
+def sampled_tokens(keys: Tensor, share: float) -> Tensor:
+    """[T] bool, which of the tokens with these keys are sampled."""
+    return uniform(fold_in(keys, keys.new_tensor(SHARE)), 0, 1, torch.float64)[0] < share
+
+
+def likeliest(count_probs: Tensor) -> Tensor:
     """[T] int64, the most probable count, the lower among equals; what rounding tells apart is equal."""
     largest = count_probs.amax(-1, keepdim=True)
     return (count_probs >= largest * (1 - 16 * torch.finfo(count_probs.dtype).eps)).to(torch.uint8).argmax(-1)

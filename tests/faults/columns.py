@@ -26,6 +26,7 @@ COLUMNS: dict[str, Column] = {}
 SLOW: set[str] = set()
 
 OPTIONAL = {"include", "key", "temperature", "price", "bias", "count_potential", "replay", "estimates"}
+OPTIONAL |= {"experts", "estimate"}
 WRAPPED = r"to_local|full_tensor|give a plain one"
 
 

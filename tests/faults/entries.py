@@ -254,6 +254,16 @@ def _routes() -> list[Entry]:
                   lambda x, b, c=circuit: cr.route(x, c(), replay=mask(b)).gates),
         ]  # fmt: skip
     found += [
+        Entry("route_batch(logits, sampled).gates", "logits", "real", logits,
+              lambda x, b: cr.route_batch(x, flat(), max_distinct=3, key=key(b)).gates, python=True),
+        Entry("route_batch(experts).gates", "experts", "index", lambda: torch.tensor([0, 2, 4]),
+              lambda x, b: cr.route_batch(logits().to(b.device), flat(), max_distinct=3, experts=x, key=1).gates,
+              False, width=None, rows=False, python=True, checked=False),
+        Entry("route_sequence(logits).gates", "logits", "real", logits,
+              lambda x, b: cr.route_sequence(x, flat(), total=15, key=key(b)).gates, python=True),
+        Entry("route_sequence(estimate).log_prob", "estimate", "real", lambda: randn(4, seed=1),
+              lambda x, b: cr.route_sequence(logits().to(b.device), flat(), total=6, key=1, estimate=x).log_prob,
+              False, width=4, rows=False, python=True),
         Entry("route(temperature).marginals", "temperature", "real", lambda: randn(T).abs() + 0.5,
               lambda x, b: _of_routing(on(b, randn(len(b), E)), b, temperature=x).marginals, width=None),
         Entry("route(price).marginals", "price", "real", lambda: randn(T, seed=2),
