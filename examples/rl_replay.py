@@ -33,9 +33,9 @@ from torch.nn import functional as F
 import circuitroute as cr
 
 DIGITS, PROMPT, ANSWER, BLANK = 10, 4, 2, 10
-HIDDEN, INNER, EXPERTS, CHOSEN, LAYERS = 32, 64, 16, 2, 4
-PROMPTS, GROUP = 32, 8  # of a step: so many prompts, with so many answers each
-TAUGHT, TEACHING_RATE = 150, 3e-3  # supervised steps before, so that there is something to reward
+HIDDEN, INNER, EXPERTS, CHOSEN, LAYERS = 32, 64, 32, 4, 4
+PROMPTS, GROUP = 24, 8  # of a step: so many prompts, with so many answers each
+TAUGHT, TEACHING_RATE = 16, 3e-3  # supervised steps before, so that there is something to reward
 CLIP, HIGHEST = (0.8, 1.2), 2.0
 
 OWN_KEYS, AGAIN, REPLAY, TRUNCATED = "route again, own keys", "route again", "replay", "replay, truncated ratio"
@@ -46,10 +46,10 @@ ARMS = (OWN_KEYS, AGAIN, REPLAY, TRUNCATED)
 class Setting:
     """What a run depends on besides its arm and seed."""
 
-    steps: int = 150
+    steps: int = 60
     epochs: int = 2
     minibatches: int = 2
-    rate: float = 1e-3
+    rate: float = 3e-3
     decide: str = "sample"
     temperature: float = 0.5
 

@@ -17,8 +17,8 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "rl_replay.py"
 def example():
     """The example's names, with little teaching."""
     found = runpy.run_path(str(EXAMPLE))
-    found["teach"].__globals__["TAUGHT"] = 2
-    return found
+    found["teach"].__globals__.update(TAUGHT=2, PROMPTS=8)
+    return found | {"PROMPTS": 8}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_with_replay_only_rounding_is_between_the_engines(example, rollout):
     for arm, curve in curves.items():
         example["compare"](policy, made, arm, curve)
     own, again, replay, truncated = curves.values()
-    assert own.subsets[0] > 0.5 > 0.2 > again.subsets[0] > 0.01
+    assert own.subsets[0] > 0.5 > 0.3 > again.subsets[0] > 0.01
     assert replay.subsets[0] == truncated.subsets[0] == 0
     assert own.divergence[0] > again.divergence[0] > replay.divergence[0] > 0
     assert replay.divergence == truncated.divergence
@@ -70,7 +70,7 @@ def test_with_replay_only_rounding_is_between_the_engines(example, rollout):
 def test_the_loss_is_the_clipped_objective(example, rollout):
     """By hand, from the log-probabilities; weighted by the truncated ratio of the path in the last arm."""
     policy, made = rollout
-    some = torch.arange(0, 200, 3)
+    some = torch.arange(0, 128, 3)
     for arm in example["ARMS"]:
         loss, ratio = example["grpo_loss"](policy, made, some, arm)
         log_prob, routings = example["forward"](policy, made, some, arm)
