@@ -17,7 +17,7 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "rl_replay.py"
 def example():
     """The example's names, with little teaching."""
     found = runpy.run_path(str(EXAMPLE))
-    found["teach"].__globals__.update(TAUGHT=2, PROMPTS=8)
+    found["teach"].__globals__.update(TAUGHT=8, PROMPTS=8)
     return found | {"PROMPTS": 8}
 
 
@@ -87,17 +87,24 @@ def test_the_loss_is_the_clipped_objective(example, rollout):
 
 def test_it_runs_and_tells(example, tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
-    rows = example["main"](["--steps", "2", "--seeds", "0", "1", "--epochs", "1", "--rows", str(path)])
+    rows = example["main"](["--steps", "2", "--seeds", "0", "--epochs", "1", "--rows", str(path)])
     arms = list(example["ARMS"])
-    assert [(row.arm, row.seed) for row in rows] == [(arm, seed) for seed in (0, 1) for arm in arms]
-    assert all(math.isfinite(row.spike) and row.gradient > 0 for row in rows)
-    assert [row.subsets == 0 for row in rows] == [False, False, True, True] * 2
+    assert [(row.arm, row.seed) for row in rows] == [(arm, seed) for seed in (0,) for arm in arms]
+    assert all(1 <= row.spike < math.inf and row.gradient > 0 for row in rows)
+    assert [row.subsets == 0 for row in rows] == [False, False, True, True]
     written = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert [row["reward"] for row in written] == [row.reward for row in rows]
     assert {row["steps"] for row in written} == {2}
     printed = capsys.readouterr().out
     assert "replay, truncated ratio" in printed
-    assert " of 2 " in printed
+    assert " of 1 " in printed
+
+
+def test_arms_can_be_left_out(example, capsys):
+    arms = ["replay, truncated ratio", "replay"]
+    rows = example["main"](["--steps", "1", "--seeds", "0", "--epochs", "1", "--decide", "mode", "--arms", *arms])
+    assert [row.arm for row in rows] == arms
+    assert "route again" not in capsys.readouterr().out.split("paired")[1]
 
 
 @pytest.mark.parametrize(("rewards", "collapsed"), [([0.1] * 10 + [0.8] * 10 + [0.3] * 10, True), ([0.2] * 30, False)])
