@@ -418,7 +418,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Run, print the table, and return its rows."""
     options = parse(arguments)
     torch.set_num_threads(1)  # too small a model to gain from more
-    console = Console(width=140)
+    console = Console(width=170)
     setting = Setting(options.steps, options.epochs, rate=options.rate, decide=options.decide)
     rows = run(setting, options.seeds, options.arms, console)
     if options.rows is not None:
