@@ -37,6 +37,7 @@ NEEDS = {
     "circuitroute/engines/layered/pyjuice.py": "pyjuice",
     "circuitroute/engines/subset/numba/": "numba",
     "circuitroute/engines/subset/triton/": "triton",
+    "circuitroute/integrations/deepspeed.py": "deepspeed",
     "circuitroute/integrations/megatron.py": "megatron",
     "circuitroute/integrations/torchtitan.py": "torchtitan",
     "circuitroute/integrations/transformers/": "transformers",

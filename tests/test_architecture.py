@@ -50,10 +50,11 @@ IMPORTERS = ("import_module", "importlib.import_module", "__import__")
 
 # Slow to import, or extras that need not be installed: for the functions that use them.
 LAZY = {"matplotlib", "networkx", "numba", "pyjuice", "rich", "safetensors", "sympy", "tqdm", "transformers", "triton"}
-LAZY |= {"accelerate", "hypothesis", "megatron", "peft", "pytest", "torchtitan"}
+LAZY |= {"accelerate", "deepspeed", "hypothesis", "megatron", "peft", "pytest", "torchtitan"}
 
 # Adapters that subclass what is in their stack: imported by whoever uses it, and by nothing here.
 ADAPTERS = {
+    "circuitroute/integrations/deepspeed.py": {"deepspeed"},
     "circuitroute/integrations/megatron.py": {"megatron"},
     "circuitroute/integrations/torchtitan.py": {"torchtitan"},
 }

@@ -484,7 +484,22 @@ def test_a_fresh_run_removes_an_earlier_ones_files_alone(text: Path, tmp_path: P
     assert main([*arguments, "--routers", "exact-k"]) == 0
     assert (out / "notes.txt").read_text() == "mine"
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["exact-k.safetensors"]
+    assert [path.name for path in out.glob("*.jsonl")] == ["exact-k.jsonl"]
     assert [row["router"] for row in results(out)["rows"]] == ["exact-k"]
+
+
+def test_what_a_router_did_is_logged(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, name = tmp_path / "out", "range-k-calibrated"
+    assert main(["demo", *ARGUMENTS, "--text", str(text), "--routers", name, "--steps", "11", "--out", str(out)]) == 0
+    log = out / f"{name}.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert rows[0] == {"circuitroute": "run", "version": 1, "run": f"{name}, seed 0"}
+    assert [row["step"] for row in rows[1:]] == [0, 10]
+    assert all(row["loss"] > 0 and 0 < row["all/load_entropy"] <= 1 for row in rows[1:])
+    log.write_text("mine")
+    assert main(["demo", "--resume", "--out", str(out)]) == 2
+    assert "argument --resume: path=" in capsys.readouterr().err
+    assert log.read_text() == "mine"
 
 
 def test_a_damaged_checkpoint_stops_the_command(

@@ -199,6 +199,7 @@ def test_settings_without_effect_are_refused() -> None:
 @pytest.mark.parametrize(
     ("adapter", "needs", "remedy"),
     [
+        ("deepspeed", "deepspeed.moe.sharded_moe", "pip install deepspeed==0.19.8"),
         ("megatron", "megatron.core.transformer.moe.router", "pip install megatron-core==0.16.1"),
         ("torchtitan", "torchtitan.models.common.moe", "pip install torchtitan==0.3.0"),
     ],

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import circuitroute as cr
+from circuitroute.layers import experts as experts_module
 
 E, H, INNER = 4, 5, 7
 LOADS = {
@@ -247,3 +248,113 @@ def test_arguments_that_make_no_sense_are_refused(arguments: Any, message: str) 
 def test_loads_that_do_not_fit_are_refused(loads: list[int]) -> None:
     with pytest.raises(ValueError, match=r"loads=.*: expected 4 numbers of rows that add up to 4"):
         stacked_of()(rows_of(4), loads)
+
+
+# ---------------------------------------------------------------------------------------------- the kernel of torch
+
+needs_the_kernel = pytest.mark.skipif(experts_module._GROUPED_MM is None, reason="torch has no grouped_mm")
+
+
+class Counted:
+    """torch's kernel, counting its calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.kernel: Any = experts_module._GROUPED_MM
+
+    def __call__(self, *arguments: Any, **options: Any) -> Tensor:
+        self.calls += 1
+        return self.kernel(*arguments, **options)
+
+
+def parts_of(stacked: cr.StackedExperts, rows: Tensor, loads: list[int], upstream: Tensor) -> list[Tensor]:
+    leaf = rows.clone().requires_grad_()
+    output = stacked(leaf, loads)
+    return [output, *torch.autograd.grad(output, (leaf, stacked.up, stacked.down), upstream)]
+
+
+@needs_the_kernel
+@pytest.mark.parametrize("loads", LOADS.values(), ids=LOADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ["gelu", "tanh"])
+@pytest.mark.parametrize("expanded", [False, True])
+def test_one_call_gives_what_a_product_per_expert_gives(
+    loads: list[int], dtype: torch.dtype, activation: str, expanded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    stacked = cr.StackedExperts(E, 16, 8, torch.tanh if activation == "tanh" else activation, dtype=dtype)
+    rows = torch.randn(sum(loads), 16, dtype=dtype)
+    upstream = torch.ones(1, 1, dtype=dtype).expand(rows.shape) if expanded else torch.randn(rows.shape, dtype=dtype)
+    counted = Counted()
+    monkeypatch.setattr(experts_module, "_GROUPED_MM", counted)
+    found = parts_of(stacked, rows, loads, upstream)
+    assert counted.calls == (6 if sum(loads) else 0), "two forward, two for rows, two for matrices"
+    monkeypatch.setattr(experts_module, "_GROUPED_MM", None)
+    for ours, wanted in zip(found, parts_of(stacked, rows, loads, upstream), strict=True):
+        torch.testing.assert_close(ours, wanted)
+
+
+@needs_the_kernel
+@pytest.mark.parametrize(
+    ("hidden", "inner", "dtype", "calls"),
+    [
+        (16, 8, torch.float32, 5),
+        (16, 8, torch.float64, 0),  # a dtype that it does not have
+        (16, 4, torch.float32, 5),
+        (16, 4, torch.bfloat16, 0),  # rows of 8 bytes
+        (6, 8, torch.float32, 0),
+    ],
+)
+def test_the_kernel_is_used_where_it_can(
+    hidden: int, inner: int, dtype: torch.dtype, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = Counted()
+    monkeypatch.setattr(experts_module, "_GROUPED_MM", counted)
+    stacked, rows = cr.StackedExperts(E, hidden, inner, dtype=dtype), torch.randn(8, hidden, dtype=dtype)
+    stacked(rows, [2, 2, 2, 2]).sum().backward()
+    assert counted.calls == calls  # forward, for the matrices and for what is between them
+    with torch.autocast("cpu", torch.bfloat16):  # which decides by the dtype that is computed in
+        assert stacked(rows, [2, 2, 2, 2]).dtype == (dtype if dtype == torch.float64 else torch.bfloat16)
+
+
+@needs_the_kernel
+def test_parameters_that_start_anywhere_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those that are mapped from a file do."""
+    stacked, rows = cr.StackedExperts(E, 16, 8), torch.randn(8, 16)
+    expected = stacked(rows, [2, 2, 2, 2])
+    moved = torch.empty(stacked.up.numel() + 1)[1:].view_as(stacked.up).copy_(stacked.up.detach())
+    assert moved.data_ptr() % experts_module.ALIGNMENT
+    stacked.up = nn.Parameter(moved)
+    counted = Counted()
+    monkeypatch.setattr(experts_module, "_GROUPED_MM", counted)
+    torch.testing.assert_close(stacked(rows, [2, 2, 2, 2]), expected)
+    assert counted.calls == 1, "only the second layer's matrices are where the kernel wants them"
+
+
+def test_shapes_alone_go_through() -> None:
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        stacked, rows = cr.StackedExperts(E, 16, 8), torch.randn(8, 16, requires_grad=True)
+        assert stacked(rows, [2, 2, 2, 2]).shape == (8, 16)
+    meta = cr.StackedExperts(E, 16, 8, device="meta")
+    assert meta(torch.empty(8, 16, device="meta"), [2, 2, 2, 2]).shape == (8, 16)
+
+
+# Of the compiler: about where it breaks the graph, and about itself.
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
+def test_compiled_layers_are_those_of_eager_ones(dtype: torch.dtype) -> None:
+    """With sizes that the kernel takes, which traced programs may not know it with."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    layer = cr.MoE(cr.ExactKRouter(16, E, 2), cr.StackedExperts(E, 16, 8, dtype=dtype))
+    compiled = torch.compile(layer, backend="aot_eager")
+    key, rows = cr.random_key(0, torch.arange(8)), torch.randn(8, 16, dtype=dtype)
+    results = []
+    for run in (layer, compiled):
+        leaf = rows.clone().requires_grad_()
+        output, _ = run(leaf, key=key)
+        output.square().sum().backward()
+        results.append([output, leaf.grad])
+    for ours, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(ours, wanted)
+    torch.compiler.reset()

@@ -190,6 +190,19 @@ OBJECTS = {
     "RoutingFunction": lambda x, i, b, w: serving.routing_function(
         cr.Exactly(i(2)), i(8), combine=w("sigmoid"), score=w("sigmoid"), scaling=x(2.5)
     ),
+    "RoutingFunction that samples": lambda x, i, b, w: serving.routing_function(
+        cr.Exactly(i(2)), i(8), sample=b(True), temperature=x(0.5), head=i(2), layer=i(3)
+    ),
+    "GreedyGroups": lambda x, i, b, w: serving.greedy_groups(
+        i(8),
+        i(2),
+        groups=i(4),
+        active=i(2),
+        group_score=w("max"),
+        score=w("softmax"),
+        combine=w("sigmoid"),
+        scaling=x(2.5),
+    ),
     "Decider": lambda x, i, b, w: hosted.Decider(cr.Exactly(2), i(8), seed=i(3), decide=x(0.5), temperature=x(0.5)),
     "Decider by words": lambda x, i, b, w: hosted.Decider(cr.Exactly(2), 8, estimator=w("none"), decide=w("mode")),
     "Case": lambda x, i, b, w: Case(cr.Exactly(i(2)), i(4), _two),
@@ -347,6 +360,7 @@ CALLS = {
             lambda routing: (routing.gates * torch.arange(8)).sum(), LOGITS, FIXED, rounds=i(4), seed=i(3), key=0
         ).correlation
     ),
+    "summary": lambda x, i: cr.metrics.summary(_routing(), budget=i(8)),
     "calibrate_temperature": lambda x, i: _exact().calibrate_temperature(torch.ones(2, 4), agreement=x(0.75)),
     "of_indices with weights": lambda x, i: (
         cr.RoutingRecord.of_indices(torch.tensor([[[2]]]), i(8), torch.ones(1, 1, 1), temperature=x(0.5)).temperature

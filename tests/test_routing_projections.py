@@ -50,6 +50,28 @@ def test_padded_slots_hold_the_chosen_experts_by_falling_logit_and_then_the_padd
                 assert padding == [case.n if pad == "sentinel" else -1] * len(padding)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e30])
+def test_every_padding_has_the_chosen_experts_in_one_order(dtype: torch.dtype, scale: float) -> None:
+    """Ties and infinite logits included: among equals the lower index comes first."""
+    logits = (torch.randint(-2, 3, (200, 9), generator=torch.Generator().manual_seed(1)) * scale).to(dtype)
+    logits[:, 0] = torch.inf
+    logits[::2, 4] = torch.inf
+    logits[:, 7] = -torch.inf
+    routing = cr.route(logits, cr.compile(cr.Between(2, 5), 9), key=keys_of(200))
+    weights, distinct = routing.padded()
+    unused = torch.arange(5) >= routing.counts[:, None]
+    for pad, filling in (("sentinel", 9), ("minus_one", -1)):
+        others, indices = routing.padded(pad=pad)  # type: ignore[arg-type]
+        assert torch.equal(indices, distinct.masked_fill(unused, filling))
+        assert torch.equal(others, weights)
+        # A mask that the logits would not give: an expert of logit -inf is listed all the same, last.
+        odd = cr.Routing(routing.distribution, routing.mask.clone(), torch.ones_like(routing.gates))
+        odd.mask[:] = False
+        odd.mask[:, [2, 7]] = True
+        assert odd.padded(pad=pad)[1].tolist() == [[2, 7, *[filling] * 3]] * 200  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("pad", ["distinct", "sentinel", "minus_one"])
 def test_padding_sends_no_gradient(pad: Any) -> None:
     logits = randn(30, 6, scale=0.5).requires_grad_()

@@ -75,6 +75,11 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "stacked experts": lambda: cr.MoE(cr.TopKRouter(H, E, 2), cr.StackedExperts(E, H, 4)),
     "allocation": lambda: cr.LayerAllocation(4, 9.5, maximum=4),
     "served count": lambda: serving.routing_function(cr.Between(1, 3), E, bias=torch.linspace(-1, 1, E, device="cpu")),
+    "served sample": lambda: serving.routing_function(IMPLIED, E, sample=True, head=1, temperature=2.0),
+    "served sample of a count": lambda: serving.routing_function(cr.Between(1, 3), E, sample=True),
+    "served greedily": lambda: serving.greedy_groups(
+        E, 2, groups=2, active=1, bias=torch.linspace(-1, 1, E, device="cpu")
+    ),
     "served circuit": lambda: serving.routing_function(IMPLIED, E, bias=torch.linspace(-1, 1, E, device="cpu")),
 }
 by_module = pytest.mark.parametrize("name", MODULES)
@@ -94,10 +99,10 @@ def _decisions(module: Any) -> list[Tensor]:
     hidden = hidden_of()
     if isinstance(module, cr.LayerAllocation):
         return [module()]
-    if isinstance(module, serving.RoutingFunction):
-        return list(
-            module(hidden, torch.randn(T, E, generator=torch.Generator().manual_seed(3), device="cpu"), 4, True)
-        )
+    if isinstance(module, serving.ServedFunction):
+        logits = torch.randn(T, E, generator=torch.Generator().manual_seed(3), device="cpu")
+        keys = {name: torch.arange(T, device="cpu") for name in module.keyed}
+        return list(module(hidden, logits, 4, True, **keys))
     if isinstance(module, cr.MoE):
         return [module(hidden, key=keys_of())[0]]
     if isinstance(module, cr.BudgetRouter):

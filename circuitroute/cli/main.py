@@ -1,4 +1,4 @@
-"""The command line: `circuitroute demo`, `circuitroute explain` and `circuitroute bench`."""
+"""The command line: `circuitroute demo`, `circuitroute explain`, `circuitroute bench` and `circuitroute report`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import Any
 import circuitroute as cr
 from circuitroute.cli import checkout
 from circuitroute.cli.explain import command as explain
+from circuitroute.cli.report import command as report
 
 # Each adds subcommands, whose parsers set `run`: (options, command line) -> exit code.
-COMMANDS: tuple[Callable[[Any], None], ...] = (checkout.add_parsers, explain.add_parser)
+COMMANDS: tuple[Callable[[Any], None], ...] = (checkout.add_parsers, explain.add_parser, report.add_parser)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,8 +1,9 @@
 """What the adapters have in common: decisions for routers that belong to other libraries' models.
 
 Such a router is called with hidden states alone. Everything else that a decision needs is kept in its
-:class:`Decider`: the keys, which the training loop sets once per step with :func:`begin_step`, and a list of decisions
-while :func:`recorded_routings` is open. Forward changes none of it, so a layer that is recomputed decides the same.
+:class:`Decider`: the keys, which the training loop sets once per step with :func:`begin_step`, recorded decisions to
+take instead of new ones, which it sets with :func:`replay`, and a list of decisions while :func:`recorded_routings` is
+open. Forward changes none of it, so a layer that is recomputed decides the same.
 
 Legend: T tokens of this process, E experts.
 """
@@ -26,6 +27,8 @@ from circuitroute.keys import fold_in, random_key
 from circuitroute.routing.choice import Batch, Decide, as_share
 from circuitroute.routing.decision import Routing
 from circuitroute.routing.estimators import Dense, Estimator, as_estimator
+from circuitroute.routing.records import RoutingRecord, same_temperature
+from circuitroute.routing.replay import masks_for
 from circuitroute.routing.route import routed
 
 Weights = Literal["softmax", "normalized", "sigmoid"]
@@ -78,9 +81,12 @@ class Decider:
         self.fixed_count = self.circuit.min_count == self.circuit.max_count
         self.recorded: list[Routing] | None = None
         self._position: Tensor | None = None  # [2] int64: the key of (seed, step, layer), the number of the first token
+        # [T, E] bool by the tokens' numbers, the decisions to take; and the temperature at which they were made.
+        self._replay: tuple[Tensor, float] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "recorded": None}  # a list of whoever records, in this process
+        # A list of whoever records, and decisions about tokens, both of this process.
+        return {**vars(self), "recorded": None, "_replay": None}
 
     def begin(self, step: int, layer: int, offset: int, device: torch.device) -> None:
         """Set what the keys of the next forward passes are derived from; see :func:`begin_step`."""
@@ -91,6 +97,10 @@ class Decider:
             self._position = position
         else:
             self._position.copy_(position)  # in place, so that a compiled layer is not recompiled
+
+    def replay(self, mask: Tensor | None, temperature: float = 1.0) -> None:
+        """Take these decisions, [T, E] bool on the router's device, in the next forward passes; see :func:`replay`."""
+        self._replay = None if mask is None else (mask, temperature)
 
     def keys(self, token: Tensor) -> Tensor | None:
         """[T] int64 keys of the tokens with these numbers [T] within this process; None without a seed.
@@ -119,29 +129,39 @@ class Decider:
         renormalize: bool = False,
         scale: float = 1.0,
         key: Tensor | None = None,
+        replay: Tensor | None = None,
     ) -> Routing:
         """Decide for T tokens.
 
         Args:
             logits: [T, E], any floating dtype; the weights are computed from them.
             weights: ``"softmax"`` over all experts, ``"normalized"`` over the chosen ones, or ``"sigmoid"``.
-            token: [T] int64, the tokens' numbers within this process; unused in evaluation.
-            training: sample when True, take the mode when False.
+            token: [T] int64, the tokens' numbers within this process, 0 to T - 1 in some order.
+            training: sample when True, take the mode when False; neither where a record is replayed.
             shift: [E], added to the logits for the choice only, as auxiliary-loss-free balancing does.
             renormalize: whether to divide the weights of each token by their sum.
             scale: multiplies all weights.
             key: [T] int64, keys in place of the tokens' own.
+            replay: [T, E] bool, decisions that the host itself recorded, in its order of tokens.
 
         Returns:
             The decision. Its distribution and marginals are those of the shifted logits, from which it was drawn. A
             chosen expert's weight is never 0, so a weight of 0 marks an unused slot.
+
+        Raises:
+            RuntimeError: there is a seed, but no step has begun.
+            ValueError: the record that is replayed has another number of tokens or was made at another temperature; or
+                there are two, the host's and one of :func:`replay`; or the constraint or infinite logits exclude a
+                subset, named by row.
         """
         for_choice = logits if shift is None else logits + shift.detach().to(logits.dtype)
-        key = (self.keys(token) if key is None else key) if training else None
+        replay = self._replayed(token, replay)
+        key = (self.keys(token) if key is None else key) if training and replay is None else None
         share = as_share(self.decide, self.estimator) if training else 0.0
         batch = Batch.of(for_choice, self.circuit, key=key, temperature=self.temperature)
         given = batch.logits if shift is None else logits.to(batch.logits.dtype)
-        decided = routed(batch._replace(logits=given), share, combine=weights, estimator=self.estimator)
+        batch = batch._replace(logits=given)
+        decided = routed(batch, share, combine=weights, estimator=self.estimator, replay=replay)
         gates = decided.gates
         if renormalize:
             # DenseMixer's gates of unchosen experts have a gradient that the sum over the chosen does not share.
@@ -149,9 +169,33 @@ class Decider:
         gates = gates * scale
         gates = torch.where(decided.mask & (gates == 0), torch.finfo(gates.dtype).tiny, gates)
         routing = decided.weighed(gates, batch.logits)
+        routing.token = token
         if self.recorded is not None:
             self.recorded.append(routing)
         return routing
+
+    def _replayed(self, token: Tensor, by_host: Tensor | None) -> Tensor | None:
+        """[T, E] bool, the recorded decisions for the tokens with these numbers; None where none are replayed."""
+        if self._replay is None:
+            return by_host
+        if by_host is not None:
+            raise ValueError(
+                "replay: there are two records, one of replay(model, record) and one that the model's own library "
+                "replays; end one of them, such as by replay(model, None)"
+            )
+        mask, temperature = self._replay
+        if len(mask) != len(token):
+            raise ValueError(
+                f"replay: this forward pass routes {len(token)} tokens, and the record is of {len(mask)}: give each "
+                "forward pass the record of this process's tokens, of which record.split(lengths) makes parts, or call "
+                "replay(model, None) for new decisions"
+            )
+        if not same_temperature(temperature, float(self.temperature)):
+            raise ValueError(
+                f"replay: the record was made at temperature {temperature:g}, and the router now decides at "
+                f"{float(self.temperature):g}: log-probabilities depend on it; set the temperature to the record's"
+            )
+        return mask.to(token.device)[token]
 
 
 def begin_step(model: nn.Module | Sequence[nn.Module], step: int, *, offset: int = 0) -> None:
@@ -176,8 +220,40 @@ def begin_step(model: nn.Module | Sequence[nn.Module], step: int, *, offset: int
     """
     first = as_int("offset", offset)
     for position, (name, router, decider) in enumerate(_hosted(model)):
-        device = next((p.device for p in router.parameters()), torch.device("cpu"))
-        decider.begin(step, _layer(name, router, position), first, device)
+        decider.begin(step, _layer(name, router, position), first, _device(router))
+
+
+def replay(model: nn.Module | Sequence[nn.Module], record: RoutingRecord | None) -> None:
+    """Take recorded decisions in all forward passes, of training and of evaluation, until ``replay(model, None)``.
+
+    Gates, log-probabilities and gradients are those of the recorded decisions under the model as it is; layers that are
+    recomputed decide the same. The record is checked whole before any router is given its part, and a record that is
+    refused leaves the routers as they were. Copies and pickles of a model replay nothing.
+
+    Args:
+        model: as in :func:`begin_step`.
+        record: of all routers of the model, or of its parts on this process, in the order in which its modules list
+            them; its tokens are those of the next forward pass on this process, numbered as their keys are: sequence by
+            sequence. None ends it. Micro-batches have a record each, set before the forward pass; and again before a
+            backward pass that recomputes layers, where the forward pass of another micro-batch came between.
+
+    Raises:
+        TypeError: ``record`` is none.
+        ValueError: the model has no circuitroute router; or the record is of other numbers of layers or experts, was
+            made at another temperature or under another constraint, or holds a subset that a layer forbids, named with
+            its rows. Another number of tokens is found in the forward pass.
+    """
+    hosted = _hosted(model)
+    deciders = [decider for *_, decider in hosted]
+    if record is None:
+        for decider in deciders:
+            decider.replay(None)
+        return
+    temperatures = [float(decider.temperature) for decider in deciders]
+    masks = masks_for(record, [decider.circuit for decider in deciders], temperatures)
+    placed = [mask.to(_device(router)) for mask, (_, router, _) in zip(masks, hosted, strict=True)]
+    for decider, mask in zip(deciders, placed, strict=True):
+        decider.replay(mask, record.temperature)
 
 
 @contextmanager
@@ -249,7 +325,15 @@ def _hosted(model: nn.Module | Sequence[nn.Module]) -> list[tuple[str, nn.Module
     if not named:
         kinds = ", ".join(type(part).__name__ for part in parts)
         raise ValueError(f"model ({kinds}) has no router of circuitroute.integrations: convert it before it is built")
-    return [(name, module, cast(Decider, module.decider)) for name, module in named]
+    # Once each: a module that wraps a router (torch.compile, FSDP, checkpointing) may lend its attributes.
+    own: dict[int, tuple[str, nn.Module, Decider]] = {}
+    for name, module in named:
+        own.setdefault(id(module.decider), (name, module, cast(Decider, module.decider)))
+    return list(own.values())
+
+
+def _device(router: nn.Module) -> torch.device:
+    return next((p.device for p in router.parameters()), torch.device("cpu"))
 
 
 def _layer(name: str, router: nn.Module, position: int) -> int:

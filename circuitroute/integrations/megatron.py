@@ -26,13 +26,16 @@ from circuitroute.inference.circuit import Circuit
 from circuitroute.integrations.hosted import GROUP_LIMIT, Decider, Weights, refuse_replaced
 from circuitroute.integrations.hosted import begin_step as begin_step
 from circuitroute.integrations.hosted import recorded_routings as recorded_routings
+from circuitroute.integrations.hosted import replay as replay
 from circuitroute.routing import losses
 from circuitroute.routing.choice import Decide
 from circuitroute.routing.decision import Routing
 from circuitroute.routing.estimators import Estimator
+from circuitroute.routing.records import RoutingRecord
 
 try:
     from megatron.core.transformer.moe.router import TopKRouter
+    from megatron.core.transformer.moe.router_replay import RouterReplayAction
 except ImportError as error:
     raise ImportError(
         "circuitroute.integrations.megatron needs megatron-core 0.16 and what it imports: "
@@ -46,7 +49,6 @@ REPLACED = {
     "moe_expert_capacity_factor": "it would drop experts from the sampled sets; bound the experts per token instead, "
     "such as by cr.Between(1, 4)",
     "moe_router_fusion": "the fused kernels compute a top-k; set it to False",
-    "moe_enable_routing_replay": "it replays the ids of a top-k; set it to False",
     "moe_router_force_load_balancing": "it replaces the logits by random ones; set it to False",
 }
 
@@ -77,15 +79,16 @@ class CircuitRouter(TopKRouter):
     leaves the weights alone.
 
     Args:
-        config: Megatron's; ``moe_router_topk`` must be the constraint's largest count, which dispatchers allocate for.
+        config: Megatron's; ``moe_router_topk`` must be the constraint's largest count. Dispatchers send, and experts
+            compute, what was chosen and nothing else.
         pg_collection: Megatron's process groups.
         constraint, options: see :class:`~circuitroute.integrations.hosted.Decider`.
 
     Raises:
         InfeasibleError: no subset of the experts satisfies the constraint.
         ValueError: settings that the constraint replaces, another ``moe_router_topk``, or a constraint that allows
-            several counts with a dispatcher other than "allgather": the others allocate for exactly
-            T * moe_router_topk.
+            several counts where the dispatcher makes room for exactly T * moe_router_topk pairs of token and expert:
+            "flex", and "alltoall" with ``moe_permute_fusion``.
     """
 
     def __init__(
@@ -133,6 +136,10 @@ class CircuitRouter(TopKRouter):
 
         Returns:
             (probs [T, E], 0 outside the chosen sets; routing_map [T, E] bool).
+
+        Raises:
+            ValueError: recorded decisions, of Megatron's ``RouterReplay`` or of :func:`replay`, that are not of these
+                tokens, or that the constraint forbids.
         """
         S, B, E = logits.shape
         valid = None if padding_mask is None else ~padding_mask.reshape(-1)
@@ -146,13 +153,43 @@ class CircuitRouter(TopKRouter):
             shift=self.expert_bias,
             renormalize=self.score_function == "sigmoid" and self.topk > 1,
             scale=self.config.moe_router_topk_scaling_factor or 1.0,
+            replay=self._replayed_by_megatron(S * B),
         )
+        if self._replay_action() is RouterReplayAction.RECORD:
+            self.router_replay.record_indices(routing.padded(self.topk, pad="minus_one")[1])
         probs, mask = routing.gates, routing.mask
         if self.training and torch.is_grad_enabled():  # once under recomputation
             probs = self._with_aux_losses(probs, routing, valid, S, B)
             if self.enable_expert_bias:  # which is updated from this load
                 self.local_tokens_per_expert += (mask if valid is None else mask & valid[:, None]).sum(0)
         return probs, mask
+
+    def _replay_action(self) -> RouterReplayAction | None:
+        """What Megatron's ``RouterReplay`` is told to do; None without ``moe_enable_routing_replay``."""
+        return None if self.router_replay is None else self.router_replay.router_replay_action
+
+    def _replayed_by_megatron(self, tokens: int) -> Tensor | None:
+        """[T, E] bool, the decisions that Megatron's ``RouterReplay`` holds for this pass; None where it has none."""
+        action = self._replay_action()
+        if action is RouterReplayAction.REPLAY_FORWARD:
+            indices = self.router_replay.target_topk_idx
+        elif action is RouterReplayAction.REPLAY_BACKWARD:  # passes are recomputed in the order in which they were run
+            waiting = self.router_replay.replay_backward_list
+            indices = waiting.pop(0) if waiting else None
+        else:
+            return None
+        if indices is None:
+            raise ValueError(
+                f"RouterReplay is to {action.value} and has no indices left: call RouterReplay.set_replay_data with "
+                "those of all layers before the forward pass"
+            )
+        if len(indices) != tokens:
+            raise ValueError(
+                f"RouterReplay has indices of {len(indices)} tokens, and this forward pass routes {tokens}: give those "
+                "of the same positions and sequences"
+            )
+        (mask,) = RoutingRecord.of_indices([indices], self.config.num_moe_experts).masks(indices.device)
+        return mask
 
     def _weights(self) -> Weights:
         if self.score_function == "sigmoid":
@@ -220,12 +257,20 @@ def _check(config: Any, decider: Decider) -> None:
     constraint = decider.circuit.constraint
     if config.moe_router_topk != decider.slots:
         raise ValueError(
-            f"moe_router_topk={config.moe_router_topk}: dispatchers allocate for that many experts per token, and "
+            f"moe_router_topk={config.moe_router_topk}: it must be the largest number of experts per token, and "
             f"{constraint!r} allows up to {decider.slots}; set it to {decider.slots}"
         )
-    if not decider.fixed_count and config.moe_token_dispatcher_type != "allgather":
+    if decider.fixed_count:
+        return
+    several = f"experts per token, and {constraint!r} allows fewer"
+    if config.moe_token_dispatcher_type == "flex":
         raise ValueError(
-            f"moe_token_dispatcher_type={config.moe_token_dispatcher_type!r} allocates for exactly {decider.slots} "
-            f"experts per token, and {constraint!r} allows fewer: use 'allgather', or a constraint with a single count "
-            f"such as cr.Exactly({decider.slots})"
+            f"moe_token_dispatcher_type='flex' sends exactly moe_router_topk={decider.slots} {several}: use 'alltoall' "
+            f"or 'allgather', or a constraint with a single count such as cr.Exactly({decider.slots})"
+        )
+    if config.moe_token_dispatcher_type == "alltoall" and config.moe_permute_fusion:
+        raise ValueError(
+            f"moe_permute_fusion=True with moe_token_dispatcher_type='alltoall' makes room for exactly "
+            f"moe_router_topk={decider.slots} {several}: set it to False, so that the permutation makes room for what "
+            "the routing map holds, or use 'allgather'"
         )

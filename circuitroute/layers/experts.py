@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from circuitroute._tensors import batchable, recorded, transformed
-from circuitroute._validate import int_at_least, plain_word
+from circuitroute._tensors import batchable, recorded, transformed, without_numbers
+from circuitroute._validate import int_at_least, plain_word, present
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -24,6 +25,11 @@ def relu2(inner: Tensor) -> Tensor:
     """max(x, 0)^2, elementwise: squared ReLU, found by architecture search in Primer (So et al., 2021, section 3)."""
     return F.relu(inner).square()
 
+
+# Of torch 2.10.
+_GROUPED_MM: Callable[..., Tensor] | None = getattr(F, "grouped_mm", None)
+# Bytes; what the kernel asks of addresses and of the length of rows.
+ALIGNMENT = 16
 
 ACTIVATIONS: dict[str, Activation] = {"gelu": F.gelu, "relu": F.relu, "relu2": relu2, "silu": F.silu}
 # (upstream, x) -> upstream times the derivative at x: without the value again, which autograd would need.
@@ -110,6 +116,40 @@ class StackedExperts(nn.Module):
         )
 
 
+class _Groups(NamedTuple):
+    """How many rows each expert has, and where they end: int32 [E] where torch's kernel is to be used, else None."""
+
+    loads: list[int]
+    ends: Tensor | None
+
+
+def _groups(loads: list[int], rows: Tensor, widths: tuple[int, int]) -> _Groups:
+    if not grouped_kernel(rows, widths):
+        return _Groups(loads, None)
+    return _Groups(loads, torch.tensor(loads, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(rows.device))
+
+
+def grouped_kernel(rows: Tensor, widths: tuple[int, int]) -> bool:
+    """Whether torch multiplies all experts' rows in one call: ``torch.nn.functional.grouped_mm``, of torch 2.10.
+
+    On CPUs it has the bits of a product per expert and takes a little less time, most where experts have few rows. On
+    CUDA it is a launch in place of E, for bfloat16 and from compute capability 8.0 on. Everywhere rows and matrices
+    must start and go on at multiples of 16 bytes. Not in programs that torch.compile traces, which know it for bfloat16
+    only.
+
+    Args:
+        rows: [S, A], contiguous.
+        widths: H and I.
+    """
+    if _GROUPED_MM is None or is_compiling() or len(rows) == 0 or without_numbers(rows) or transformed():
+        return False
+    if rows.is_cuda:
+        known = rows.dtype == torch.bfloat16 and torch.cuda.get_device_capability(rows.device) >= (8, 0)
+    else:
+        known = rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.bfloat16)
+    return known and all(width * rows.element_size() % ALIGNMENT == 0 for width in widths)
+
+
 class _Grouped(torch.autograd.Function):
     """Both layers of all experts: a matrix product per expert and layer, the activation once over all rows.
 
@@ -124,14 +164,15 @@ class _Grouped(torch.autograd.Function):
         if not rows.is_meta and torch.is_autocast_enabled(rows.device.type) and rows.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(rows.device.type)
             rows, up, down = rows.to(dtype), up.to(dtype), down.to(dtype)
-        inner = _grouped_mm(rows, up.transpose(1, 2), loads)
+        groups = _groups(loads, rows, (up.shape[2], up.shape[1]))
+        inner = _grouped_mm(rows, up.transpose(1, 2), groups)
         active = ACTIVATIONS[activation](inner) if isinstance(activation, str) else activation(inner)
         for_rows, for_up, for_down, *_ = ctx.needs_input_grad
         deep = for_rows or for_up  # whether anything below the activation learns
         kept = ((rows, for_up), (up, for_rows), (down, deep), (inner, deep), (active, for_down))
         ctx.save_for_backward(*(value if needed else None for value, needed in kept))
-        ctx.loads, ctx.activation = loads, activation
-        return _grouped_mm(active, down.transpose(1, 2), loads)
+        ctx.groups, ctx.activation = groups, activation
+        return _grouped_mm(active, down.transpose(1, 2), groups)
 
     @staticmethod
     @batchable
@@ -141,10 +182,10 @@ class _Grouped(torch.autograd.Function):
         for_rows, for_up, for_down, *_ = ctx.needs_input_grad
         to_rows = to_up = None
         if for_rows or for_up:
-            to_inner = _through(ctx.activation, _grouped_mm(upstream, down, ctx.loads), inner)
-            to_rows = _grouped_mm(to_inner, up, ctx.loads) if for_rows else None
-            to_up = _grouped_outer(to_inner, rows, ctx.loads) if for_up else None
-        to_down = _grouped_outer(upstream, active, ctx.loads) if for_down else None
+            to_inner = _through(ctx.activation, _grouped_mm(upstream, down, ctx.groups), inner)
+            to_rows = _grouped_mm(to_inner, up, ctx.groups) if for_rows else None
+            to_up = _grouped_outer(to_inner, rows, ctx.groups) if for_up else None
+        to_down = _grouped_outer(upstream, active, ctx.groups) if for_down else None
         return to_rows, to_up, to_down, None, None
 
 
@@ -157,21 +198,40 @@ def _through(activation: str | Activation, upstream: Tensor, inner: Tensor) -> T
         return torch.autograd.grad(activation(leaf), leaf, upstream)[0]
 
 
-def _grouped_mm(rows: Tensor, matrices: Tensor, loads: list[int]) -> Tensor:
+def _grouped_mm(rows: Tensor, matrices: Tensor, groups: _Groups) -> Tensor:
     """[S, B] the rows [S, A] of each expert times its matrix [E, A, B]."""
+    loads = groups.loads
     if transformed():  # which know no results that are given
         return torch.cat([part @ matrix for part, matrix in zip(rows.split(loads), matrices, strict=True)])
+    if groups.ends is not None and _aligned(rows, matrices):
+        return _in_one_call(rows.contiguous(), matrices, groups.ends)
     out = rows.new_empty(len(rows), matrices.shape[-1])
     for part, matrix, result in zip(rows.split(loads), matrices, out.split(loads), strict=True):
         torch.mm(part, matrix, out=result)
     return out
 
 
-def _grouped_outer(left: Tensor, right: Tensor, loads: list[int]) -> Tensor:
+def _grouped_outer(left: Tensor, right: Tensor, groups: _Groups) -> Tensor:
     """[E, A, B] the product left^T right of the rows [S, A] and [S, B] of each expert."""
+    loads = groups.loads
     if transformed():
         return torch.stack([a.t() @ b for a, b in zip(left.split(loads), right.split(loads), strict=True)])
+    if groups.ends is not None and _aligned(left, right):
+        return _in_one_call(left.contiguous().t(), right.contiguous(), groups.ends)
     out = left.new_empty(len(loads), left.shape[-1], right.shape[-1])
     for a, b, result in zip(left.split(loads), right.split(loads), out, strict=True):
         torch.mm(a.t(), b, out=result)
     return out
+
+
+def _aligned(*values: Tensor) -> bool:
+    """Whether their numbers start where the kernel wants them: parameters that are mapped from a file may not.
+
+    Those that are traced are nowhere; what is traced may begin after a call that was not.
+    """
+    return not is_compiling() and all(value.data_ptr() % ALIGNMENT == 0 for value in values)
+
+
+def _in_one_call(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    found: Tensor = present(_GROUPED_MM, "asked for by grouped_kernel")(left, right, offs=ends)
+    return found

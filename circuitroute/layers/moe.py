@@ -1,19 +1,23 @@
 """A small sparse mixture-of-experts layer around any router.
 
-Legend: T tokens, H hidden size, E experts, S chosen (token, expert) pairs.
+Null experts stand behind the E experts: the router chooses among E + Z, and the last Z have no parameters and cost
+nothing. They make a dynamic number of experts out of a constraint on the count: of ``cr.Exactly(k)``, those among the
+last Z are a token's to spare.
+
+Legend: T tokens, H hidden size, E experts, Z null experts, S chosen (token, expert) pairs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from circuitroute._tensors import batched, plain, recorded, tracked, transformed, without_numbers
-from circuitroute._validate import as_flag
+from circuitroute._validate import as_flag, one_of
 from circuitroute.keys import drawn_keys
 from circuitroute.layers.experts import StackedExperts
 from circuitroute.layers.routers import LinearRouter
@@ -31,6 +35,8 @@ from circuitroute.routing.probes import (
     with_worth,
 )
 from circuitroute.routing.records import RoutingRecord
+
+NullExperts: TypeAlias = Literal["identity", "zero"]
 
 
 class MoE(nn.Module):
@@ -54,9 +60,13 @@ class MoE(nn.Module):
         call_idle: whether experts that no token chose are called too, with an empty batch, so that their parameters
             get a gradient of zero instead of none. Processes that share the work need it: DDP and FSDP wait for the
             same parameters in all of them. None, the default, does so where torch.distributed runs more than one.
+        null_experts: what the router's choices behind the E experts are: ``"identity"``, which return the hidden state
+            itself (the zero-computation experts of LongCat-Flash, arXiv:2509.01322, and the copy experts of MoE++,
+            arXiv:2410.07348), or ``"zero"``, which return 0 (AdaMoE's null experts, arXiv:2406.13233). No expert is run
+            for them; their gates and gradients are those of any other. None, the default: there are none.
 
     Raises:
-        ValueError: the number of experts is not the router's.
+        ValueError: the number of experts is not the router's; with ``null_experts`` it is not below the router's.
     """
 
     def __init__(
@@ -67,6 +77,7 @@ class MoE(nn.Module):
         probe_weights: ProbeWeights = "importance",
         *,
         call_idle: bool | None = None,
+        null_experts: NullExperts | None = None,
     ) -> None:
         super().__init__()
         self.router = router
@@ -76,11 +87,21 @@ class MoE(nn.Module):
         as_probe_weights(probe_weights)
         self.probe_weights: ProbeWeights = plain_probe_weights(probe_weights)
         self.call_idle = None if call_idle is None else as_flag("call_idle", call_idle)
-        if router is not None and self.num_experts != router.num_experts:
-            raise ValueError(
-                f"there are {self.num_experts} experts, but the router chooses among {router.num_experts}: give as "
-                f"many, or a router with num_experts={self.num_experts}"
-            )
+        self.null_experts: NullExperts | None = None
+        if null_experts is not None:
+            self.null_experts = one_of("null_experts", null_experts, get_args(NullExperts))
+        if router is not None:
+            self._check_router(router.num_experts)
+
+    def executed_counts(self, routing: Routing) -> Tensor:
+        """[T] int64, how many experts each token runs: ``routing.counts`` without the null experts.
+
+        Raises:
+            ValueError: the decision is over another number of experts.
+        """
+        tokens, choices = routing.mask.shape
+        self._check_choices(choices, tokens, tokens)
+        return routing.mask[:, : self.num_experts].sum(-1)
 
     def forward(
         self,
@@ -116,12 +137,7 @@ class MoE(nn.Module):
                 raise ValueError("routing=None: this layer was made without a router, so every call needs a routing")
             routing = self.router(hidden, key=key if replay is not None else probe_key, replay=replay, **options)
         rows = hidden.reshape(-1, hidden.shape[-1])
-        if routing.mask.shape != (len(rows), self.num_experts):
-            tokens, choices = routing.mask.shape
-            raise ValueError(
-                f"routing is for {tokens} tokens and {choices} experts, but there are {len(rows)} and "
-                f"{self.num_experts}"
-            )
+        self._check_choices(routing.mask.shape[-1], len(routing.mask), len(rows))
         probed = bool(self.training and self.probes and tracked(routing.gates))
         if probed and (transformed() or recorded(rows)):
             raise NotImplementedError(
@@ -132,6 +148,8 @@ class MoE(nn.Module):
             combined = self._everywhere(rows, routing)
         else:
             combined = self._dispatched(rows, routing)
+        if self.null_experts == "identity":
+            combined = combined + self._through_identity(combined, rows, routing)
         if probed:
             if isinstance(probe_key, Tensor):
                 probe_key = per_token("key", probe_key, hidden.shape[:-1])
@@ -146,7 +164,8 @@ class MoE(nn.Module):
             weight = weights.reshape(-1)
         else:
             token, expert, weight = routing.ragged(by="expert")
-            loads = self._loads(expert)
+            loads, pairs = self._loads(expert)
+            token, weight = token[:pairs], weight[:pairs]
         outputs = self._run(rows.index_select(0, token), loads)
         # Under autocast the two may differ; the sum is taken in the wider.
         weighted = outputs * weight.unsqueeze(-1).to(torch.promote_types(outputs.dtype, rows.dtype))
@@ -156,16 +175,54 @@ class MoE(nn.Module):
         """The same where nothing may depend on who was chosen: every expert runs on every token, most in vain."""
         outputs = self._run(rows.repeat(self.num_experts, 1), [len(rows)] * self.num_experts)
         outputs = outputs.reshape(self.num_experts, len(rows), -1)
-        gates, chosen = routing.gates.t()[..., None], routing.mask.t()[..., None]
+        real = slice(self.num_experts)
+        gates, chosen = routing.gates[:, real].t()[..., None], routing.mask[:, real].t()[..., None]
         weighted = outputs * gates.to(torch.promote_types(outputs.dtype, rows.dtype))
         # A gate of NaN is a decision that could not be made, which must not pass for 0.
         return torch.where(chosen | gates.isnan(), weighted, 0.0).sum(0)
+
+    def _through_identity(self, combined: Tensor, rows: Tensor, routing: Routing) -> Tensor:
+        """[T, H] what null experts add that return the hidden state: the sum of their gates, times it."""
+        gates = routing.gates[:, self.num_experts :]
+        chosen = routing.mask[:, self.num_experts :] | gates.isnan()
+        weight = torch.where(chosen, gates, 0.0).sum(-1, keepdim=True)
+        return rows * weight.to(combined.dtype)
 
     def _somewhere(self, rows: Tensor, each: int) -> tuple[Tensor, list[int]]:
         """Pairs of tokens without numbers, ``each`` of every token, and loads of experts that add up to as many."""
         token = torch.arange(len(rows), device=rows.device).repeat_interleave(each)
         share, rest = divmod(len(token), self.num_experts)
         return token, [share + (i < rest) for i in range(self.num_experts)]
+
+    def _check_router(self, choices: int) -> None:
+        """That the router chooses among the experts, and null experts if there are any."""
+        E = self.num_experts
+        if self.null_experts is not None and choices <= E:
+            raise ValueError(
+                f"null_experts={self.null_experts!r}: there are {E} experts and the router chooses among {choices}, so "
+                f"none is left to be a null expert: give a router with num_experts above {E}, or null_experts=None"
+            )
+        if self.null_experts is None and choices != E:
+            spare = f", or null_experts='identity' or 'zero' for the last {choices - E}" if choices > E else ""
+            raise ValueError(
+                f"there are {E} experts, but the router chooses among {choices}: give as many, or a router with "
+                f"num_experts={E}{spare}"
+            )
+
+    def _check_choices(self, choices: int, tokens: int, rows: int) -> None:
+        """That a decision is over these experts, and over as many tokens as there are rows."""
+        E = self.num_experts
+        if self.null_experts is None:
+            fits, besides = choices == E, ""
+        elif self.router is None:
+            fits, besides = choices >= E, ", and null experts"
+        else:
+            null = self.router.num_experts - E
+            fits, besides = choices == E + null, f", and {null} null experts"
+        if tokens != rows or not fits:
+            raise ValueError(
+                f"routing is for {tokens} tokens and {choices} experts, but there are {rows} and {E}{besides}"
+            )
 
     def _check_alone(
         self, key: Tensor | int | None, replay: Tensor | RoutingRecord | None, options: dict[str, Any]
@@ -179,10 +236,10 @@ class MoE(nn.Module):
                 "it to the router that makes the decision"
             )
 
-    def _loads(self, expert: Tensor) -> list[int]:
-        """How many pairs [S] each expert has."""
-        loads: list[int] = torch.bincount(expert, minlength=self.num_experts).tolist()
-        return loads
+    def _loads(self, expert: Tensor) -> tuple[list[int], int]:
+        """How many pairs [S] each expert has, and all of them together; those of null experts do not count."""
+        loads: list[int] = torch.bincount(expert, minlength=self.num_experts).tolist()[: self.num_experts]
+        return loads, sum(loads)
 
     def _run(self, rows: Tensor, loads: list[int]) -> Tensor:
         """[S, H] the outputs of rows [S, H] that are sorted by expert, ``loads[e]`` of them for expert e."""
@@ -199,7 +256,7 @@ class MoE(nn.Module):
         if without_numbers(rows):
             each = probe_slots(routing.untempered.circuit, self.probes)
             token, loads = self._somewhere(rows, each)
-            gates = routing.gates[:, :each].reshape(-1)
+            gates, pairs = routing.gates[:, :each].reshape(-1), len(token)
         else:
             if self.probes == "all":
                 probes = every_unchosen(routing)
@@ -207,9 +264,13 @@ class MoE(nn.Module):
                 probes = draw_probes(routing, self.probes, key, self.probe_weights)
             order = probes.expert.argsort(stable=True)
             token, expert, weight = (part[order] for part in probes)
-            gates, loads = routing.gates[token, expert] * weight, self._loads(expert)
+            gates = routing.gates[token, expert] * weight
+            loads, pairs = self._loads(expert)
         with torch.no_grad():
-            outputs = self._run(rows.index_select(0, token), loads)
+            outputs = self._run(rows.index_select(0, token[:pairs]), loads)
+            if self.null_experts == "identity":
+                outputs = torch.cat([outputs, rows.index_select(0, token[pairs:]).to(outputs.dtype)])
+        token, gates = token[: len(outputs)], gates[: len(outputs)]
         return with_worth(combined, gates, outputs, token)
 
 

@@ -56,6 +56,17 @@ def chosen_first(mask: Tensor, scores: Tensor, slots: int) -> Tensor:
     return by_score.gather(-1, order[:, :slots])
 
 
+def by_token(decision: object, rows: Tensor) -> Tensor:
+    """[T, ...] rows of a decision, put in the order of the tokens' numbers; differentiable.
+
+    Args:
+        decision: a :class:`Routing`; whatever else has no numbers, and its rows stay as they are.
+        rows: [T, ...] of that decision, such as its mask or log-probabilities.
+    """
+    token: Tensor | None = getattr(decision, "token", None)
+    return rows if token is None else rows.index_select(0, token.argsort().to(rows.device))
+
+
 class Routing:
     """The chosen experts of T tokens, with what training, serving and replay need of the choice.
 
@@ -65,7 +76,11 @@ class Routing:
     Attributes:
         mask: [T, E] bool, the chosen experts.
         temperature: what the logits were divided by for the decision: a number, or a tensor [] or [T].
+        token: [T] int64, the numbers of the rows' tokens, where a host holds them in another order than that of their
+            numbers; else None. Records are by number: see :func:`by_token`.
     """
+
+    token: Tensor | None = None
 
     def __init__(
         self,
@@ -91,7 +106,9 @@ class Routing:
     def weighed(self, gates: Tensor, logits: Tensor | None = None) -> Routing:
         """The same decision with other weights [T, E], and with ``logits`` [T, E] as those it was made of."""
         logits = self.logits if logits is None else logits
-        return Routing(self.distribution, self.mask, gates, self.untempered, logits, self.temperature)
+        weighed = Routing(self.distribution, self.mask, gates, self.untempered, logits, self.temperature)
+        weighed.token = self.token
+        return weighed
 
     @property
     def distribution(self) -> SubsetDistribution:
@@ -143,7 +160,8 @@ class Routing:
             ValueError: an unknown ``pad``, ``width`` outside 1..E, or a token with more experts than ``width``.
         """
         experts, slots = self.mask.shape[-1], self._slots(width, pad)
-        indices = chosen_first(self.mask, self.logits.detach(), slots)
+        first = chosen_first if pad == "distinct" else _chosen_alone
+        indices = first(self.mask, self.logits.detach(), slots)
         used = self.mask.gather(-1, indices)
         weights = torch.where(used, self.gates.gather(-1, indices), 0.0)
         if pad == "sentinel":
@@ -199,7 +217,8 @@ class Routing:
         tempered = None if self.distribution is self.untempered else _parameters(self.distribution)
         temperature = self.temperature.detach() if isinstance(self.temperature, Tensor) else self.temperature
         untempered, values = _parameters(self.untempered), (self.mask, self.gates.detach(), self.logits.detach())
-        return _restored, (tempered, untempered, *values, temperature)
+        numbered = {} if self.token is None else {"token": self.token}
+        return _restored, (tempered, untempered, *values, temperature), numbered
 
     def __copy__(self) -> Routing:
         twin = object.__new__(type(self))
@@ -305,3 +324,16 @@ class SoftRouting(Routing):
     def __repr__(self) -> str:
         tokens, experts = self.mask.shape
         return f"SoftRouting({tokens} tokens, {experts} experts, at most {self.max_count} of them executed)"
+
+
+def _chosen_alone(mask: Tensor, scores: Tensor, slots: int) -> Tensor:
+    """As :func:`chosen_first` where a row has no more chosen experts than slots; the others are any, in any order.
+
+    Without a sort of all experts, which takes several times as long.
+    """
+    # Chosen experts exceed the others, whatever their scores.
+    candidates = torch.where(mask, scores.clamp(min=torch.finfo(scores.dtype).min), -torch.inf)
+    indices = candidates.topk(slots, dim=-1, sorted=False).indices.sort(dim=-1).values
+    # Stable, so that lower indices come first among equals, as topk does not promise.
+    order = candidates.gather(-1, indices).argsort(dim=-1, descending=True, stable=True)
+    return indices.gather(-1, order)

@@ -14,34 +14,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from circuitroute._tensors import cannot_look
 from circuitroute._validate import as_number, as_real, int_at_least
 from circuitroute.inference.circuit import Circuit
-from circuitroute.inference.distribution import SubsetDistribution
 from circuitroute.inference.temperature import MIN_TEMPERATURE
 from circuitroute.keys import random_key, uniform
+from circuitroute.routing.agreement import executed, expected_agreement
 from circuitroute.routing.decision import Routing
 from circuitroute.routing.estimators import Estimator
 from circuitroute.routing.route import route
+from circuitroute.routing.runs import RunLog as RunLog
+from circuitroute.routing.summary import summary as summary
 from circuitroute.routing.weights import Combine
-
-
-def _mask(decisions: Routing | Tensor) -> Tensor:
-    mask = decisions.mask if isinstance(decisions, Routing) else as_real("decisions", decisions)
-    if mask.dim() != 2:
-        raise ValueError(f"decisions have shape {tuple(mask.shape)}: expected [tokens, experts]")
-    return mask.detach() != 0
 
 
 def utilization(decisions: Routing | Tensor) -> Tensor:
     """[E] float64, the fraction of tokens that use each expert."""
-    mask = _mask(decisions)
+    mask = executed(decisions)
     return mask.sum(0).double() / max(1, len(mask))
 
 
 def load_entropy(decisions: Routing | Tensor) -> float:
     """Entropy of the load distribution over experts, divided by log E: 1 when balanced, 0 when one takes all."""
-    load = _mask(decisions).sum(0).double()
+    load = executed(decisions).sum(0).double()
     if load.numel() == 1:
         return 1.0
     share = load / load.sum().clamp(min=1)
@@ -50,7 +44,7 @@ def load_entropy(decisions: Routing | Tensor) -> float:
 
 def max_violation(decisions: Routing | Tensor) -> float:
     """(largest load - mean load) / mean load (MaxVio of Wang et al. 2024, arXiv:2408.15664); 0 when balanced."""
-    load = _mask(decisions).sum(0).double()
+    load = executed(decisions).sum(0).double()
     mean = float(load.mean())
     return float(load.max()) / mean - 1.0 if mean > 0 else 0.0
 
@@ -73,15 +67,7 @@ def mode_agreement(routing: Routing) -> Tensor:
             "has no distribution"
         )
     with torch.no_grad():
-        return _agreement(routing.distribution, routing.untempered.mode_mask())
-
-
-def _agreement(distribution: SubsetDistribution, mode: Tensor) -> Tensor:
-    size = mode.sum(-1)
-    shared = torch.where(mode, distribution.marginals, 0.0).sum(-1) / size.clamp(min=1)
-    if not cannot_look(size) and bool((size > 0).all()):
-        return shared
-    return torch.where(size > 0, shared, distribution.log_prob(mode).exp())
+        return expected_agreement(routing.distribution, routing.untempered.mode_mask())
 
 
 # Temperatures beyond these times the spread of the logits are as good as 0 and infinity.
@@ -106,7 +92,7 @@ def temperature_for(logits: Tensor, circuit: Circuit, agreement: float) -> float
     mode = base.mode_mask()
 
     def mean(temperature: float) -> float:
-        return float(_agreement(base.tempered(temperature), mode).double().mean())
+        return float(expected_agreement(base.tempered(temperature), mode).double().mean())
 
     finite = base.logits[base.logits.isfinite()]
     spread = max(float(finite.max() - finite.min()) if finite.numel() else 0.0, 1e-30)
@@ -130,7 +116,7 @@ def temperature_for(logits: Tensor, circuit: Circuit, agreement: float) -> float
 
 def active_experts(decisions: Routing | Tensor) -> float:
     """Mean number of executed experts per token."""
-    mask = _mask(decisions)
+    mask = executed(decisions)
     return float(mask.sum()) / max(1, len(mask))
 
 
@@ -145,7 +131,7 @@ def soft_mass(routing: Routing) -> float:
 
 def subset_diversity(decisions: Routing | Tensor) -> float:
     """exp of the entropy of the empirical distribution of subsets: how many different ones are in use, in effect."""
-    mask = _mask(decisions)
+    mask = executed(decisions)
     if len(mask) == 0:
         return 0.0
     counts = torch.unique(mask, dim=0, return_counts=True)[1].double()

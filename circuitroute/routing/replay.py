@@ -21,7 +21,7 @@ from circuitroute._tensors import cannot_look
 from circuitroute._validate import as_number, as_real, one_of
 from circuitroute.inference.circuit import Circuit
 from circuitroute.inference.evidence import rows_text
-from circuitroute.routing.decision import Routing
+from circuitroute.routing.decision import Routing, by_token
 from circuitroute.routing.records import LayerRecord as LayerRecord
 from circuitroute.routing.records import RecordFile as RecordFile
 from circuitroute.routing.records import RecordWriter as RecordWriter
@@ -128,7 +128,7 @@ def log_probs(routings: Sequence[Routing]) -> Tensor:
     """[T, L] float64 exact log-probability of every token's decision in every layer; differentiable.
 
     With recorded decisions replayed, that under the policy that is trained; ``record.log_probs`` has that under the
-    policy that made them.
+    policy that made them. By the tokens' numbers, as in records, where a host numbers them: see ``Routing.token``.
 
     Raises:
         ValueError: there is none, or they are of different numbers of tokens.
@@ -137,11 +137,13 @@ def log_probs(routings: Sequence[Routing]) -> Tensor:
     tokens = [len(routing.mask) for routing in routings]
     if not tokens or len(set(tokens)) > 1:
         raise ValueError(f"routings have {tokens} tokens: give one per layer, of the same tokens")
-    return torch.stack([routing.log_prob.double() for routing in routings], dim=1)
+    return torch.stack([by_token(routing, routing.log_prob).double() for routing in routings], dim=1)
 
 
 def path_log_prob(routings: Sequence[Routing]) -> Tensor:
     """[T] float64 exact log-probability of every token's path through the layers; differentiable.
+
+    By the tokens' numbers, as in records: see ``Routing.token``.
 
     Raises:
         ValueError: there is none, or they are of different numbers of tokens.
@@ -285,7 +287,7 @@ def _masks_of(name: str, decisions: Decisions) -> list[Tensor]:
     each = each_of(name, decisions)
     if not each:
         raise ValueError(f"{name} is empty: give one decision per layer")
-    return [mask_of(f"{name}[{i}]", decision).cpu() for i, decision in enumerate(each)]
+    return [by_token(decision, mask_of(f"{name}[{i}]", decision)).cpu() for i, decision in enumerate(each)]
 
 
 def _fraction(part: int, whole: int) -> float:

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 from rich.console import Console
 
+import circuitroute as cr
+
 from . import checkpoint
 from .config import ALL_ROUTERS, STUDIES, DemoConfig, DemoError, require, require_at_least
 from .corpus import Corpus
@@ -57,7 +59,17 @@ def _demo(options: argparse.Namespace, command: str, stop: Stop) -> None:
     report = partial(write_report, setting, out, command, console)
     with _reported(report, console, options, out), progress_on(console, setting.config.steps) as tell:
         for router in setting.config.routers:
-            tell(train(start(setting, router, options.resume), tell, stop))
+            trainee = start(setting, router, options.resume)
+            trainee.log = _log_of(setting, router, out)
+            tell(train(trainee, tell, stop))
+
+
+def _log_of(setting: Setting, router: str, out: Path) -> cr.metrics.RunLog:
+    """The log of a router's run, gone on with where the run is. Raises DemoError when it is another run's."""
+    try:
+        return cr.metrics.RunLog(out / f"{router}.jsonl", f"{router}, seed {setting.config.seed}")
+    except cr.CircuitFileError as error:
+        raise DemoError(str(error), "resume") from None
 
 
 def _study(options: argparse.Namespace, command: str, stop: Stop) -> None:
@@ -229,6 +241,7 @@ def _clear(out: Path) -> None:
     for path in (out / name for name in (RESULTS, *FIGURES, *drawn)):
         path.unlink(missing_ok=True)
     for router in ALL_ROUTERS:
+        (out / f"{router}.jsonl").unlink(missing_ok=True)
         for pattern in (f"{router}.*", f"k*-seed*/{router}.*", f"*/k*-seed*/{router}.*"):
             for path in (out / CHECKPOINTS).glob(pattern):
                 path.unlink()

@@ -9,6 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+import circuitroute as cr
+
 from . import checkpoint
 from .config import DemoConfig, DemoError, Run, require
 from .corpus import Corpus
@@ -76,12 +78,16 @@ class Setting:
 
 @dataclass
 class Trainee:
-    """A model, its optimizer and its record, which change together: a checkpoint is written between steps only."""
+    """A model, its optimizer and its record, which change together: a checkpoint is written between steps only.
+
+    log: where what the routers do is written, every few steps, for `circuitroute report`; None: nowhere.
+    """
 
     setting: Setting
     model: LanguageModel
     optimizer: torch.optim.Optimizer
     record: Record
+    log: cr.metrics.RunLog | None = None
 
     @property
     def run(self) -> Run:

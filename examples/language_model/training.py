@@ -27,6 +27,7 @@ from .trainee import Record, Trainee
 WARMUP = 0.05  # of all steps
 FINAL_RATE = 0.1  # of the learning rate
 CLIP = 1.0
+LOG_EVERY = 10  # steps
 
 Kind: TypeAlias = Literal["begin", "step", "validated", "swaps", "finished"]
 
@@ -150,7 +151,10 @@ def training_step(trainee: Trainee) -> float:
         group["lr"] = group["scale"] * learning_rate(config, step)
     trainee.optimizer.step()
     trainee.model.plan.after(routings)
-    return float(loss.detach())
+    found = float(loss.detach())
+    if trainee.log is not None and step % LOG_EVERY == 0:
+        trainee.log.append(step, cr.metrics.summary(routings), loss=found)
+    return found
 
 
 @contextmanager

@@ -116,6 +116,7 @@ _MODULES: dict[str, Callable[[], nn.Module]] = {
     "MoE": lambda: cr.MoE(cr.DynamicKRouter(H, E, 1, 3), _experts()),
     "MoE, probes": lambda: cr.MoE(cr.DynamicKRouter(H, E, 1, 3), _experts(), probes=1),
     "MoE, stacked": lambda: cr.MoE(cr.ExactKRouter(H, E, 2), cr.StackedExperts(E, H, 4)),
+    "MoE, null experts": lambda: cr.MoE(cr.ExactKRouter(H, E + 2, 3), _experts(), probes=1, null_experts="identity"),
     "BudgetRouter": lambda: cr.BudgetRouter(H, E, 2, cr.Between(1, 3), cr.AtMost(4), per_token=True),
 }
 
@@ -278,7 +279,7 @@ def _layers() -> list[Entry]:
     found += [
         Entry(f"{name}(hidden)", "hidden", "real", hidden, lambda x, b, name=name: module(name, b)(x, key=key(b))[0],
               width=H, python=True)
-        for name in ("MoE", "MoE, probes", "MoE, stacked")
+        for name in ("MoE", "MoE, probes", "MoE, stacked", "MoE, null experts")
     ]  # fmt: skip
     return [
         *found,
@@ -335,6 +336,10 @@ def _losses_and_metrics() -> list[Entry]:
         *found,
         Entry("metrics.mode_agreement(routing)", "logits", "real", logits,
               lambda x, b: cr.metrics.mode_agreement(_of_routing(x, b)), False),
+        Entry("metrics.summary(mask)", "routings", "mask", lambda: mask(logits()),
+              lambda x, b: torch.tensor([cr.metrics.summary(x).get(f"all/{name}", 0.0) for name in
+                                         ("load_entropy", "max_violation", "experts_per_token_std", "dead_experts")]),
+              False, width=None, python=True),
         Entry("metrics.swap_oracle(logits)", "logits", "real", logits,
               lambda x, b: cr.metrics.swap_oracle(_worth, x, flat(), rounds=4).actual, False, rows=False, python=True),
     ]  # fmt: skip
@@ -371,6 +376,15 @@ def _records() -> list[Entry]:
               checked=False),
         Entry("serving.routing_function(gating_output)", "gating_output", "real", logits,
               lambda x, b: serving.routing_function(flat(), E).to(b.device)(x, x, 3, True)[0], False, checked=False),
+        Entry("serving.routing_function(sample=True)(gating_output)", "gating_output", "real", logits,
+              lambda x, b: serving.routing_function(flat(), E, sample=True).to(b.device)(
+                  x, x, 3, True, seed=3, position=torch.arange(len(b), device=b.device))[0], False, checked=False),
+        Entry("serving.routing_function(sample=True)(position)", "position", "key", lambda: torch.arange(T),
+              lambda x, b: serving.routing_function(flat(), E, sample=True).to(b.device)(
+                  *[randn(len(b), E).to(b.device)] * 2, 3, True, seed=3, position=x)[0], False, width=None),
+        Entry("serving.greedy_groups(gating_output)", "gating_output", "real", logits,
+              lambda x, b: serving.greedy_groups(E, 2, groups=5, active=3, group_score="max").to(b.device)(
+                  x, x, 3, True)[0], False, checked=False),
     ]  # fmt: skip
 
 

@@ -98,6 +98,7 @@ class Scenario:
         self.example = load_example()
         self.example.STEPS = 3
         self.masks: list[list[Tensor]] = []
+        self.summaries: list[dict[str, float]] = []
         self.autocast: Any = contextlib.nullcontext()
 
     def run(self, model: nn.Module, budget: cr.BudgetRouter | None = None) -> dict[str, Any]:
@@ -105,13 +106,15 @@ class Scenario:
 
         def observed(logits: Tensor, labels: Tensor, routings: list[cr.Routing], group: Any) -> Tensor:
             self.masks.append([routing.mask for routing in routings])
+            self.summaries.append(cr.metrics.summary(routings, group=group))
             loss: Tensor = objective(logits.float(), labels, routings, group)
             return loss if budget is None else loss + 0.1 * budget.estimation_loss(routings)
 
         self.example.objective = observed
         with self.autocast:
             losses = self.example.train(model, self.rank, self.processes)
-        return {"losses": losses, "decisions": [digest(masks, self.processes) for masks in self.masks]}
+        decisions = [digest(masks, self.processes) for masks in self.masks]
+        return {"losses": losses, "decisions": decisions, "summaries": self.summaries}
 
     def shard(self, model: Any, alone: bool = False, **options: Any) -> nn.Module:
         if self.processes == 1 and not alone:

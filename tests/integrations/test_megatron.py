@@ -4,114 +4,43 @@ from __future__ import annotations
 
 import copy
 import pickle
-import re
-import textwrap
-import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import circuitroute as cr
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # it says what it would use if it were installed
-    pytest.importorskip(
-        "megatron.core.transformer.moe.moe_layer",
-        reason="megatron-core: pip install --no-deps megatron-core==0.16.1",
-        exc_type=ImportError,
-    )
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-    from megatron.core.transformer.mlp import MLPSubmodules
-    from megatron.core.transformer.moe.experts import SequentialMLP
-    from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-    from megatron.core.transformer.moe.moe_utils import (
-        MoEAuxLossAutoScaler,
-        clear_aux_losses_tracker,
-        get_default_pg_collection,
-        get_moe_layer_wise_logging_tracker,
-    )
-    from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.transformer_config import TransformerConfig
+pytest.importorskip(
+    "tests.integrations.megatron_support",
+    reason="megatron-core: pip install --no-deps megatron-core==0.16.1",
+    exc_type=ImportError,
+)
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    clear_aux_losses_tracker,
+    get_default_pg_collection,
+    get_moe_layer_wise_logging_tracker,
+)
 
-    from circuitroute.integrations import megatron
+from circuitroute.integrations import megatron
+from tests.integrations import megatron_support as support
+from tests.integrations.megatron_support import B, E, H, S, T, build, build_circuit, configuration, dense, hidden
 
-pytestmark = [
-    pytest.mark.integrations,
-    pytest.mark.filterwarnings("ignore:Warning. tp_group is None:DeprecationWarning"),  # Megatron's own modules do that
-]
-
-S, B, H, E = 6, 2, 16, 8
-T = S * B
+pytestmark = support.MARKS
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_process() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    yield
-    parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+    with support.one_process():
+        yield
 
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Megatron makes its counters on "the current GPU", and its linear layers on the CPU where asked to."""
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
-
-
-def configuration(**settings: Any) -> Any:
-    defaults = {
-        "num_layers": 2,
-        "hidden_size": H,
-        "num_attention_heads": 2,
-        "num_moe_experts": E,
-        "moe_router_topk": 4,
-        "moe_token_dispatcher_type": "allgather",
-        "moe_router_load_balancing_type": "none",
-        "add_bias_linear": False,
-        "use_cpu_initialization": True,
-        "ffn_hidden_size": 24,
-        "moe_ffn_hidden_size": 24,
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return TransformerConfig(**{**defaults, **settings})
-
-
-def build(router: Any = None, **settings: Any) -> Any:
-    linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    given = {} if router is None else {"router": router}
-    submodules = MoESubmodules(experts=ModuleSpec(module=SequentialMLP, submodules=linear), **given)
-    layer = MoELayer(configuration(**settings), submodules, pg_collection=get_default_pg_collection())
-    layer.set_layer_number(1)
-    torch.manual_seed(0)
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return layer
-
-
-def build_circuit(constraint: cr.Constraint, seed: int | None = 0, **settings: Any) -> Any:
-    layer = build(megatron.router(constraint, seed=seed), **settings)
-    megatron.begin_step(layer, 0)
-    return layer
-
-
-def hidden(requires_grad: bool = False) -> Tensor:
-    return torch.randn(S, B, H, generator=torch.Generator().manual_seed(1)).requires_grad_(requires_grad)
-
-
-def dense(layer: Any, x: Tensor, gates_TE: Tensor) -> Tensor:
-    """All experts on all tokens, weighted by the gates."""
-    ones = torch.ones(T)
-    outputs = torch.stack([expert(x.view(T, H), ones)[0] for expert in layer.experts.local_experts], 1)
-    return (outputs * gates_TE[..., None]).sum(1).view_as(x)
+    support.no_gpu(monkeypatch.setattr)
 
 
 RULES = {
@@ -134,8 +63,9 @@ def test_in_evaluation_exactly_k_is_the_stock_router(rule: str) -> None:
 
 @pytest.mark.parametrize("constraint", [cr.Exactly(4), cr.Between(1, 4), cr.Between(0, 4)], ids=repr)
 @pytest.mark.parametrize("rule", RULES)
-def test_layer_and_gradients_are_those_of_a_dense_layer(constraint: cr.Constraint, rule: str) -> None:
-    layer = build_circuit(constraint, **RULES[rule])
+@pytest.mark.parametrize("dispatcher", ["allgather", "alltoall"])
+def test_layer_and_gradients_are_those_of_a_dense_layer(dispatcher: str, constraint: cr.Constraint, rule: str) -> None:
+    layer = build_circuit(constraint, moe_token_dispatcher_type=dispatcher, **RULES[rule])
     x = hidden(requires_grad=True)
     with megatron.recorded_routings(layer) as routings:
         output, bias = layer(x)
@@ -315,7 +245,11 @@ def test_training_lowers_the_loss() -> None:
         ({"moe_expert_capacity_factor": 1.0}, r"moe_expert_capacity_factor=1.0 .*would drop experts"),
         ({"moe_router_load_balancing_type": "sinkhorn"}, r"moe_router_load_balancing_type='sinkhorn'"),
         ({"moe_router_topk": 2}, r"moe_router_topk=2: .*Between\(1, 4\) allows up to 4; set it to 4"),
-        ({"moe_token_dispatcher_type": "alltoall"}, r"moe_token_dispatcher_type='alltoall' allocates for exactly 4"),
+        ({"moe_token_dispatcher_type": "flex"}, r"'flex' sends exactly moe_router_topk=4 .*: use 'alltoall'"),
+        (
+            {"moe_token_dispatcher_type": "alltoall", "moe_permute_fusion": True},
+            r"moe_permute_fusion=True with .*'alltoall' makes room for exactly .* set it to False",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -329,7 +263,7 @@ def test_what_the_constraint_replaces_is_refused(settings: dict[str, Any], messa
 
 @pytest.mark.parametrize(
     "name",
-    ["moe_router_fusion", "moe_enable_routing_replay", "moe_router_force_load_balancing", "moe_router_group_topk"],
+    ["moe_router_fusion", "moe_router_force_load_balancing", "moe_router_group_topk"],
 )
 def test_settings_without_a_meaning_are_refused(name: str) -> None:
     config = configuration()
@@ -339,7 +273,8 @@ def test_settings_without_a_meaning_are_refused(name: str) -> None:
 
 
 def test_group_limits_of_one_count_suit_any_dispatcher() -> None:
-    config = configuration(moe_token_dispatcher_type="alltoall")
+    config = configuration(moe_token_dispatcher_type="flex")
+    config.moe_permute_fusion = True  # which needs Transformer Engine
     rule = cr.ActiveGroups(cr.Groups(4), at_most=2) & cr.Exactly(4)
     router = megatron.router(rule)(config=config, pg_collection=get_default_pg_collection())
     router.set_layer_number(1)
@@ -352,16 +287,6 @@ def test_a_seed_wants_steps() -> None:
     layer = build(megatron.router(cr.Between(1, 4), seed=0))
     with pytest.raises(RuntimeError, match=r"seed=0 was given, but no step has begun"):
         layer(hidden())
-
-
-def test_the_page_runs() -> None:
-    page = Path(__file__).parents[2] / "docs" / "megatron.md"
-    text = page.read_text(encoding="utf-8")
-    blocks = re.findall(r"^ *```py\n(.*?)^ *```", text, flags=re.DOTALL | re.MULTILINE)
-    assert blocks
-    scope: dict[str, Any] = {"__name__": "docs"}
-    for block in blocks:
-        exec(compile(textwrap.dedent(block), str(page), "exec", dont_inherit=True), scope)
 
 
 @pytest.mark.parametrize("decide", ["mode", 0.5, None])

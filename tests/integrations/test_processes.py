@@ -89,6 +89,17 @@ def test_two_processes_lose_what_one_does(together: dict[int, dict[str, Any]], s
     assert both == pytest.approx(alone, abs=TOLERANCE.get(scenario, 1e-5))
 
 
+@pytest.mark.parametrize("scenario", ["ddp", "few_tokens_ddp", "budget_ddp_checkpoint"])
+def test_two_processes_sum_up_what_one_does(together: dict[int, dict[str, Any]], scenario: str) -> None:
+    alone, both = together[1][scenario]["summaries"], together[2][scenario]["summaries"]
+    assert len(alone) == 3
+    for one, two in zip(alone, both, strict=True):
+        assert two == pytest.approx(one, abs=1e-5)
+        for key in one:  # of counts, which are integers
+            if key.rpartition("/")[2] in ("tokens", "load_entropy", "max_violation", "experts_per_token_std"):
+                assert two[key] == one[key]
+
+
 def test_recomputation_and_compilation_change_nothing(together: dict[int, dict[str, Any]]) -> None:
     for scenario in ("fsdp", "fsdp_checkpoint", "compiled_fsdp"):
         assert together[2][scenario]["losses"] == pytest.approx(together[2]["ddp"]["losses"], abs=1e-5)

@@ -1,52 +1,18 @@
-"""The routing function of inference servers: what they expect, what routers decide, in programs of its own too."""
+"""The routing function of inference servers: what they expect, and what routers decide."""
 
 import copy
 import math
-import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch import nn
 
 import circuitroute as cr
-from circuitroute.engines.layered.torch import unrolled
 from circuitroute.integrations import serving
+from tests.integrations.served import CONSTRAINTS, H, T, assert_same, call, logits_of
 
-T, H = 40, 5
-GROUPS = cr.ActiveGroups(cr.Groups(4), at_most=2)
-CONSTRAINTS = {
-    "count": (cr.Exactly(3), 12, 3),
-    "range": (cr.Between(2, 4), 12, 5),
-    "groups": (GROUPS & cr.Exactly(3), 12, 3),
-    "both": (GROUPS & cr.Between(0, 4), 12, 5),
-}
 by_constraint = pytest.mark.parametrize("name", CONSTRAINTS)
-# Tracing takes seconds: one of each kind.
-TRACED = ("range", "both")
-
-
-def logits_of(n=12, seed=0, rows=T):
-    return torch.randn(rows, n, generator=torch.Generator().manual_seed(seed)) * 2
-
-
-def call(function, logits, topk, renormalize=False):
-    """As vLLM and SGLang do."""
-    return function(
-        hidden_states=logits.new_zeros(len(logits), H), gating_output=logits, topk=topk, renormalize=renormalize
-    )
-
-
-def assert_same(found, expected):
-    torch.testing.assert_close(found[0], expected[0], equal_nan=True)
-    assert torch.equal(found[1], expected[1])
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
 
 
 # ---------------------------------------------------------------------------------------------- what it decides
@@ -212,98 +178,6 @@ def test_a_circuit_may_come_from_a_file(tmp_path):
     assert "num_experts=12, combine='softmax', score='logits', scaling=1.0" in repr(function)
 
 
-# ---------------------------------------------------------------------------------------------- traced and exported
-
-
-def traced(function):
-    return torch.compile(function, backend="aot_eager", fullgraph=True)
-
-
-@pytest.mark.parametrize("name", TRACED)
-def test_it_compiles_in_one_graph(name):
-    """For any number of tokens at once; a row of NaN stays alone there too."""
-    constraint, n, topk = CONSTRAINTS[name]
-    function = serving.routing_function(constraint, n, bias=torch.linspace(-1, 1, n))
-    compiled = traced(function)
-    torch._dynamo.utils.counters.clear()
-    for rows in (T, 7):
-        logits = logits_of(rows=rows)
-        logits[1, 0] = math.nan
-        hidden = torch.zeros(rows, H)
-        torch._dynamo.mark_dynamic(hidden, 0)  # as vLLM does
-        torch._dynamo.mark_dynamic(logits, 0)
-        found = compiled(hidden_states=hidden, gating_output=logits, topk=topk, renormalize=False)
-        assert_same(found, call(function, logits, topk))
-        assert found[0].isnan().all(-1).nonzero().tolist() == [[1]]
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-
-ELSEWHERE = """
-import sys, torch
-sys.modules["circuitroute"] = sys.modules["circuitroute_compilers"] = None  # not installed
-for path, given, topk in torch.load(sys.argv[1], weights_only=True):
-    run = torch.export.load(path).module()
-    for logits, weights, ids in given:
-        hidden = torch.zeros(len(logits), 9, dtype=logits.dtype)
-        found = run(hidden_states=hidden, gating_output=logits, topk=topk, renormalize=True)
-        assert found[0].dtype == torch.float32 and found[1].dtype == torch.int32
-        torch.testing.assert_close(found[0], weights)
-        assert torch.equal(found[1], ids)
-    try:
-        run(hidden_states=hidden, gating_output=logits, topk=topk + 1, renormalize=True)
-    except Exception:
-        continue
-    raise SystemExit("a topk that was not exported is taken")
-print("as in the other process")
-"""
-
-
-def test_exported_programs_run_where_this_library_is_not(tmp_path):
-    """In a fresh process, for any number of tokens, one included."""
-    work = []
-    for name, dtype in zip(TRACED, (torch.float32, torch.bfloat16), strict=True):
-        constraint, n, topk = CONSTRAINTS[name]
-        function = serving.routing_function(constraint, n, bias=torch.linspace(-1, 1, n))
-        path = tmp_path / f"{name}.pt2"
-        program = serving.export(function, path, topk=topk, renormalize=True, dtype=dtype)
-        assert not [node for node in program.graph.nodes if "circuitroute" in str(node.target)]
-        batches = [logits_of(n, rows=rows).to(dtype) for rows in (T, 1, 0, 3)]
-        work.append((str(path), [(x, *call(function, x, topk, True)) for x in batches], topk))
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{name}.pt2" for name in TRACED)
-    torch.save(work, tmp_path / "work.pt")
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    run = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, str(tmp_path / "work.pt")],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == "as in the other process"
-
-
-def test_too_large_a_circuit_is_served_but_not_exported(monkeypatch, tmp_path):
-    constraint, n, topk = CONSTRAINTS["both"]
-    expected = call(serving.routing_function(constraint, n), logits_of(), topk)
-    monkeypatch.setattr(unrolled, "MAX_UNROLLED", 10)
-    function = serving.routing_function(constraint, n)
-    assert not function.portable
-    for run in (function, traced(function)):
-        assert_same(call(run, logits_of(), topk), expected)
-    with pytest.raises(ValueError, match=r"has 8\d products, .* at most .*: simplify the constraint, or serve it"):
-        serving.export(function, tmp_path / "no.pt2", topk=topk, renormalize=True)
-    if hasattr(torch.compiler, "is_exporting"):  # from torch 2.7 on: before, an export looks like a compilation
-        with pytest.raises(ValueError, match="simplify the constraint, or serve it"):
-            torch.export.export(function, (torch.zeros(3, H), logits_of(rows=3), topk, True))
-    assert list(tmp_path.iterdir()) == []
-    counting = serving.routing_function(cr.Exactly(3), n)
-    assert counting.portable
-    program = serving.export(counting, topk=3, renormalize=False)  # which need not be written
-    assert_same(call(program.module(), logits_of(), 3), call(counting, logits_of(), 3))
-
-
 # ---------------------------------------------------------------------------------------------- errors
 
 
@@ -347,12 +221,3 @@ def test_errors_of_a_call(arguments, error, message):
     given = {"hidden_states": torch.zeros(T, H), "gating_output": torch.zeros(T, 12), "topk": 4, "renormalize": True}
     with pytest.raises(error, match=message):
         function(**{**given, **arguments})
-
-
-def test_a_topk_that_is_too_small_is_refused_while_tracing_too():
-    function = serving.routing_function(cr.Between(2, 4), 12)
-    with pytest.raises(ValueError, match="topk=3"):
-        serving.export(function, topk=3, renormalize=True)
-    # Before torch 2.7, a traced program says no more than that there was an exception.
-    with pytest.raises(Exception, match="topk=3" if hasattr(torch.compiler, "is_exporting") else "Observed exception"):
-        call(traced(function), logits_of(), 3)

@@ -102,7 +102,7 @@ def test_probes_change_no_output_no_decision_and_no_load(
 
 
 def test_slots_for_probes_are_there_only_where_probes_are_run() -> None:
-    layer, rows = build_probed(cr.Between(1, 4), probes=2), []
+    layer, rows = build_probed(cr.Between(1, 4), probes=2, padding="distinct"), []
     layer.routed_experts.inner_experts.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     plain = build_probed(cr.Between(1, 4))
     for training, gradients, slots in ((True, True, 6), (True, False, 4), (False, True, 4), (True, True, 6)):
@@ -140,7 +140,8 @@ def test_checkpointing_probes_the_same(seed: int | None, use_reentrant: bool) ->
         output.square().mean().backward()
         gradients.append([output.detach(), x.grad, *[parameter.grad for parameter in model.parameters()]])
     for plain, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-6)
+        # Without gradients there are no probes, and other batches per expert, which round in another way.
+        torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

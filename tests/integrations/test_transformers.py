@@ -73,7 +73,8 @@ def test_the_page_shows_the_table_that_is_run() -> None:
 
 
 def test_supported_families_are_those_of_the_tests() -> None:
-    assert set(adapter.supported()) == set(FAMILIES)
+    # LongCat-Flash has tests of its own, in test_transformers_null_experts.py.
+    assert set(adapter.supported()) == {*FAMILIES, "LongCat-Flash"}
 
 
 # ---------------------------------------------------------------------------------------------- what is computed

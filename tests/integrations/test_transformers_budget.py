@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import circuitroute as cr
 from circuitroute.integrations import transformers as adapter
-from circuitroute.integrations.transformers.walk import CHECKPOINTING
+from circuitroute.integrations.transformers.recomputation import CHECKPOINTING
 from tests.integrations.models import NO_GROUPS, tiny, tokens
 from tests.integrations.support import SEED, assert_same, block_of, gradients, logits_of, train_once
 

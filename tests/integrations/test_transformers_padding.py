@@ -75,6 +75,40 @@ def test_auto_takes_the_cheapest_that_is_right() -> None:
     assert indices("OLMoE", "grouped_mm", parallel=True)[1] is False
 
 
+@pytest.mark.parametrize(
+    ("probes", "dtype"),
+    [
+        (1, torch.float32),
+        pytest.param(0, torch.float32, marks=pytest.mark.slow),
+        pytest.param(0, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(1, torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
+def test_a_compiled_block_multiplies_no_unused_slot(probes: int, dtype: torch.dtype) -> None:
+    """NaN in an expert that nobody chooses, which fills unused slots of programs that know no better, goes unseen."""
+    results = []
+    for padding in ("ragged", "distinct"):
+        model = tiny("OLMoE").to(dtype)
+        rule = cr.Between(0, 3) & cr.Exactly(0).over([7])
+        handle = adapter.patch(model, rule, padding=padding, seed=SEED, probes=probes)
+        block = block_of(model).train()
+        if padding == "ragged":
+            with torch.no_grad():
+                for parameter in block.experts.parameters():
+                    parameter[7] = torch.nan
+            block = torch.compile(block, backend="aot_eager", fullgraph=True)
+        leaf = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
+        output = block(leaf)
+        output.float().square().sum().backward()
+        results.append([output, leaf.grad, block.gate.weight.grad])
+        assert int(handle.routings[0].counts.min()) < 3
+        assert block.experts._is_expert_parallel is False
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    for ours, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=tolerance, atol=tolerance)
+    torch.compiler.reset()
+
+
 def test_a_fixed_count_needs_no_padding() -> None:
     for padding in ("auto", "ragged", "sentinel"):
         model = tiny("OLMoE")

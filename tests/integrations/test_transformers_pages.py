@@ -12,9 +12,13 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'circuitroute[transformers]'")
 
-import circuitroute.integrations  # noqa: F401
+import transformers
+
+import circuitroute
 from benchmarks import rows
 from benchmarks.transformers_layer import main as benchmark
+from circuitroute.routing.runs import read_run
+from tests.integrations.models import tiny, tokens
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
@@ -28,7 +32,7 @@ def test_code_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / "transformers.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```py\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     scope: dict[str, Any] = {"__name__": "docs"}
     for block in blocks:
         exec(compile(block, "docs/transformers.md", "exec", dont_inherit=True), scope)
@@ -36,6 +40,30 @@ def test_code_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     for line in ("{0: Exactly(2), 1: Exactly(2)}", "Handle(OlmoeForCausalLM, layers=[1])"):
         assert line in printed
         assert line in text
+
+
+def test_the_page_about_a_training_run_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate", reason="accelerate is not installed: Trainer needs it")
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "training-run.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```py\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    settings: dict[str, Any] = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
+    scope: dict[str, Any] = {
+        "__name__": "docs",
+        "cr": circuitroute,
+        "model": tiny("OLMoE"),
+        "arguments": transformers.TrainingArguments(
+            output_dir=str(tmp_path), max_steps=20, logging_steps=10, **settings
+        ),
+        "rows": [{"input_ids": row, "labels": row} for row in tokens(32)],
+    }
+    exec(compile(block, "docs/training-run.md", "exec", dont_inherit=True), scope)
+    steps = read_run(tmp_path / "run.jsonl").steps
+    assert [step.step for step in steps] == [10, 20]
+    assert all(step.loss is not None for step in steps)
+    logged = [row for row in scope["trainer"].state.log_history if "routing/layer0/load_entropy" in row]
+    assert [row["step"] for row in logged] == [10, 20]
+    assert logged[1]["routing/layer1/price"] != 0.0
 
 
 @pytest.mark.parametrize("extra", [[], ["--checkpointing"]], ids=["plain", "checkpointing"])

@@ -41,7 +41,7 @@ class NaiveSubset(NaiveEngine):
         logits = logits_TN.double()
         phi_TJ = given(potential).double().expand(logits.shape[0], -1)
         shift = solve_shift(logits, phi_TJ)
-        return _sample(tree_up(logits, shift, phi_TJ.shape[1] - 1), logits, phi_TJ, shift, key_T)
+        return draw_subset(tree_up(logits, shift, phi_TJ.shape[1] - 1), logits, phi_TJ, shift, key_T)
 
 
 def log_count_weights(logits_TN: Tensor, K: int) -> Tensor:
@@ -85,14 +85,14 @@ def allowed_range(phi_TJ: Tensor) -> tuple[Tensor, Tensor]:
 
 def tree_up(logits_TN: Tensor, shift_T: Tensor, K: int) -> list[Tensor]:
     """All levels [d + 1, m, T] of log-polynomials, leaves first."""
-    levels = [_pad_to_pairs(torch.stack(log_coins(logits_TN, shift_T)))]
+    levels = [pad_to_pairs(torch.stack(log_coins(logits_TN, shift_T)))]
     while levels[-1].shape[1] > 1:
         half = levels[-1].shape[1] // 2
-        levels.append(_pad_to_pairs(_log_multiply(levels[-1][:, :half], levels[-1][:, half:], K)))
+        levels.append(pad_to_pairs(_log_multiply(levels[-1][:, :half], levels[-1][:, half:], K)))
     return levels
 
 
-def _pad_to_pairs(level: Tensor) -> Tensor:
+def pad_to_pairs(level: Tensor) -> Tensor:
     missing = even(level.shape[1]) - level.shape[1]
     if not missing:
         return level
@@ -133,10 +133,12 @@ def _invert(weights: Tensor, u: Tensor) -> Tensor:
     return (cumulative[:-1] <= u * cumulative[-1]).sum(0)
 
 
-def _sample(levels: list[Tensor], logits_TN: Tensor, phi_TJ: Tensor, shift_T: Tensor, key_T: Tensor) -> Tensor:
+def draw_subset(levels: list[Tensor], logits_TN: Tensor, phi_TJ: Tensor, shift_T: Tensor, key_T: Tensor) -> Tensor:
     """Draw the count at the root, then split it between children down to the leaves."""
     weights = weigh(levels, logits_TN, phi_TJ, shift_T)
-    counts = _invert(weights.t(), uniform(key_T, 0, 1, torch.float64)[0])[None]
+    # One for the count, and one for every pair of children.
+    u = uniform(key_T, 0, 1 + sum(level.shape[1] // 2 for level in levels[:-1]), torch.float64)
+    counts = _invert(weights.t(), u[0])[None]
     empty = is_zero(weights.amax(1))
     number = 1
     for level in levels[-2::-1]:
@@ -146,7 +148,7 @@ def _sample(levels: list[Tensor], logits_TN: Tensor, phi_TJ: Tensor, shift_T: Te
         rest = counts - take
         right = level[:, half:].gather(0, rest.clamp(0, d))
         right = torch.where((rest < 0) | (rest > d), LOG_ZERO, right)
-        left = _invert(level[:, :half] + right, uniform(key_T, number, half, torch.float64))
+        left = _invert(level[:, :half] + right, u[number : number + half])
         number += half
         counts = torch.cat([left, counts - left])
     return (counts[: logits_TN.shape[1]].t() > 0) & ~empty[:, None]

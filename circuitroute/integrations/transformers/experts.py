@@ -4,9 +4,12 @@ A router returns K slots per token. Those that a token does not use have weight 
 
 - ``"distinct"``: other experts, which were not chosen. Correct everywhere; their outputs are computed for nothing.
 - ``"sentinel"``: the index E. The eager loop over experts skips it; ``batched_mm`` fails on it, and ``grouped_mm``
-  silently returns wrong gradients.
+  silently returns wrong gradients. Where a model has null experts (LongCat-Flash), it is the index of one: nothing is
+  computed for it either.
 - ``"ragged"``: the index E, for an experts implementation registered here, ``"circuitroute"``. It drops these slots and
-  passes the remaining pairs of token and expert to the previous implementation, each as a token with one expert.
+  passes the remaining pairs of token and expert to the previous implementation, each as a token with one expert. In a
+  compiled program, where shapes may not depend on values, every slot has a row; ``grouped_mm`` multiplies the used ones
+  only, the others compute all.
 
 Probes (:mod:`circuitroute.routing.probes`) are slots too, of weight 0 in value, whose gradient is the gate's. An
 implementation that knows nothing of them computes the right thing: the output plus 0, and a backward pass of zeros
@@ -84,7 +87,8 @@ def ragged_form(experts: nn.Module, padding: Padding, family: Family, probes: bo
 
 def _skips(experts: nn.Module, family: Family) -> bool:
     """Whether the experts skip the index E without being switched."""
-    return implementation_of(experts) == EAGER and family.skips_sentinel and not is_parallel(experts)
+    skips = family.skips_sentinel or family.null_expert(experts) is not None
+    return implementation_of(experts) == EAGER and skips and not is_parallel(experts)
 
 
 def choose_padding(experts: nn.Module, padding: Padding, family: Family) -> Padding:
@@ -136,15 +140,30 @@ class _Ragged:
         E = experts.num_experts
         loop = type(experts).forward.__wrapped__
         run: Experts = loop if self.inner == EAGER else self.interface.get_interface(self.inner, loop)
-        if is_compiling():  # the number of pairs depends on values, so all slots are computed, as any others
+        if is_compiling():
             expert = torch.where(index > E, index - (E + 1), index)
-            return run(experts, hidden, expert.clamp(max=E - 1), weights.masked_fill(expert == E, 0.0))
+            return _run_every_slot(run, experts, hidden, expert, weights.masked_fill(expert == E, 0.0), self.inner)
         # One wait for the device: how many slots are not for probes, and how many of these are unused.
         slots, unused = torch.stack([(index <= E).all(0).sum(), (index == E).sum()]).tolist()
         output = _run_chosen(run, experts, hidden, index[:, :slots], weights[:, :slots], unused > 0)
         if slots == index.shape[-1]:
             return output
         return _add_probes(output, run, experts, hidden, index[:, slots:] - (E + 1), weights[:, slots:])
+
+
+def _run_every_slot(run: Experts, experts: Any, hidden: Tensor, index: Tensor, weights: Tensor, inner: str) -> Tensor:
+    """[T, H] where shapes may not depend on values, from hidden [T, H], index [T, K] in 0..E and weights [T, K].
+
+    All slots have a row, but ``grouped_mm`` multiplies only those of experts: as a part of several processes has it,
+    the index E is sorted behind them, where the product ends. Others compute an expert for it, in vain.
+    """
+    if inner != "grouped_mm":
+        return run(experts, hidden, index.clamp(max=experts.num_experts - 1), weights)
+    experts._is_expert_parallel = True
+    try:
+        return run(experts, hidden, index, weights)
+    finally:
+        experts._is_expert_parallel = False
 
 
 def _run_chosen(run: Experts, experts: Any, hidden: Tensor, index: Tensor, weights: Tensor, drop: bool) -> Tensor:

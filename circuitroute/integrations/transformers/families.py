@@ -26,6 +26,7 @@ from circuitroute.integrations.transformers.weights import (
     shifted_sigmoid,
     shifted_softmax,
     sigmoid_weigh,
+    softmax_weigh,
     successive_weigh,
 )
 from circuitroute.routing.weights import Combine
@@ -60,6 +61,14 @@ def _top_k(router: Any) -> Constraint:
     return Exactly(router.top_k)
 
 
+def _num_experts(router: Any) -> int:
+    return int(router.num_experts)
+
+
+def _no_null_expert(experts: Any) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Family:
     """Router classes that work the same way.
@@ -74,6 +83,9 @@ class Family:
         dtype_of: what determines the dtype of the weights it returns.
         skips_sentinel: whether the eager loop over experts skips the index E.
         weighs_unchosen: whether an unchosen expert has a weight that it would be used with, which probes need.
+        choices: router -> E, null experts among them.
+        null_expert: experts -> the index of one that computes nothing, for unused slots; None if there is none.
+        least_slots: the fewest that the experts take.
     """
 
     name: str
@@ -85,6 +97,24 @@ class Family:
     dtype_of: Literal["logits", "hidden", "float32"] = "logits"
     skips_sentinel: bool = True
     weighs_unchosen: bool = True
+    choices: Callable[[Any], int] = _num_experts
+    null_expert: Callable[[Any], int | None] = _no_null_expert
+    least_slots: int = 1
+
+    def fitted(self, experts: Any, weights: Tensor, indices: Tensor, choices: int) -> tuple[Tensor, Tensor]:
+        """Weights and indices [T, K] as these experts take them: a null expert in place of the index E, enough slots.
+
+        Slots that are added have weight 0 and the null expert; without one, any other expert, computed in vain.
+        """
+        null = self.null_expert(experts)
+        if null is not None:
+            indices = indices.masked_fill(indices == choices, null)
+        missing = self.least_slots - indices.shape[-1]
+        if missing <= 0:
+            return weights, indices
+        last = indices[:, -1:]
+        more = (last + 1) % choices if null is None else torch.full_like(last, null)
+        return F.pad(weights, (0, missing)), torch.cat([indices, more.expand(-1, missing)], -1)
 
     def dtype(self, hidden: Tensor, logits: Tensor) -> torch.dtype:
         """Of the weights."""
@@ -146,6 +176,26 @@ def _ernie_choice(router: Any, logits: Tensor) -> Tensor:
     return shifted_softmax(logits, router.moe_statics.e_score_correction_bias.squeeze())
 
 
+def _longcat_logits(router: Any, hidden: Tensor) -> Tensor:
+    return _wide(router.classifier, hidden)
+
+
+def _longcat_combine(router: Any) -> Weigh:
+    return partial(softmax_weigh, scale=float(router.routed_scaling_factor))
+
+
+def _longcat_choice(router: Any, logits: Tensor) -> Tensor:
+    return shifted_softmax(logits, router.e_score_correction_bias)
+
+
+def _longcat_choices(router: Any) -> int:
+    return int(router.n_routed_experts)  # its num_experts are those that compute something
+
+
+def _longcat_null_expert(experts: Any) -> int | None:
+    return int(experts.num_routed_experts) if experts.zero_expert_num else None
+
+
 def _phimoe_combine(router: Any) -> Weigh:
     return partial(successive_weigh, jitter=float(router.router_jitter_noise))
 
@@ -166,6 +216,18 @@ FAMILIES: tuple[Family, ...] = (
     # A weight depends on the experts taken before: those that are not taken have none.
     Family("Phi-MoE", ("PhimoeTopKRouter",), _plain, _phimoe_combine, weighs_unchosen=False),
     Family("ERNIE 4.5", ("Ernie4_5_MoeTopKRouter",), _always_wide, _ernie_combine, _ernie_choice, dtype_of="hidden"),
+    # Its loop fails on the index E, and on a single slot.
+    Family(
+        "LongCat-Flash",
+        ("LongcatFlashTopkRouter",),
+        _longcat_logits,
+        _longcat_combine,
+        _longcat_choice,
+        skips_sentinel=False,
+        choices=_longcat_choices,
+        null_expert=_longcat_null_expert,
+        least_slots=2,
+    ),
 )
 _BY_ROUTER = {router: family for family in FAMILIES for router in family.routers}
 
@@ -202,8 +264,8 @@ class Found:
 
     @property
     def num_experts(self) -> int:
-        """E."""
-        return int(self.routers[0].num_experts)  # type: ignore[arg-type]
+        """E, null experts among them."""
+        return self.family.choices(self.routers[0])
 
     @property
     def own_constraint(self) -> Constraint:

@@ -5,7 +5,8 @@ Legend: T tokens, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,21 +14,34 @@ import torch
 from torch import Tensor, nn
 
 from circuitroute._validate import as_int
+from circuitroute.inference.evidence import rows_text
+from circuitroute.integrations.transformers.callback import Duties, callback_of
+from circuitroute.integrations.transformers.controls import (
+    Biases,
+    Control,
+    Place,
+    Prices,
+    as_biases,
+    as_plain,
+    as_prices,
+)
 from circuitroute.integrations.transformers.experts import leave_ragged
-from circuitroute.integrations.transformers.extra import transformers
+from circuitroute.integrations.transformers.recomputation import forget
 from circuitroute.integrations.transformers.routers import (
     OWNER,
     CircuitRouting,
-    Session,
     restore_class,
     use_ragged_experts,
 )
+from circuitroute.integrations.transformers.session import Replay, Session
 from circuitroute.integrations.transformers.settings import SETTINGS, Options
-from circuitroute.integrations.transformers.walk import forget_turns
 from circuitroute.layers.budget import Budget
 from circuitroute.routing import losses
 from circuitroute.routing.decision import Routing, SoftRouting
 from circuitroute.routing.probes import ProbeCount
+from circuitroute.routing.records import RoutingRecord, same_temperature
+from circuitroute.routing.replay import masks_for
+from circuitroute.routing.schedules import Schedule
 
 # The name of the budget in its model, with which the names of its parameters begin.
 BUDGET = "circuitroute_budget"
@@ -43,8 +57,7 @@ class Handle:
     @property
     def layers(self) -> tuple[int, ...]:
         """The numbers of the routed layers, in order."""
-        plans = {router.circuitroute_plan.position: router.circuitroute_plan for router in patched_routers(self.model)}
-        return tuple(plans[position].layer for position in sorted(plans))
+        return tuple(router.circuitroute_plan.layer for router in self._routers().values())
 
     @property
     def budget(self) -> Budget | None:
@@ -62,7 +75,13 @@ class Handle:
 
     @temperature.setter
     def temperature(self, value: float) -> None:
-        self._set(replace(self._session.options, temperature=value))
+        options, replayed = replace(self._session.options, temperature=value), self.replaying
+        if replayed is not None and not same_temperature(replayed.temperature, options.temperature):
+            raise ValueError(
+                f"temperature={options.temperature}: a record made at {replayed.temperature:g} is replayed, whose "
+                "log-probabilities would be others; call handle.replay(None) first"
+            )
+        self._set(options)
 
     @property
     def probes(self) -> ProbeCount:
@@ -81,9 +100,48 @@ class Handle:
 
     def _set(self, options: Options) -> None:
         """Route by ``options`` from now on, and save those that may change."""
+        self._session.keep()
         self._session.options = options
         settings: dict[str, Any] = getattr(self.model.config, SETTINGS)
         settings["temperature"], settings["probes"] = options.temperature, options.probes
+
+    def replay(self, record: RoutingRecord | None) -> None:
+        """Take recorded decisions in place of the model's own, in training and in evaluation, until ``replay(None)``.
+
+        Every layer takes those of its layer in the record, with their gates, log-probabilities and gradients under
+        the model as it is. Layers that are recomputed in a backward pass take what they took in their first run, even
+        if another record, or none, is replayed by then (under transformers' own checkpointing; under any other for
+        one forward pass at a time). A copy of the model replays nothing.
+
+        Args:
+            record: of all routed layers in order, and of the tokens of one forward pass: all of the batch's, one
+                sequence after the other, padding included. None goes back to the model's own decisions.
+
+        Raises:
+            TypeError: it is something else.
+            ValueError: it is of other numbers of layers or experts, was made at another temperature than
+                :attr:`temperature`, or holds subsets that a layer or the budget forbids; names layer and rows.
+                Whatever was replayed before goes on. Forward passes over another number of tokens raise one, too.
+            RuntimeError: the model is no longer patched.
+        """
+        replay = None if record is None else self._checked(record)
+        self._session.keep()
+        self._session.replay = replay
+
+    @property
+    def replaying(self) -> RoutingRecord | None:
+        """What :meth:`replay` was given last."""
+        return None if self._session.replay is None else self._session.replay.record
+
+    def _checked(self, record: RoutingRecord) -> Replay:
+        """A record that all layers can replay, on their devices."""
+        routers, places = self._routers(), self._places()
+        circuits = [router.circuitroute_plan.circuit for router in routers.values()]
+        masks = masks_for(record, circuits, [self.temperature] * len(circuits))
+        if self.budget is not None:
+            _check_total(masks, self.budget)
+        placed = [mask.to(place.device) for mask, place in zip(masks, places, strict=True)]
+        return Replay(record, dict(zip(routers, placed, strict=True)))
 
     def set_step(self, step: int | Tensor, token_offset: int | Tensor = 0) -> None:
         """Set the training step: with a seed, token i draws with ``cr.random_key(seed, step, layer, i)``.
@@ -100,12 +158,115 @@ class Handle:
         Raises:
             TypeError: an argument is neither an integer nor an integer tensor.
         """
-        self._session.step = _as_counter("step", step)
-        self._session.token_offset = _as_counter("token_offset", token_offset)
+        step, token_offset = _as_counter("step", step), _as_counter("token_offset", token_offset)
+        self._session.keep()
+        self._session.step, self._session.token_offset = step, token_offset
 
-    def trainer_callback(self) -> Any:
-        """A ``TrainerCallback`` that sets the step, with an offset for every process and accumulated batch."""
-        return _step_setter(self)
+    @property
+    def price(self) -> tuple[Tensor | None, ...]:
+        """[] per routed layer, what an expert costs: taken off its logits for the choice alone; None for nothing.
+
+        So a range takes fewer experts at a higher price, and weights are those of the logits themselves, as in
+        :func:`circuitroute.route`, in training and in evaluation: a layer with a price decides in evaluation by its
+        mode, not as the stock router. A saved model keeps it. Set it between steps, to a number or [] for all layers,
+        to one per routed layer ([L] or a sequence), or to None.
+
+        Raises:
+            TypeError, ValueError: set to what is not finite, requires a gradient, or is not one per layer; nothing
+                changes then.
+            RuntimeError: set when the model is no longer patched.
+        """
+        return tuple(control.price for control in self._controls())
+
+    @price.setter
+    def price(self, value: Prices) -> None:
+        self._move("price", as_prices(value, self._places()))
+
+    @property
+    def bias(self) -> tuple[Tensor | None, ...]:
+        """[E] per routed layer, added to the logits for the choice alone, as loss-free balancing does; see `price`.
+
+        Set it to [E] for all layers, to one per routed layer ([L, E] or a sequence), or to None.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as :attr:`price`.
+        """
+        return tuple(control.bias for control in self._controls())
+
+    @bias.setter
+    def bias(self, value: Biases) -> None:
+        self._move("bias", as_biases(value, self._places()))
+
+    def _controls(self) -> list[Control]:
+        return [self._session.controls.get(position, Control()) for position in self._routers()]
+
+    def _move(self, name: str, values: Sequence[Tensor | None]) -> None:
+        """Let these prices or biases, by layer, move the choices from now on, and save them."""
+        moved = [control._replace(**{name: value}) for control, value in zip(self._controls(), values, strict=True)]
+        each = zip(self._routers(), moved, strict=True)
+        self._session.keep()
+        self._session.controls = {
+            position: control for position, control in each if any(x is not None for x in control)
+        }
+        settings: dict[str, Any] = getattr(self.model.config, SETTINGS)
+        kept = as_plain(values)
+        if kept is None:
+            settings.pop(name, None)
+        else:
+            settings[name] = kept
+
+    def _routers(self) -> dict[int, CircuitRouting]:
+        """The routers by position of their layer, in order."""
+        routers = {router.circuitroute_plan.position: router for router in patched_routers(self.model)}
+        return dict(sorted(routers.items()))
+
+    def _places(self) -> list[Place]:
+        """The routed layers, in order.
+
+        Raises:
+            RuntimeError: the model is no longer patched.
+        """
+        routers = self._routers()
+        if not routers:
+            raise RuntimeError(f"model={type(self.model).__name__} is not patched: it has no layers that are routed")
+        plans = [(router.circuitroute_plan, router) for router in routers.values()]
+        return [Place(plan.layer, plan.circuit.n, _device_of(router)) for plan, router in plans]
+
+    def trainer_callback(
+        self,
+        *,
+        trainer: Any = None,
+        path: str | os.PathLike[str] | None = None,
+        log_every: int = 10,
+        run: str | None = None,
+        temperature: Schedule | None = None,
+        controller: Any = None,
+    ) -> Any:
+        """A ``TrainerCallback`` that sets the step, with an offset for every process and accumulated batch.
+
+        And what else is asked for: it logs :func:`circuitroute.metrics.summary` of the decisions, sets the temperature,
+        and moves controllers. All of these look at the last forward pass of a step; of accumulated batches, at the last
+        one. Controllers' states go into the Trainer's checkpoints and are taken up again where it resumes from one.
+
+        Args:
+            trainer: whose logs get ``"routing/layer0/load_entropy"`` and the like, for TensorBoard, W&B and
+                ``log_history``; so add the callback with ``trainer.add_callback(handle.trainer_callback(
+                trainer=trainer))``.
+            path: a file for ``circuitroute report``, see :class:`circuitroute.metrics.RunLog`, with the loss of steps
+                that the Trainer logs, too.
+            log_every: after how many steps either is written.
+            run: tells the run of ``path`` from others; by default the Trainer's ``run_name``, or its ``output_dir``.
+            temperature: a schedule, such as those of :mod:`circuitroute.schedules`, for :attr:`temperature`.
+            controller: with ``init()`` and ``update(state, routing)``, such as :class:`circuitroute.CountController`,
+                or several: every routed layer has a state of each, whose ``price`` or ``bias`` becomes the layer's
+                :attr:`price` or :attr:`bias` for the next step. Where several processes train, ``group=`` makes them
+                agree.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong kind; two controllers that both have a price, or a bias.
+        """
+        duties = Duties.of(trainer, path, log_every, run, temperature, controller)
+        return callback_of(self, duties)
 
     @property
     def routings(self) -> tuple[Routing, ...]:
@@ -180,14 +341,15 @@ class Handle:
             restore_class(router)
         owner = self._session.model()
         if self._session.walk is not None and owner is not None:
-            forget_turns(owner)
             delattr(owner, BUDGET)
             self._session.walk = None
         if owner is not None:
+            forget(owner)
             vars(owner).pop(OWNER, None)
         config = getattr(self.model, "config", None)
         if hasattr(config, SETTINGS):
             delattr(config, SETTINGS)
+        self._session.replay = None
         self.release()
 
     def __repr__(self) -> str:
@@ -197,6 +359,24 @@ class Handle:
 def patched_routers(model: nn.Module) -> Iterator[CircuitRouting]:
     """The patched routers of a model."""
     return (module for module in model.modules() if isinstance(module, CircuitRouting))
+
+
+def _device_of(router: nn.Module) -> torch.device:
+    """Where a router decides; the CPU for one whose parameters are elsewhere until it runs."""
+    device = next(router.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _check_total(masks: Sequence[Tensor], budget: Budget) -> None:
+    """Refuse recorded paths whose experts add up to what the budget forbids."""
+    total = torch.stack([mask.sum(-1) for mask in masks]).sum(0)
+    allowed = budget.feasible[-1].cpu()
+    forbidden = (total >= len(allowed)) | ~allowed[total.clamp(max=len(allowed) - 1)]
+    if bool(forbidden.any()):
+        raise ValueError(
+            f"record: over all layers the experts add up to what the budget, {budget.total!r}, forbids, in "
+            f"{rows_text(forbidden)}: replay decisions that were made under the same budget"
+        )
 
 
 def _as_counter(name: str, value: int | Tensor) -> int | Tensor:
@@ -219,36 +399,3 @@ def _selected(routing: Routing, attention_mask: Tensor | None) -> Routing:
         )
     logits, marginals = routing.logits[kept], routing.marginals[kept]
     return SoftRouting(logits, marginals, routing.mask[kept], routing.gates[kept], routing.max_count)
-
-
-def _share(model: Any, rank: int) -> int:
-    """The share of the batch that a process has; tensor- and pipeline-parallel groups have one together.
-
-    In transformers' device mesh, tensor parallelism is the innermost dimension and pipeline parallelism the outermost.
-    """
-    layout = getattr(model.config, "distributed_config", None)
-    if layout is None:
-        return rank
-    return int(rank // layout.tp_size % layout.dp_size)
-
-
-def _step_setter(handle: Handle) -> Any:
-    class StepSetter(transformers().TrainerCallback):  # type: ignore[misc]
-        """Sets the step of the handle."""
-
-        def _set(self, args: Any, state: Any, part: int) -> None:
-            self.part = part
-            # Room for 2^32 tokens per part and 2^16 parts per process.
-            share = _share(handle.model, args.process_index)
-            handle.set_step(state.global_step, ((share << 16) + part) << 32)
-
-        def __reduce__(self) -> Any:
-            return _step_setter, (handle,)
-
-        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self._set(args, state, 0)
-
-        def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self._set(args, state, self.part + 1)
-
-    return StepSetter()

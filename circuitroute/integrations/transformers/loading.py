@@ -16,7 +16,7 @@ from circuitroute.integrations.transformers.extra import transformers
 from circuitroute.integrations.transformers.families import find_layers
 from circuitroute.integrations.transformers.handle import BUDGET
 from circuitroute.integrations.transformers.patching import patch
-from circuitroute.integrations.transformers.settings import SETTINGS, read_settings
+from circuitroute.integrations.transformers.settings import REMEDY, SETTINGS, read_settings
 from circuitroute.layers.budget import Budget
 from circuitroute.routing.estimators import Estimator
 
@@ -64,7 +64,11 @@ def load(path: Any, *, model_class: Any = None, estimator: str | Estimator | Non
     if saved.total is not None:
         wanted = Budget(layers[0].num_experts, len(named), list(named.values()), saved.total)
         wanted.load_state_dict(_saved_budget(path, kwargs))
-    patch(model, wanted, **vars(saved.options))
+    handle = patch(model, wanted, **vars(saved.options))
+    try:
+        handle.price, handle.bias = saved.price, saved.bias
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"path={str(path)!r}: {error}. {REMEDY}") from None
     return model
 
 

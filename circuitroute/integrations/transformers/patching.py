@@ -17,14 +17,8 @@ from circuitroute.integrations.transformers.experts import Padding
 from circuitroute.integrations.transformers.extra import transformers
 from circuitroute.integrations.transformers.families import Found, find_layers
 from circuitroute.integrations.transformers.handle import BUDGET, Handle, patched_routers
-from circuitroute.integrations.transformers.routers import (
-    OWNER,
-    Owner,
-    Plan,
-    Session,
-    exchange_class,
-    use_ragged_experts,
-)
+from circuitroute.integrations.transformers.routers import OWNER, Plan, exchange_class, use_ragged_experts
+from circuitroute.integrations.transformers.session import Owner, Session
 from circuitroute.integrations.transformers.settings import SETTINGS, Eval, Options, as_json, as_rule
 from circuitroute.integrations.transformers.walk import Walk
 from circuitroute.interop.reprs import rebuilt
@@ -110,7 +104,7 @@ def patch(
             exchange_class(router, plan)
     if budget is not None:
         model.add_module(BUDGET, budget)
-        session.walk = Walk(budget, session.model)
+        session.walk = Walk(budget, session.recomputation)
     setattr(model, OWNER, Owner(session))
     rules = [as_rule(constraints[i], plans[i].circuit) if i in plans else None for i in range(len(layers))]
     total = None if budget is None else _kept_total(budget)

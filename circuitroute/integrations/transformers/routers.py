@@ -2,9 +2,10 @@
 
 So its parameters, names in the state dict, hooks and the recording of router logits remain as they were.
 
-``forward`` changes nothing that a decision depends on, since it is run again under activation checkpointing and must
-decide the same. It leaves a record of its decision, which it never reads, and with a budget over the layers what the
-pass has spent, for the layers after it (:mod:`circuitroute.integrations.transformers.walk`).
+``forward`` is run again under activation checkpointing and must decide the same: it decides with the setting of its
+first run (:mod:`circuitroute.integrations.transformers.session`), and changes nothing that a decision depends on. It
+leaves a record of its decision, which it never reads, and with a budget over the layers what the pass has spent, for
+the layers after it (:mod:`circuitroute.integrations.transformers.walk`).
 
 Legend: T tokens, H hidden size, E experts, K slots.
 """
@@ -12,9 +13,8 @@ Legend: T tokens, H hidden size, E experts, K slots.
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, SupportsIndex
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from circuitroute._tensors import without_autocast
 from circuitroute.inference.circuit import Circuit
 from circuitroute.inference.distribution import SubsetDistribution
+from circuitroute.integrations.transformers.controls import Control
 from circuitroute.integrations.transformers.experts import (
     choose_padding,
     encoded_probes,
@@ -31,10 +32,9 @@ from circuitroute.integrations.transformers.experts import (
     register,
 )
 from circuitroute.integrations.transformers.families import Family
+from circuitroute.integrations.transformers.session import Session, Setting
 from circuitroute.integrations.transformers.settings import Options
-from circuitroute.integrations.transformers.walk import Model, Walk, in_backward, no_model
-from circuitroute.keys import drawn_keys, random_key
-from circuitroute.routing.choice import Batch, Rule, as_share, decide
+from circuitroute.routing.choice import Batch, Rule, as_share, decide, shift_of
 from circuitroute.routing.decision import Decision, Routing, chosen_first
 from circuitroute.routing.estimators import Dense, as_estimator
 from circuitroute.routing.probes import padded_with_probes, probe_slots, probe_weights
@@ -44,79 +44,6 @@ from circuitroute.routing.weights import estimated_mask
 PREFIX = "Circuit"
 # The attribute of a patched model that leads to its session.
 OWNER = "circuitroute_owner"
-
-
-@dataclass(eq=False)
-class Session:
-    """What the layers of one patched model share.
-
-    Attributes:
-        model: the model, by which a copy of all of it differs from a copy of a layer.
-        options: how all of them route.
-        step, token_offset: see :meth:`Handle.set_step`.
-        recording: whether forward passes record their decisions.
-        records: the decisions of the last forward pass, by position of the layer.
-        walk: the progress of forward passes through the budget over the layers; None without a budget.
-
-    Pickled, a session is without its model, which the model's own :class:`Owner` gives back: so a router can be pickled
-    without the model, and a model with its routers and its handle.
-    """
-
-    model: Model
-    options: Options
-    step: int | Tensor = 0
-    token_offset: int | Tensor = 0
-    recording: bool = True
-    records: dict[int, Routing] = field(default_factory=dict)
-    walk: Walk | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
-        copied = replace(self, records={}, walk=None)
-        memo[id(self)] = copied
-        copied.walk = None if self.walk is None else Walk(copy.deepcopy(self.walk.budget, memo), copied.model)
-        copied.belong_to(memo[id(self.model())])
-        return copied
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "model": no_model, "records": {}}
-
-    def belong_to(self, model: nn.Module) -> None:
-        """Let ``model`` be the one whose layers share this."""
-        self.model = weakref.ref(model)
-        if self.walk is not None:
-            self.walk.model = self.model
-
-    def keys(self, layer: int, tokens: int, device: torch.device) -> Tensor | None:
-        """[T] int64 sampling keys; None without a seed, for a decision that draws from torch's global generator."""
-        if self.options.seed is None:
-            return drawn_keys(tokens, device) if self.options.probes else None
-        token = torch.arange(tokens, device=device) + self.token_offset
-        return random_key(self.options.seed, self.step, layer, token)
-
-    def record(self, position: int, routing: Routing) -> None:
-        """Keep a decision, unless it is recomputed: then it belongs to a graph of the backward pass."""
-        if self.recording and not in_backward():
-            self.records[position] = routing
-
-
-class Owner:
-    """What a patched model keeps, as its attribute ``OWNER``, so that a pickled one finds its session again."""
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"session": self.session, "model": self.session.model()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.session = state["session"]
-        if state["model"] is not None:
-            self.session.belong_to(state["model"])
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Owner:
-        if id(self.session.model()) not in memo:
-            return self
-        return Owner(copy.deepcopy(self.session, memo))
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,41 +72,64 @@ class Plan:
             return self
         return replace(self, session=copy.deepcopy(self.session, memo), experts=copy.deepcopy(self.experts, memo))
 
-    @property
-    def evaluates_as_stock(self) -> bool:
+    def evaluates_as_stock(self, setting: Setting) -> bool:
         """Whether evaluation takes the choice of the stock router."""
-        return self.own and self.session.options.eval == "auto" and self.session.walk is None
+        free = self.session.walk is None and setting.replay is None and self.position not in setting.controls
+        return free and self.own and setting.options.eval == "auto"
 
-    def keys(self, router: nn.Module, logits: Tensor) -> Tensor | None:
+    def keys(self, router: nn.Module, logits: Tensor, setting: Setting) -> Tensor | None:
         """[T] what the decision and the probes for router logits [T, E] are drawn with; None outside training."""
-        return self.session.keys(self.layer, len(logits), logits.device) if router.training else None
+        return setting.keys(self.layer, len(logits), logits.device) if router.training else None
 
-    def decide(self, router: nn.Module, logits: Tensor, key: Tensor | None, replay: Tensor | None) -> Routing:
+    def replayed(self, logits: Tensor, setting: Setting) -> Tensor | None:
+        """[T, E] bool, the recorded decision for router logits [T, E]; None where nothing is replayed.
+
+        Raises:
+            ValueError: it is of another number of tokens.
+        """
+        if setting.replay is None:
+            return None
+        mask = setting.replay.masks[self.position]
+        if len(mask) != len(logits):
+            raise ValueError(
+                f"handle.replay() was given a record of {len(mask)} tokens, and the router of layer {self.layer} "
+                f"{len(logits)}: replay one forward pass over all tokens of the batch in order, padding included "
+                "(record[...] takes some of them); generation, which runs token by token, wants handle.replay(None)"
+            )
+        return mask
+
+    def decide(
+        self, router: nn.Module, logits: Tensor, setting: Setting, key: Tensor | None, replay: Tensor | None
+    ) -> Routing:
         """The decision for router logits [T, E]: ``replay`` if given, else sampled in training, and the mode otherwise.
 
         With a budget, evaluation takes the most probable count under what is left, then its best subset.
         """
         walk = self.session.walk
         if walk is None:
-            return self._decide(router, logits, key, replay, "mode", None)
-        choose = partial(self._decide, router, logits, key, replay, "count")
+            return self._decide(router, logits, setting, key, replay, "mode", None)
+        if self.position == 0:
+            self.session.keep()
+        choose = partial(self._decide, router, logits, setting, key, replay, "count")
         return walk.decide(self.position, logits, router.training, choose)
 
     def _decide(
         self,
         router: nn.Module,
         logits: Tensor,
+        setting: Setting,
         key: Tensor | None,
         replay: Tensor | None,
         rule: Rule,
         count_potential: Tensor | None,
     ) -> Routing:
-        choice, options = self.family.choice(router, logits), self.session.options
+        choice, options = self.family.choice(router, logits), setting.options
         batch = Batch.of(
             choice,
             self.circuit,
             temperature=options.temperature,
             key=key,
+            shift=shift_of(*setting.controls.get(self.position, Control()), choice, self.circuit.n),
             count_potential=count_potential,
             validate_args=False,
         )
@@ -211,13 +161,13 @@ class Plan:
         distinct = choose_padding(self.experts, self.session.options.padding, self.family) == "distinct"
         return routing.padded(pad="distinct" if distinct else "sentinel")
 
-    def project_with_probes(self, routing: Routing, key: Tensor | None) -> tuple[Tensor, Tensor]:
+    def project_with_probes(self, routing: Routing, options: Options, key: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weights and indices with slots for probes, drawn with the key of the decision; at most P per token.
 
         [T, K + P], encoded for ragged experts; else [T, min(K + P, E)].
         """
-        options, E = self.session.options, self.circuit.n
-        weight, slots = probe_weights(routing, options.probes, key, options.probe_weights), self.probe_slots
+        E, slots = self.circuit.n, self.probe_slots(options)
+        weight = probe_weights(routing, options.probes, key, options.probe_weights)
         padding = choose_padding(self.experts, options.padding, self.family)
         if padding != "ragged":
             width = min(routing.max_count + slots, E)
@@ -230,15 +180,15 @@ class Plan:
         encoded = encoded_probes(torch.where(used, probes, E), E)
         return torch.cat([chosen, worth], -1), torch.cat([experts, encoded], -1)
 
-    @property
-    def probe_slots(self) -> int:
+    def probe_slots(self, options: Options) -> int:
         """P, the most probes that a token may have."""
-        return probe_slots(self.circuit, self.session.options.probes)
+        return probe_slots(self.circuit, options.probes)
 
-    def as_routing(self, router: nn.Module, logits: Tensor, indices: Tensor, weights: Tensor) -> Routing:
+    def as_routing(
+        self, router: nn.Module, logits: Tensor, indices: Tensor, weights: Tensor, temperature: float
+    ) -> Routing:
         """The decision that the stock router made."""
         untempered = SubsetDistribution(self.circuit, self.family.choice(router, logits), validate_args=False)
-        temperature = self.session.options.temperature
         mask = as_mask(indices, self.circuit.n)
         gates = torch.zeros_like(untempered.logits).scatter(-1, indices, weights.to(untempered.logits.dtype))
         return Routing(untempered.tempered(temperature), mask, gates, untempered, temperature=temperature)
@@ -258,23 +208,26 @@ class CircuitRouting(nn.Module):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(router logits [T, E], weights [T, K], indices [T, K]) of hidden states [..., H], as in transformers."""
         plan = self.circuitroute_plan
-        as_stock = plan.evaluates_as_stock and not self.training
+        setting = plan.session.setting(self.training)
+        as_stock = plan.evaluates_as_stock(setting) and not self.training
         if as_stock and not _needs_gradient(self, hidden_states):
             logits, weights, indices = super().forward(hidden_states)
             if plan.session.recording:
-                plan.session.record(plan.position, plan.as_routing(self, logits, indices, weights))
+                made = plan.as_routing(self, logits, indices, weights, setting.options.temperature)
+                plan.session.record(plan.position, made)
             return logits, weights, indices
         logits = plan.family.logits(self, hidden_states)
-        replay = None
+        replay = plan.replayed(logits, setting)
         if as_stock:
             with torch.no_grad():
                 replay = as_mask(super().forward(hidden_states)[2], plan.circuit.n)
-        key = plan.keys(self, logits)
-        routing = plan.decide(self, logits, key, replay)
+        key = plan.keys(self, logits, setting)
+        routing = plan.decide(self, logits, setting, key, replay)
         plan.session.record(plan.position, routing)
         # Probes are for the gates' gradient: without one there are none.
-        probing = self.training and plan.probe_slots > 0 and routing.gates.requires_grad
-        weights, indices = plan.project_with_probes(routing, key) if probing else plan.project(routing)
+        probing = self.training and plan.probe_slots(setting.options) > 0 and routing.gates.requires_grad
+        found = plan.project_with_probes(routing, setting.options, key) if probing else plan.project(routing)
+        weights, indices = plan.family.fitted(plan.experts, *found, plan.circuit.n)
         return logits, weights.to(plan.family.dtype(hidden_states, logits)), indices
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:

@@ -14,6 +14,7 @@ from circuitroute.constraints import Constraint
 from circuitroute.errors import CircuitRouteError
 from circuitroute.inference.circuit import Circuit
 from circuitroute.inference.temperature import as_temperature
+from circuitroute.integrations.transformers.controls import from_plain
 from circuitroute.integrations.transformers.experts import Padding
 from circuitroute.interop import storage
 from circuitroute.interop.reprs import parse_constraint, rebuilt
@@ -81,6 +82,8 @@ class Saved(NamedTuple):
     rules: list[Constraint | Circuit | None]  # one per mixture-of-experts layer; None for a layer left as it was
     total: Constraint | None  # of the budget
     options: Options
+    price: list[Tensor | None] | None  # per routed layer
+    bias: list[Tensor | None] | None
 
 
 def as_rule(given: Constraint | Circuit, circuit: Circuit) -> Constraint | Circuit:
@@ -138,7 +141,11 @@ def read_settings(path: Any, settings: Any, estimator: str | Estimator | None = 
         raise ValueError(f"{place}: {error}. {REMEDY}") from None
     circuits = _read_circuits(place, settings.get("circuits", []))
     rules = [_read_rule(place, kept, circuits) for kept in settings["constraints"]]
-    return Saved(rules, _read_constraint(place, settings.get("total")), options)
+    total = _read_constraint(place, settings.get("total"))
+    try:
+        return Saved(rules, total, options, *(from_plain(settings.get(name)) for name in ("price", "bias")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{place}: price or bias: {error}. {REMEDY}") from None
 
 
 def _read_circuits(place: str, texts: Any) -> list[Circuit]:

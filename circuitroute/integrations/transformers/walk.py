@@ -1,9 +1,7 @@
 """Budgets in models that pass nothing from layer to layer: what a forward pass has spent, for the layers after it.
 
-A layer that is recomputed in a backward pass decides from the state of its first run. Checkpointing of transformers
-keeps the arguments of a layer for that; its function is wrapped here so that it keeps the layer's turns too, and any
-number of forward passes may precede their backward passes. Under any other checkpointing, a layer that runs inside a
-backward pass is taken to belong to the last forward pass in the same mode.
+A layer that is recomputed in a backward pass decides from the state of its first run
+(:mod:`circuitroute.integrations.transformers.recomputation`).
 
 Legend: T tokens, L layers, E experts, J counts.
 """
@@ -12,30 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch import Tensor
 
 from circuitroute._tensors import without_autocast
+from circuitroute.integrations.transformers.recomputation import Recomputation, in_backward
 from circuitroute.layers.budget import Budget, BudgetState
 from circuitroute.routing.decision import Routing
-
-CHECKPOINTING = "_gradient_checkpointing_func"
-
-# What leads to a patched model and does not keep it alive: a weak reference.
-Model: TypeAlias = Callable[[], nn.Module | None]
-
-
-def no_model() -> None:
-    """In place of a model that was not pickled along."""
-
-
-def in_backward() -> bool:
-    """Whether autograd is running backward, which is when checkpointed layers are recomputed."""
-    return not is_compiling() and int(torch._C._current_graph_task_id()) != -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,17 +44,20 @@ Turns: TypeAlias = dict[int, Turn]
 class Walk:
     """The forward passes of a model through the layers of its budget."""
 
-    def __init__(self, budget: Budget, model: Model) -> None:
+    def __init__(self, budget: Budget, recomputation: Recomputation) -> None:
         self.budget = budget
-        self.model = model
+        self.recomputation = recomputation
         # The turns of the last forward pass in training mode, and of the last one in evaluation mode.
         self._last: dict[bool, Turns] = {True: {}, False: {}}
-        # The turns of the checkpointed function that is running, if any.
-        self._kept: Turns | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Turns are of passes of this process; the model is given back by its owner.
-        return {"budget": self.budget, "model": no_model, "_last": {True: {}, False: {}}, "_kept": None}
+        # Turns are of passes of this process.
+        return {**vars(self), "_last": {True: {}, False: {}}}
+
+    @property
+    def _kept(self) -> Turns | None:
+        """The turns of the checkpointed function that is running, if any."""
+        return None if self.recomputation.memory is None else self.recomputation.memory.turns
 
     def decide(self, position: int, logits: Tensor, training: bool, choose: Callable[[Tensor], Routing]) -> Routing:
         """The decision of ``choose`` for the layer at ``position``, given its count potential [T, J].
@@ -97,7 +83,6 @@ class Walk:
         """The state for a layer that runs for the first time, and whether its messages were computed for it."""
         if position == 0:
             self._last[training] = {}
-            keep_turns(self.model(), self)
             return self._begin(logits), True
         if position - 1 not in self._last[training]:
             raise RuntimeError(
@@ -136,54 +121,6 @@ class Walk:
 
     def _learns(self) -> bool:
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.budget.parameters())
-
-    def run_keeping(self, turns: Turns, function: Callable[..., Any], *args: Any) -> Any:
-        """Run a checkpointed function, for the first time or again, with the turns that it keeps."""
-        outer, self._kept = self._kept, turns
-        try:
-            return function(*args)
-        finally:
-            self._kept = outer
-
-
-class TurnKeeper:
-    """A checkpointing function as transformers assigns it to layers, which keeps the turns of its layer too."""
-
-    def __init__(self, checkpoint: Callable[..., Any], walk: Walk) -> None:
-        self.checkpoint = checkpoint
-        self.walk = walk
-
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Checkpoint ``function``."""
-        return self.checkpoint(partial(self.walk.run_keeping, {}, function), *args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Unwrapped: a copied model wraps it again, with its own walk."""
-        return self.checkpoint
-
-    def __reduce__(self) -> Any:
-        return _unwrapped, (self.checkpoint,)
-
-
-def _unwrapped(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """What a pickled :class:`TurnKeeper` becomes."""
-    return checkpoint
-
-
-def keep_turns(model: nn.Module | None, walk: Walk) -> None:
-    """Let all checkpointed layers keep their turns; the one that is running is the first, and needs none."""
-    for module in () if model is None else model.modules():
-        function = module.__dict__.get(CHECKPOINTING)
-        if function is not None and not isinstance(function, TurnKeeper):
-            setattr(module, CHECKPOINTING, TurnKeeper(function, walk))
-
-
-def forget_turns(model: nn.Module) -> None:
-    """Undo :func:`keep_turns`."""
-    for module in model.modules():
-        function = module.__dict__.get(CHECKPOINTING)
-        if isinstance(function, TurnKeeper):
-            setattr(module, CHECKPOINTING, function.checkpoint)
 
 
 def _check_tokens(state: BudgetState, logits: Tensor, position: int) -> None:

@@ -32,6 +32,11 @@ def sigmoid_weigh(
     return (divided_by_sum(gates, mask if dense else None) if normalized else gates) * scale
 
 
+def softmax_weigh(g: Tensor, mask: Tensor, logits: Tensor, most: int, *, scale: float, dense: bool = False) -> Tensor:
+    """LongCat-Flash's rule: softmax probabilities of the chosen experts, scaled."""
+    return _scored(g, mask, torch.softmax(logits, -1), dense) * scale
+
+
 def clamped_weigh(g: Tensor, mask: Tensor, logits: Tensor, most: int, *, least: float, dense: bool = False) -> Tensor:
     """ERNIE's rule: softmax probabilities of the chosen experts, divided by their sum, or by ``least`` if larger."""
     gates = _scored(g, mask, torch.softmax(logits, -1), dense)

@@ -19,7 +19,7 @@ from torch import Tensor
 from circuitroute._files import as_path, replace_file
 from circuitroute._validate import as_flag, as_number, as_real, int_at_least
 from circuitroute.errors import CircuitFileError
-from circuitroute.routing.decision import Routing
+from circuitroute.routing.decision import Routing, by_token
 from circuitroute.routing.records.archive import KIND, array_in, as_json, packed, read, unpacked
 from circuitroute.routing.records.layers import Array, LayerRecord, checked_layer, indices_of, joined
 from circuitroute.routing.records.sources import (
@@ -95,7 +95,8 @@ class RoutingRecord:
 
         Args:
             decisions: those of all layers, or of the only one. The record has their temperature and constraints; that
-                of masks is 1, and their constraints are not known.
+                of masks is 1, and their constraints are not known. Routings of a host that numbers its tokens are put
+                in the order of these numbers.
             log_probs: whether to keep the log-probabilities of Routings (masks have none): exact, and already computed
                 where the decision was sampled. :func:`importance_ratio` compares with them.
             model: a label of the model, see :class:`RoutingRecord`.
@@ -105,12 +106,13 @@ class RoutingRecord:
             AttributeError: a decision without a log-probability, such as a soft router's; record its mask.
         """
         each = each_of("decisions", decisions)
-        layers = [LayerRecord.of(mask_of(f"decisions[{i}]", decision)) for i, decision in enumerate(each)]
+        masks = [by_token(decision, mask_of(f"decisions[{i}]", decision)) for i, decision in enumerate(each)]
+        layers = [LayerRecord.of(mask) for mask in masks]
         routings = [decision for decision in each if isinstance(decision, Routing)]
         known = None
         if log_probs and routings and len(routings) == len(each):
             with torch.no_grad():
-                known = torch.stack([routing.log_prob.float().cpu() for routing in routings], dim=1)
+                known = torch.stack([by_token(routing, routing.log_prob).float().cpu() for routing in routings], dim=1)
         rules = [rule_of(decision) for decision in each]
         return RoutingRecord(layers, known, only_temperature(routings), constraints=rules, model=model)
 

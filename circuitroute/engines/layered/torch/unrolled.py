@@ -19,6 +19,7 @@ together, each in its first such word, then each in its second.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -41,16 +42,29 @@ FEW_PRODUCTS = 1 << 10
 MAX_UNROLLED = 1 << 15
 
 
-class _Group(NamedTuple):
-    """Sums in rows ``first`` to ``first + m``, and the rows of their elements' children, each [F, m].
+class Group(NamedTuple):
+    """Sums in rows ``first`` to ``first + m``, and their elements' children, each [F, m].
 
-    Equals among the elements are told apart by ``words``, one after the other.
+    Attributes:
+        nodes: [m], the sums' numbers in the graph.
+        left, right: the children's rows; padding is the row nothing.
+        left_nodes, right_nodes: their numbers in the graph; padding is any.
     """
 
     first: int
+    nodes: IntArray
     left: IntArray
     right: IntArray
-    words: list[_Word]
+    left_nodes: IntArray
+    right_nodes: IntArray
+
+
+class Grouped(NamedTuple):
+    """All sums in groups, children first; the row of the root; R."""
+
+    groups: list[Group]
+    root: int
+    rows: int
 
 
 class _Word(NamedTuple):
@@ -64,6 +78,16 @@ class _Word(NamedTuple):
 def can_unroll(graph: Graph) -> bool:
     """Whether the circuit is small enough for a program that leaves this process, see ``MAX_UNROLLED``."""
     return graph.num_edges <= MAX_UNROLLED
+
+
+def require_small(graph: Graph) -> None:
+    """Refuse a circuit that is too large.
+
+    Raises:
+        ValueError: it has more than ``MAX_UNROLLED`` products.
+    """
+    if not can_unroll(graph):
+        raise ValueError(f"graph has {graph.num_edges} products: at most {MAX_UNROLLED} are unrolled")
 
 
 class UnrolledMode(nn.Module):
@@ -86,18 +110,19 @@ class UnrolledMode(nn.Module):
 
     def __init__(self, graph: Graph, *, portable: bool = True) -> None:
         super().__init__()
-        if portable and not can_unroll(graph):
-            raise ValueError(f"graph has {graph.num_edges} products: at most {MAX_UNROLLED} are unrolled")
-        groups, root, rows, words = _groups(graph)
+        if portable:
+            require_small(graph)
+        groups, self._root, rows = grouped(graph)
+        words = _Words(Precedence.of(graph))
+        told_apart = [words.of(group.nodes, group.left_nodes, group.right_nodes) for group in groups]
         self._n, self._rows, self._word_rows = graph.n, rows, words.rows
         self._firsts = tuple(group.first for group in groups)
-        self._words = tuple(len(group.words) for group in groups)
-        self._root = root
+        self._words = tuple(map(len, told_apart))
         self.values_per_token = rows + words.rows + 3 * max((group.left.size for group in groups), default=0)
         tables = {"constants": words.constants}
         for i, group in enumerate(groups):
             tables |= {f"left_{i}": group.left, f"right_{i}": group.right}
-            for j, word in enumerate(group.words):
+            for j, word in enumerate(told_apart[i]):
                 sides = zip(("sums", "left", "right"), word, strict=True)
                 tables |= {f"{side}_{i}_{j}": table for side, table in sides}
         self.tables = Tables(tables)
@@ -121,12 +146,12 @@ class UnrolledMode(nn.Module):
         for i, start in enumerate(self._firsts):
             left, right = tables[f"left_{i}"], tables[f"right_{i}"]
             sums = slice(start, start + left.shape[1])
-            elements = _take(values, left) + _take(values, right)
+            elements = take(values, left) + take(values, right)
             values[sums] = elements.amax(0)
             best = elements == values[sums]
             for j in range(self._words[i]):
                 rows, left, right = (tables[f"{side}_{i}_{j}"] for side in ("sums", "left", "right"))
-                ranks = _take(words, left) + _take(words, right)
+                ranks = take(words, left) + take(words, right)
                 top = torch.where(best, ranks, LOWEST).amax(0)
                 words.index_copy_(0, rows, top)
                 best = best & (ranks == top)
@@ -136,25 +161,43 @@ class UnrolledMode(nn.Module):
     def _present(self, values: Tensor, choices: list[Tensor]) -> Tensor:
         """Which of the literals "present" lie below the root along the choices."""
         tables = self.tables.on(values.device)
-        reached = torch.zeros_like(values, dtype=torch.bool)
-        reached[self._root] = values[self._root] > -math.inf
-        for i in reversed(range(len(self._firsts))):
-            start, choice = self._firsts[i], choices[i]
-            live = reached[start : start + len(choice)]
-            for table in (tables[f"left_{i}"], tables[f"right_{i}"]):
-                # The row nothing is never read.
-                child = torch.where(live, table.t().gather(1, choice), 2 * self._n + 1)
-                reached.scatter_(0, child, True)
-        return reached[self._n : 2 * self._n].t()
+        sides = [(tables[f"left_{i}"], tables[f"right_{i}"]) for i in range(len(choices))]
+        return reached_below(values[self._root] > -math.inf, self._root, self._n, self._firsts, sides, choices)
 
 
-def _take(values: Tensor, at: Tensor) -> Tensor:
+def reached_below(
+    live_T: Tensor,
+    root: int,
+    n: int,
+    firsts: Sequence[int],
+    sides: Sequence[tuple[Tensor, Tensor]],
+    choices: Sequence[Tensor],
+) -> Tensor:
+    """[T, N] bool: which of the literals "present" lie below the root of the ``live`` tokens.
+
+    Args:
+        firsts, sides: of every group its first row, and the rows of its elements' children, [F, m] each.
+        choices: [m, T] of every group, the number of each sum's element.
+    """
+    rows = firsts[-1] + len(choices[-1]) if choices else max(root, 2 * n + 1) + 1
+    reached = torch.zeros(rows, live_T.shape[0], dtype=torch.bool, device=live_T.device)
+    reached[root] = live_T
+    for start, (left, right), choice in zip(reversed(firsts), reversed(sides), reversed(choices), strict=True):
+        live = reached[start : start + len(choice)]
+        for table in (left, right):
+            # The row nothing is never read.
+            child = torch.where(live, table.t().gather(1, choice), 2 * n + 1)
+            reached.scatter_(0, child, True)
+    return reached[n : 2 * n].t()
+
+
+def take(values: Tensor, at: Tensor) -> Tensor:
     """[F, m, T] values[at]."""
     return values.index_select(0, at.reshape(-1)).view(*at.shape, values.shape[1])
 
 
-def _groups(graph: Graph) -> tuple[list[_Group], int, int, _Words]:
-    """All sums in groups, children first; the row of the root; R; and the rows of words."""
+def grouped(graph: Graph) -> Grouped:
+    """The groups of a smooth, decomposable graph."""
     kind = np.asarray(graph.kind)
     row = np.full(graph.num_nodes, -1, dtype=np.int64)
     literal = np.maximum(np.asarray(graph.variable), 0)
@@ -162,18 +205,18 @@ def _groups(graph: Graph) -> tuple[list[_Group], int, int, _Words]:
     row[kind == NodeKind.PRESENT] = graph.n + literal[kind == NodeKind.PRESENT]
     row[kind == NodeKind.TRUE] = 2 * graph.n
     nothing = 2 * graph.n + 1
-    words = _Words(Precedence.of(graph))
-    groups: list[_Group] = []
+    groups: list[Group] = []
     next_row = nothing + 1
     for level in graph.levels:
         sizes = np.diff(np.append(level.starts, len(level.left)))
         for members in _alike(sizes):
             left, right, inside = _padded(level, members, sizes[members])
-            row[level.nodes[members]] = next_row + np.arange(len(members))
-            rows = [np.where(inside, row[side], nothing) for side in (left, right)]
-            groups.append(_Group(next_row, rows[0], rows[1], words.of(level.nodes[members], left, right)))
+            nodes = level.nodes[members]
+            row[nodes] = next_row + np.arange(len(members))
+            left_rows, right_rows = (np.where(inside, row[side], nothing) for side in (left, right))
+            groups.append(Group(next_row, nodes, left_rows, right_rows, left, right))
             next_row += len(members)
-    return groups, int(row[-1]), next_row, words
+    return Grouped(groups, int(row[-1]), next_row)
 
 
 class _Words:

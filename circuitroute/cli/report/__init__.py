@@ -1,0 +1,1 @@
+"""`circuitroute report RUN.jsonl`: the log of a training run as a page of pictures."""
