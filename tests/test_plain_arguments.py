@@ -372,8 +372,19 @@ CALLS = {
     ),
     "summary": lambda x, i: cr.metrics.summary(_routing(), budget=i(8)),
     "calibrate_temperature": lambda x, i: _exact().calibrate_temperature(torch.ones(2, 4), agreement=x(0.75)),
+    "of_indices with weights": lambda x, i: (
+        cr.RoutingRecord.of_indices(torch.tensor([[[2]]]), i(8), torch.ones(1, 1, 1), temperature=x(0.5)).temperature
+    ),
+    "of_router_logits": lambda x, i: cr.RoutingRecord.of_router_logits(LOGITS, FIXED, x(0.5)).log_probs.tolist(),
+    "truncated_ratio": lambda x, i: cr.replay.truncated_ratio(
+        torch.ones(2, 3), torch.zeros(2, 3), low=x(0.5), high=x(2.0)
+    ).tolist(),
+    "router_shift": lambda x, i: cr.replay.router_shift(torch.ones(2, 3), torch.zeros(2, 3), floor=x(0.5)).tolist(),
     "clip": lambda x, i: cr.replay.importance_ratio(torch.ones(2), torch.zeros(2), clip=(x(0.5), x(2.0))).tolist(),
 }
+
+
+RECORD = cr.RoutingRecord.of(torch.ones(9, 8, dtype=torch.bool))
 
 
 def _record(tokens):
@@ -434,6 +445,29 @@ def test_readers(tmp_path, kind):
     (tmp_path / "c.sdd").write_text(TWO_PAIRS_SDD)
     (tmp_path / "c.vtree").write_text(BALANCED)
     assert cr.read_sdd(tmp_path / "c.sdd", tmp_path / "c.vtree", max_nodes=np.int64(1000)).model_count() == 7
+
+
+@pytest.mark.parametrize("kind", INTEGERS)
+def test_a_stream_of_any_integers_is_written(tmp_path, kind):
+    i = INTEGERS[kind]
+    with cr.replay.RecordWriter(tmp_path / "a", [i(8)], tokens_per_chunk=i(3)) as writer:
+        assert_plain([writer.tokens_per_chunk, writer._experts])
+        writer.append(RECORD)
+    with cr.replay.RecordFile(tmp_path / "a", partial=np.False_) as file:
+        assert [len(batch) for batch in file.batches(i(4))] == [4, 4, 1]
+        assert file[np.array([8, -9])] == RECORD[[8, 0]]
+        assert_plain([file.num_experts, file.temperature, len(file), file.bytes_per_token])
+        assert file[:] == RECORD
+
+
+def test_words_of_records_are_plain(tmp_path):
+    record = cr.RoutingRecord(RECORD.layers, constraints=[np.str_("AtMost(8)")], model=np.str_("a"))
+    assert_plain([record.constraints, record.model])
+    record.save(tmp_path / "a.npz")
+    assert cr.RoutingRecord.load(tmp_path / "a.npz").model == "a"
+    new, old = torch.ones(2, 3), torch.zeros(2, 3)
+    given = cr.replay.truncated_ratio(new, old, per=np.str_("layer"), outside=np.str_("zero"))
+    assert given.equal(cr.replay.truncated_ratio(new, old, per="layer", outside="zero"))
 
 
 def test_a_record_of_any_integers_is_written(tmp_path):

@@ -624,7 +624,11 @@ def test_modes_of_layers_that_differ():
         (([torch.zeros(2, 4)], [cr.Exactly(1)] * 2), ValueError, "constraint has 2 entries: .* router_logits, 1"),
         (([torch.zeros(2, 4)], 3), TypeError, "constraint=3: expected a constraint or circuit"),
         (([torch.zeros(2, 4)], ["Exactly(1)"]), cr.UnsupportedConstraintError, "Exactly"),
-        (([torch.zeros(2, 4)], cr.compile(cr.Exactly(1), 5)), ValueError, "over 5 variables"),
+        (
+            ([torch.zeros(2, 4)], cr.compile(cr.Exactly(1), 5)),
+            ValueError,
+            r"router_logits\[0\] is over 4 experts: expected 5",
+        ),
         (([torch.zeros(2, 4)], cr.Exactly(5)), cr.InfeasibleError, "Exactly"),
         (([torch.full((2, 4), math.nan)], cr.Exactly(1)), ValueError, r"router_logits\[0\]: .*NaN"),
         (([torch.full((2, 4), -math.inf)], cr.Exactly(1)), ValueError, r"router_logits\[0\]: .*row"),

@@ -20,7 +20,7 @@ from circuitroute.inference.temperature import as_temperature
 from circuitroute.keys import fold_in, uniform
 from circuitroute.routing.decision import Decision
 from circuitroute.routing.estimators import Estimator, Score, as_estimator
-from circuitroute.routing.records import RoutingRecord, same_temperature, temperatures_of
+from circuitroute.routing.records import RoutingRecord, check_constraint, same_temperature, temperatures_of
 
 Decide: TypeAlias = Literal["sample", "mode"]
 Rule: TypeAlias = Literal["mode", "count"]
@@ -220,7 +220,7 @@ def replayed(batch: Batch, replay: Tensor | RoutingRecord, invalid: Tensor | Non
     distribution = batch.untempered
     mask = recorded_mask(replay, distribution.logits, batch.temperature)
     if isinstance(replay, RoutingRecord):
-        replay.check_constraint(0, distribution.circuit.constraint)
+        check_constraint(replay, 0, distribution.circuit.constraint)
     # Nobody wants values checked, for which the host would wait; or they cannot be.
     if (mask.is_cuda and not batch.unchecked) or batched() or traced(mask):
         return mask

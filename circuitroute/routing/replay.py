@@ -26,7 +26,7 @@ from circuitroute.routing.records import LayerRecord as LayerRecord
 from circuitroute.routing.records import RecordFile as RecordFile
 from circuitroute.routing.records import RecordWriter as RecordWriter
 from circuitroute.routing.records import RoutingRecord as RoutingRecord
-from circuitroute.routing.records import each_of, mask_of, model_label, same_temperature
+from circuitroute.routing.records import check_constraint, each_of, mask_of, model_label, same_temperature
 
 Decisions: TypeAlias = "Routing | Tensor | Sequence[Routing | Tensor] | RoutingRecord"
 
@@ -120,7 +120,7 @@ def masks_for(
                 "replay decisions that were made under the same constraint"
             )
     for layer, circuit in enumerate(circuits):
-        record.check_constraint(layer, circuit)
+        check_constraint(record, layer, circuit)
     return masks
 
 

@@ -131,7 +131,8 @@ def signatures() -> dict[str, str]:
 
 
 PUBLIC_MODULES = ("losses", "metrics", "replay")
-SHOWN = ("LayerRecord", "RoutingRecord", "RunLog", "summary")  # which replay and metrics show as their own
+# Which replay and metrics show as their own.
+SHOWN = ("LayerRecord", "RecordFile", "RecordWriter", "RoutingRecord", "RunLog", "summary")
 # For engines and compilers, not for users: free to change.
 INTERNAL = ("Circuit", "Circuit.engine", "Circuit.handle", "Circuit.of_handle", "Circuit.holds", "Circuit.as_mask")
 

@@ -7,6 +7,7 @@
 from circuitroute.routing.records.layers import LayerRecord as LayerRecord
 from circuitroute.routing.records.reader import RecordFile as RecordFile
 from circuitroute.routing.records.record import RoutingRecord as RoutingRecord
+from circuitroute.routing.records.record import check_constraint as check_constraint
 from circuitroute.routing.records.sources import each_of as each_of
 from circuitroute.routing.records.sources import mask_of as mask_of
 from circuitroute.routing.records.sources import model_label as model_label

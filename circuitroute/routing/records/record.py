@@ -229,20 +229,6 @@ class RoutingRecord:
             found.append(torch.where(rows == layer.experts, -1, rows).to(device))
         return found
 
-    def check_constraint(self, layer: int, rule: Rule) -> None:
-        """Compare what a layer's decisions were made under, where that is known, with a constraint or circuit.
-
-        Raises:
-            ValueError: it is another.
-        """
-        known, asked = self.constraints and self.constraints[layer], rule_text(rule)
-        if None not in (known, asked) and known != asked:
-            raise ValueError(
-                f"record: layer {layer} was decided under {known}, and is to be replayed under {asked}, by which its "
-                "decisions have other log-probabilities: use the same constraint, or replay "
-                "RoutingRecord(record.layers), which names none"
-            )
-
     @property
     def path_log_prob(self) -> Tensor:
         """[T] float64, the recorded log-probability of each token's path through the layers.
@@ -352,6 +338,21 @@ class RoutingRecord:
             return _record(*unpacked(read(source)))
         except (ValueError, KeyError, TypeError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile) as error:
             raise CircuitFileError(f"{source} is not a readable routing record: {error}") from None
+
+
+def check_constraint(record: RoutingRecord, layer: int, rule: Rule) -> None:
+    """Compare what a layer's decisions were made under, where that is known, with a constraint or circuit.
+
+    Raises:
+        ValueError: it is another.
+    """
+    known, asked = record.constraints and record.constraints[layer], rule_text(rule)
+    if None not in (known, asked) and known != asked:
+        raise ValueError(
+            f"record: layer {layer} was decided under {known}, and is to be replayed under {asked}, by which its "
+            "decisions have other log-probabilities: use the same constraint, or replay RoutingRecord(record.layers), "
+            "which names none"
+        )
 
 
 def as_rows(tokens: Tensor | Sequence[int]) -> Tensor:

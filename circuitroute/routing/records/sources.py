@@ -140,7 +140,9 @@ def layers_of_indices(indices: Any, num_experts: Any, weights: Any) -> list[Laye
     """See :meth:`RoutingRecord.of_indices`; one layer after the other, so that one is in memory at a time."""
     each = _by_layer("indices", indices)
     sizes = _sizes(num_experts, len(each))
-    weighed: Sequence[Any] = [None] * len(each) if weights is None else _by_layer("weights", weights)
+    weighed: list[Tensor | None] = [None] * len(each)
+    if weights is not None:
+        weighed = [as_real(f"weights[{i}]", of_layer) for i, of_layer in enumerate(_by_layer("weights", weights))]
     if len(weighed) != len(each):
         raise ValueError(f"weights has {len(weighed)} layers: expected those of indices, {len(each)}")
     return [
@@ -185,7 +187,7 @@ def _integers(name: str, given: Any) -> Tensor:
     return indices.detach().cpu().long()
 
 
-def _rows(layer: int, at: Tensor, experts: int, weights: Any) -> Tensor:
+def _rows(layer: int, at: Tensor, experts: int, weights: Tensor | None) -> Tensor:
     """[T, K] int64: the chosen experts, increasing, then E for slots outside 0..E-1 and those of weight 0."""
     used = (at >= 0) & (at < experts)
     if weights is not None:
@@ -198,9 +200,9 @@ def _rows(layer: int, at: Tensor, experts: int, weights: Any) -> Tensor:
     return rows
 
 
-def _checked_weights(name: str, weights: Any, used: Tensor) -> Tensor:
+def _checked_weights(name: str, weights: Tensor, used: Tensor) -> Tensor:
     """[T, K] on the CPU; what stands in slots that are unused anyway is not looked at."""
-    given = as_real(name, weights).detach().cpu()
+    given = weights.detach().cpu()
     if given.shape != used.shape:
         raise ValueError(
             f"{name} has shape {tuple(given.shape)}: expected one weight per slot of indices, {tuple(used.shape)}"
@@ -261,6 +263,12 @@ def _circuits(constraint: Any, experts: list[int]) -> list[Circuit]:
         raise ValueError(
             f"constraint has {len(rules)} entries: expected one per layer of router_logits, {len(experts)}"
         )
+    for i, (rule, size) in enumerate(zip(rules, experts, strict=True)):
+        if isinstance(rule, Circuit) and rule.n != size:
+            raise ValueError(
+                f"router_logits[{i}] is over {size} experts: expected {rule.n}, as {rule!r} is; give a circuit over "
+                f"{size}, or a constraint"
+            )
     given: list[Any] = rules  # compile refuses others
     return [compile_constraint(rule, size) for rule, size in zip(given, experts, strict=True)]
 
