@@ -101,6 +101,7 @@ PUBLIC = [
     "SubsetDistribution",
     "TopKRouter",
     "UnsupportedConstraintError",
+    "balance",
     "compilation",
     "compile",
     "divergence",
