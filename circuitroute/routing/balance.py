@@ -8,8 +8,8 @@ Three rules, from a step's decisions to the bias of the next one. The state is t
         routing = router(hidden, bias=state.bias)
         state = balance.update(state, routing)
 
-A decision must have been made with the state's bias, since what the rules find is relative to it. Nothing has a gradient.
-Pages: ``docs/balance.md``.
+A decision must have been made with the state's bias, since what the rules find is relative to it. Nothing has a
+gradient. Pages: ``docs/balance.md``.
 
 Legend: T tokens, E experts.
 """
@@ -117,9 +117,10 @@ class LossFree(_Rule):
     Args:
         num_experts: E.
         step: how far an entry moves, in units of logits; where they adapted it to sigmoid scores, 1e-3.
-        target: [E], what part of the load each expert is to have, in any proportion to one another; None for equal parts.
-        centre: whether to take the mean off the bias. Where the constraint fixes the count that changes nothing; a range
-            router's count would drift along with the mean.
+        target: [E], what part of the load each expert is to have, in any proportion to one another; None for equal
+            parts.
+        centre: whether to take the mean off the bias. Where the constraint fixes the count that changes nothing; a
+            range router's count would drift along with the mean.
 
     Raises:
         TypeError, ValueError: arguments of other kinds, a step that is not positive, a target of 0 for all.
@@ -162,9 +163,9 @@ class LossFree(_Rule):
         wanted = torch.full_like(load, 1 / self.num_experts)
         if self.target is not None:
             wanted = self.target.to(load) / self.target.sum()
-        # In whole numbers where the target is: a load that is met is met to the bit.
+        # A load that is met is met but for the rounding of a target in float32.
         less = wanted * load.sum() - load
-        direction = torch.where(less.abs() > 1e-9 * load.sum(), less.sign(), 0.0)
+        direction = torch.where(less.abs() > 1e-7 * load.sum(), less.sign(), 0.0)
         moved = bias.double() + self.step * direction
         return self._next(state, moved - moved.mean() if self.centre else moved)
 
@@ -220,9 +221,8 @@ class Quantile(_Rule):
         _one_rule(routings, f"cr.balance.{type(self).__name__}")
         needed = [needed_bias(each.untempered, bias, decided_rows(each)) for each in routings]
         circuit = routings[0].untempered.circuit
-        found = quantile_bias(
-            torch.cat([rows for rows, _ in needed]), sum(n for _, n in needed), self.target, bias, group
-        )
+        chosen = torch.stack([load for _, load in needed]).sum()
+        found = quantile_bias(torch.cat([rows for rows, _ in needed]), chosen, self.target, bias, group)
         moved = bias.double() + self.rate * (found - bias.double())
         fixed = circuit.min_count == circuit.max_count
         return self._next(state, moved - moved.mean() if (fixed if self.centre is None else self.centre) else moved)
@@ -292,14 +292,14 @@ def bias_for(
 ) -> Tensor:
     """The bias b at which the mean over the batch of the exact marginals of (logits + b) / temperature is the target.
 
-    By Newton with the exact second derivative, to 1e-10, in float64 (:mod:`circuitroute.routing.bias_solver`). Where the
-    constraint leaves b undetermined, as by a constant for exactly k experts, or one for every group that always has as
-    many, it is the one of smallest norm.
+    By Newton with the exact second derivative, to 1e-10, in float64 (:mod:`circuitroute.routing.bias_solver`). Where
+    the constraint leaves b undetermined, as by a constant for exactly k experts, or one for every group that always
+    has as many, it is the one of smallest norm.
 
     Args:
         distribution: that of the logits, such as ``circuit(logits)``, over E experts; NaN rows count for nothing.
-        target: [E], the fraction of the tokens that is to choose each expert; None for the constraint's own balance: what
-            they would be if all logits were equal, at the mean count of the batch. That is k / E for exactly k.
+        target: [E], the fraction of the tokens that is to choose each expert; None for the constraint's own balance:
+            what they would be if all logits were equal, at the mean count of the batch. That is k / E for exactly k.
         temperature: as in :func:`circuitroute.route`.
         group: processes whose tokens count together, all of which must call this; they get the same bias.
 

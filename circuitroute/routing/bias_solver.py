@@ -7,8 +7,8 @@ Legend: T tokens, E experts; theta_t [E] a token's logits, s its temperature, b 
 
 F is convex, so a b with grad F = 0 is a minimum, and there is one for every q in the interior of the polytope of
 marginals (relative to its affine hull); for no other. Along directions v in which <v, z> is the same for every allowed
-subset, such as all ones for exactly k experts, or the ones of a group that always has as many, F is linear: q must agree
-with it there, and b is not determined; what is returned has no part along them, and so the smallest norm.
+subset, such as all ones for exactly k experts, or the ones of a group that always has as many, F is linear: q must
+agree with it there, and b is not determined; what is returned has no part along them, and so the smallest norm.
 
 A step of Newton solves with the exact second derivative: up to ``DENSE`` experts as a matrix, of E products C u, and
 beyond by conjugate gradients, preconditioned by its diagonal mean_t m_t (1 - m_t) / s, in as many products as it takes.
@@ -143,8 +143,8 @@ class System:
         return (found + found.t()) / 2
 
     def _own_products(self, bias: Tensor) -> Callable[[Tensor], Tensor]:
-        """The sum over the tokens of this process alone. One chunk is swept once; several anew for each product, so that
-        no more than one is in memory."""
+        """The sum over the tokens of this process alone. One chunk is swept once; several anew for each product, so
+        that no more than one is in memory."""
         kept = [_graph(part, bias) for part in self.parts] if len(self.parts) == 1 else None
 
         def product(u: Tensor) -> Tensor:

@@ -1,18 +1,18 @@
 """The bias that each token needs to choose an expert, and the bias that a share of the tokens needs at most.
 
-Legend: T tokens, E experts; u_t [E] a token's logits with the bias b they were decided with, S the most probable subset of
-u_t and |u_t(S)| its score.
+Legend: T tokens, E experts; u_t [E] a token's logits with the bias b they were decided with, S the most probable
+subset of u_t and |u_t(S)| its score.
 
-**Needed biases.** A token that does not choose expert e would, were e's bias larger by (score of S) - (score of the best
-subset with e); one that does, until it is smaller by (score of S) - (score of the best subset without e): the max-marginal
-margins. Where e would take the place of another expert, the least of the token's margins of that kind is taken off: the
-marginal expert is let in at the bias it has. For exactly k experts that gives, for both,
+**Needed biases.** A token that does not choose expert e would, were e's bias larger by (score of S) - (score of the
+best subset with e); one that does, until it is smaller by (score of S) - (score of the best subset without e): the
+max-marginal margins. Where e would take the place of another expert, the least of the token's margins of that kind is
+taken off: the marginal expert is let in at the bias it has. For exactly k experts that gives, for both,
 
     needed bias = (k + 1)-th largest entry of u_t - (u_te - b_e),
 
 which is published as quantile balancing (Su 2026, kexue.fm/archives/11619). Without taking it off, all experts
-that are short of tokens would pass one another at once, and oscillate: two experts, one to be chosen, change places forever.
-Where e comes in addition, as below the largest count of a range, its own threshold is right as it is.
+that are short of tokens would pass one another at once, and oscillate: two experts, one to be chosen, change places
+forever. Where e comes in addition, as below the largest count of a range, its own threshold is right as it is.
 
 **Order statistics** of each expert's needed biases over all tokens of all processes are found digit by digit of the
 floating-point numbers, from summed histograms: exact, and the same on any number of processes.
@@ -33,8 +33,8 @@ BITS = 8  # of a digit
 ENDS = 0.5  # how far from the only order statistic there is, where a bias is to let all or none in
 
 
-def needed_bias(distribution: SubsetDistribution, bias: Tensor, keep: Tensor) -> tuple[Tensor, int]:
-    """([T, E] float32 needed biases of the tokens to keep, how many they are); see the module.
+def needed_bias(distribution: SubsetDistribution, bias: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """([T, E] float32 needed biases of the tokens to keep, [] how many experts their modes have); see the module.
 
     -inf where the token must choose the expert, whatever its bias, and inf where it cannot.
 
@@ -48,10 +48,12 @@ def needed_bias(distribution: SubsetDistribution, bias: Tensor, keep: Tensor) ->
     moved = logits.double()
     if circuit.min_count == circuit.max_count and circuit.counts is not None:
         needed = _of_exactly(moved, circuit.max_count) + own
+        chosen = keep.sum() * circuit.max_count
     else:
         needed = _by_margins(distribution, moved) + own
+        chosen = distribution.mode_mask()[keep].sum()
     needed = torch.where(moved == math.inf, -math.inf, torch.where(moved == -math.inf, math.inf, needed))
-    return needed[keep].float(), int(keep.sum())
+    return needed[keep].float(), chosen
 
 
 def _of_exactly(moved: Tensor, k: int) -> Tensor:
@@ -104,13 +106,13 @@ def _unsatisfiable(distribution: SubsetDistribution) -> Tensor:
 
 
 def quantile_bias(
-    needed: Tensor, tokens: int, target: Tensor | None, bias: Tensor, group: dist.ProcessGroup | None
+    needed: Tensor, chosen: Tensor, target: Tensor | None, bias: Tensor, group: dist.ProcessGroup | None
 ) -> Tensor:
     """[E] float64, between the n-th and the (n + 1)-th smallest needed bias, n = T target.
 
     Args:
         needed: [T, E] float32.
-        tokens: T of this process.
+        chosen: [] how many experts the modes of this process have.
         target: [E], or None for equal parts of what is chosen.
         bias: [E], what remains where the evidence leaves no choice, or no process has tokens.
 
@@ -119,18 +121,17 @@ def quantile_bias(
     """
     device = needed.device
     now = bias.to(device, torch.float64)
-    counts = torch.stack(
-        [(needed == -math.inf).sum(0), (needed < math.inf).sum(0), (needed <= now.float()).sum(0)]
-    ).double()
-    total = torch.full((1, needed.shape[1]), float(tokens), dtype=torch.float64, device=device)
-    forced, allowed, chosen, whole = summed(torch.cat([counts, total]), group)
-    if not float(whole[0]):
+    own = [(needed == -math.inf).sum(0), (needed < math.inf).sum(0)]
+    sizes = torch.stack([torch.tensor(len(needed), device=device), chosen.to(device)])
+    total = summed(torch.cat([*own, sizes]).double(), group)
+    (forced, allowed), (tokens, load) = total[:-2].view(2, -1), total[-2:]
+    if not float(tokens):
         return now
-    share = chosen.sum() / whole[0] / len(chosen) if target is None else target.to(whole)
-    n = (share * whole).round()
+    share = (load / tokens / len(forced)).expand_as(forced) if target is None else target.to(forced)
+    n = (share * tokens).round()
     if target is None:
         n = torch.minimum(torch.maximum(n, forced), allowed)
-    _check(n, forced, allowed, whole, share)
+    _check(n, forced, allowed, int(tokens), share)
     low, high = order_statistics(needed, torch.stack([n, n + 1]), group).double()
     low = torch.where(n <= forced, -math.inf, low)
     high = torch.where(n >= allowed, math.inf, high)
@@ -139,14 +140,13 @@ def quantile_bias(
     return torch.where(low.isfinite() | high.isfinite(), middle, now)
 
 
-def _check(n: Tensor, forced: Tensor, allowed: Tensor, whole: Tensor, share: Tensor) -> None:
+def _check(n: Tensor, forced: Tensor, allowed: Tensor, tokens: int, share: Tensor) -> None:
     wrong = (n < forced) | (n > allowed)
     if bool(wrong.any()):
         e = int(wrong.nonzero()[0])
-        tokens = int(whole[0])
         raise ValueError(
-            f"target[{e}]={float(share.expand_as(n)[e]):.6g}: no bias reaches that; expert {e} is forced in "
-            f"{int(forced[e])} of {tokens} tokens, and allowed in {int(allowed[e])}, by infinite logits or the constraint"
+            f"target[{e}]={float(share[e]):.6g}: no bias reaches that; expert {e} is forced in {int(forced[e])} of "
+            f"{tokens} tokens, and allowed in {int(allowed[e])}, by infinite logits or the constraint"
         )
 
 

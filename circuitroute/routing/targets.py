@@ -206,7 +206,7 @@ class Reach:
             for e in order
         )
         return ValueError(
-            f"target: no bias reaches it. The mean marginals miss it by {float(found.missing.abs().max()):.3g}, and the "
+            f"target: no bias reaches it. Mean marginals miss it by {float(found.missing.abs().max()):.3g}, and the "
             f"bias grows without end: it lies outside of, or on the boundary of, what {self.circuit.constraint!r} and "
             f"the infinite logits allow on average. Farthest off are the experts {shown}"
         )

@@ -105,8 +105,8 @@ class ControlledPlan(Plan):
 
 
 class BalancePlan(Plan):
-    """Balance without a loss: a bias on every expert's choice, moved after every step by a rule of `cr.balance`. Weights
-    are left alone."""
+    """Balance without a loss: a bias on every expert's choice, moved after every step by a rule of `cr.balance`.
+    Weights are left alone."""
 
     bias: Tensor
 

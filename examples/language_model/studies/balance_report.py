@@ -1,4 +1,4 @@
-"""The end of a study of balance, or what there is of it: a table, a figure and results.json, made from the checkpoints."""
+"""The end of a study of balance, or what there is of it: a table, a figure and results.json, from the checkpoints."""
 
 from __future__ import annotations
 
