@@ -249,7 +249,7 @@ def _newton_step(system: System, bias: Tensor, missing: Tensor, fixed: Tensor) -
     # What rounding leaves along flat directions is no reason to go there.
     along = torch.where(along.abs() > 1e-15, along, 0.0)
     least = max(float(curvature[-1]) * 1e-14, 1e-300)
-    step = directions @ (along / curvature.clamp(min=least))
+    step: Tensor = directions @ (along / curvature.clamp(min=least))
     return step - fixed @ (fixed.t() @ step)
 
 
