@@ -2,8 +2,8 @@
 
     python examples/balance.py --seeds 3 --rows rows.jsonl
 
-Every step has a new batch of T tokens from a router whose logits prefer some experts: they are normal, plus a preference
-per expert that is normal times ``--skew``. Max violation, (largest load - mean load) / mean load, is that of the batch's
+Every step has a new batch of T tokens from a router whose logits prefer some experts: normal, plus a preference
+per expert that is normal times ``--skew``. Max violation, (largest load - mean load) / mean load, is that of a batch's
 modes, before the controller has seen it. It has settled where no mean of ``WINDOW`` later steps in a row is above 0.1.
 """
 

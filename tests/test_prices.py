@@ -130,7 +130,7 @@ STATES: dict[str, tuple[Any, type[Exception], str]] = {
     "shape": (torch.zeros(E), ValueError, r"state.price has shape \(6,\): expected \(\); one price for all experts"),
     "nan": (torch.tensor(math.nan), ValueError, "state.price holds nan: a state must be finite"),
     "inf": (torch.tensor(-INF), ValueError, "state.price holds -inf"),
-    "integer": (torch.tensor(2), TypeError, "state.price has dtype torch.int64: expected"),
+    "integer": (torch.tensor(2), TypeError, "state.price has dtype torch.int64: expected a floating-point"),
     "number": (2.0, TypeError, "state.price=2.0: expected a tensor"),
 }  # fmt: skip
 
@@ -199,3 +199,13 @@ def test_a_budget_under_a_price_holds_its_mean() -> None:
 def test_controllers_refuse_nonsense(target: float, gain: float, message: str) -> None:
     with pytest.raises(ValueError, match=f"{message}: must be positive and finite"):
         cr.CountController(target, gain)
+
+
+def test_a_narrow_price_becomes_a_wide_one() -> None:
+    """A step of it would be rounded off in bfloat16."""
+    controller, circuit = cr.CountController(2.0), compiled(cr.Between(1, 4))
+    state = controller.init()._replace(price=torch.tensor(8.0, dtype=torch.bfloat16))
+    routing = cr.route(logits_of(), circuit, decide="mode", price=state.price)
+    after = controller.update(state, routing).price
+    assert after.dtype == torch.float32
+    assert 7.9 < float(after) < 8.0

@@ -45,6 +45,7 @@ from circuitroute.routing.targets import Reach, as_target
 KINDS = {1: "LossFree", 2: "Quantile", 3: "ExactBalance"}
 TOLERANCE = 1e-10  # of mean marginals
 STEPS = 100  # of Newton
+FINEST = 1e11  # temperatures, among which float64 still tells ties apart
 
 
 class BalanceState(NamedTuple):
@@ -397,6 +398,11 @@ def _solved(
         steps=STEPS if steps is None else steps,
         impossible=lambda b: reach.proof(wanted, b),
     )
+    if not found.settled and spread > FINEST * coldest:
+        raise ValueError(
+            f"the logits differ by {spread / coldest:.3g} temperatures, and float64 cannot hold a bias to a temperature "
+            "beside that; raise the temperature, or limit the logits"
+        )
     if not found.settled and (steps is None or reach.proof(wanted, found.bias)):
         raise reach.unreached(wanted, found)
     return found.bias

@@ -83,17 +83,18 @@ def checked_state(state: object, kind: type[Any], made_by: str) -> None:
         )
 
 
-def checked_values(name: str, values: object, shape: tuple[int, ...], why: str) -> Tensor:
+def checked_values(name: str, values: object, shape: tuple[int, ...], why: str, *, narrow: bool = False) -> Tensor:
     """A tensor of a state: float32 or float64, of a shape, and finite (which is not looked at on a GPU).
 
     Args:
         why: what a wrong shape tells.
+        narrow: whether floating-point numbers of 16 bits will do, where the next state is wider.
 
     Raises:
         TypeError, ValueError: anything else.
     """
-    tensor = as_real(name, values)
-    if tensor.dtype not in (torch.float32, torch.float64):
+    tensor = as_real(name, values, floating=narrow)
+    if not narrow and tensor.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"{name} has dtype {tensor.dtype}: expected torch.float32 or torch.float64, as init() made it; a module "
             "that was cast takes its buffers along, so keep states apart from it"

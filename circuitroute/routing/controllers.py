@@ -81,7 +81,7 @@ class CountController:
             ValueError: a price that is not one finite number, or a target that the constraint has no subsets for.
         """
         checked_state(state, CountState, "cr.CountController")
-        price = checked_values("state.price", state.price, (), "one price for all experts")
+        price = checked_values("state.price", state.price, (), "one price for all experts", narrow=True)
         routings = routings_of(routing)
         distributions_of(routings, "cr.CountController")
         for each in routings:
@@ -95,7 +95,9 @@ class CountController:
         # A price that is out of range already, as one of another run may be, is only kept from going further out.
         now = price.to(device, torch.float64)
         kept = torch.where(moved > now, moved.minimum(high.maximum(now)), moved.maximum(low.minimum(now)))
-        return CountState(torch.where(error == 0, now, kept).to(price))
+        # In float32 at least: a step of the price is small, and would be rounded off in less.
+        wide = torch.promote_types(price.dtype, torch.float32)
+        return CountState(torch.where(error == 0, now, kept).to(price.device, wide))
 
     def _check_reach(self, routing: Routing) -> None:
         circuit = routing.untempered.circuit

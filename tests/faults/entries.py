@@ -298,10 +298,6 @@ def _layers() -> list[Entry]:
               lambda x, b: cr.CountController(2.0).update(
                   cr.CountController(2.0).init()._replace(price=x), _of_routing(on(b, randn(T, E)), b)).price,
               False, width=None, rows=False),
-        Entry("balance.bias_for(target)", "target", "real", lambda: torch.tensor([0.25, 0.5, 0.25, 0.5, 0.5]),
-              lambda x, b: cr.balance.bias_for(flat()(on(b, randn(T, E))), x), False, rows=False, python=True),
-        Entry("balance.bias_for(logits)", "logits", "real", logits,
-              lambda x, b: cr.balance.bias_for(flat()(x), [0.25, 0.5, 0.25, 0.5, 0.5]), False, rows=False, python=True),
         Entry("balance.LossFree.update(routing)", "logits", "real", logits,
               lambda x, b: cr.balance.LossFree(E, 1.0).update(
                   cr.balance.LossFree(E, 1.0).init(b.device), _of_routing(x, b)).bias, False, rows=False, single=True),
@@ -310,7 +306,7 @@ def _layers() -> list[Entry]:
                   on(b, randn(T, H)), module("BudgetRouter", b).begin(on(b, randn(T, H))), key=key(b), bias=x)[0].gates,
               rows=False),
         Entry("SoftTopKRouter(bias).gates", "bias", "real", lambda: randn(E, seed=2),
-              lambda x, b: module("SoftTopKRouter", b)(on(b, randn(T, H)), bias=x).gates, False, rows=False),
+              lambda x, b: module("SoftTopKRouter", b)(on(b, randn(T, H)), bias=x).gates.detach(), False, rows=False),
     ]  # fmt: skip
 
 
