@@ -400,8 +400,8 @@ def _solved(
     )
     if not found.settled and spread > FINEST * coldest:
         raise ValueError(
-            f"the logits differ by {spread / coldest:.3g} temperatures, and float64 cannot hold a bias to a temperature "
-            "beside that; raise the temperature, or limit the logits"
+            f"the logits differ by {spread / coldest:.3g} temperatures, and float64 cannot hold a bias to a "
+            "temperature beside that; raise the temperature, or limit the logits"
         )
     if not found.settled and (steps is None or reach.proof(wanted, found.bias)):
         raise reach.unreached(wanted, found)
