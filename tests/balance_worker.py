@@ -15,8 +15,8 @@ import torch.distributed as dist
 import circuitroute as cr
 
 T, E = 120, 8
-# Tokens of the first process: as many as the other, fewer, and none.
-SPLITS = (60, 17, 0)
+# Tokens of the first process: fewer than the other's, and none.
+SPLITS = (17, 0)
 
 
 def controllers() -> dict[str, Any]:

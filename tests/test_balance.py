@@ -117,7 +117,7 @@ def test_a_temperature_for_every_token_and_a_batch_of_any_shape() -> None:
     torch.testing.assert_close(single, bias_for(circuit(logits.float().double()), temperature=0.7).float())
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0, 1e4])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 @pytest.mark.parametrize("constraint", [cr.Exactly(3), cr.Between(2, 5)], ids=str)
 def test_any_scale_and_both_ways_of_solving(
     constraint: cr.Constraint, scale: float, monkeypatch: pytest.MonkeyPatch
@@ -151,7 +151,7 @@ def test_the_second_derivative_is_the_mean_covariance() -> None:
     torch.testing.assert_close(system.diagonal(bias), wanted.diagonal(), rtol=1e-8, atol=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.sampled_from(sorted(CONSTRAINTS)),
     st.integers(1, 12),
@@ -310,7 +310,7 @@ def test_a_few_steps_refuse_what_is_proven_alone() -> None:
 
 def test_a_spread_that_float64_cannot_hold_a_bias_beside() -> None:
     with pytest.raises(ValueError, match=r"the logits differ by .*e\+20 temperatures, and float64 cannot hold a bias"):
-        bias_for(compiled(cr.Exactly(2))(double(3) * 1e20))
+        bias_for(compiled(cr.Exactly(2))(double(5) * 1e20))
 
 
 # ------------------------------------------------------------------------------------------------ the rules
