@@ -129,7 +129,7 @@ def test_rows_differences_and_means_are_those_of_the_records() -> None:
     assert found[1]["difference"] == pytest.approx(-0.35)
     assert found[1]["difference_spread"] == pytest.approx(stdev([-0.5, -0.2]))
     assert found[1]["violation_difference"] == pytest.approx(-0.45)
-    assert found[1]["tokens_per_second"] == 2.0
+    assert found[1]["steps_per_second"] == 2.0
     table = table_of(found, 3)
     assert [column.header for column in table.columns][:3] == ["router", "bits/byte", "minus\ntop-k"]
     assert list(table.columns[0].cells) == ["top-k (2 of 3 seeds)", "mode"]

@@ -27,7 +27,7 @@ COLUMNS = (
     (f"minus\n{REFERENCE}", "violation_difference", "+.2f"),
     ("max violation,\ntraining batches", "training_violation", ".2f"),
     ("load\nentropy", "load_entropy", ".3f"),
-    ("tokens/\nsecond", "tokens_per_second", ",.0f"),
+    ("steps/\nsecond", "steps_per_second", ".1f"),
 )
 
 
@@ -64,7 +64,7 @@ def row_of(run: Run, record: Record) -> dict[str, Any]:
         "load_entropy": last and last.load_entropy,
         "max_violation": last and last.max_violation,
         "training_violation": fmean(late) if late else None,
-        "tokens_per_second": record.step / record.training_seconds if record.training_seconds else None,
+        "steps_per_second": record.step / record.training_seconds if record.training_seconds else None,
     }
 
 
