@@ -50,6 +50,7 @@ from circuitroute.layers.routers import ExactKRouter as ExactKRouter
 from circuitroute.layers.routers import Router as Router
 from circuitroute.layers.routers import TopKRouter as TopKRouter
 from circuitroute.layers.soft_router import SoftTopKRouter as SoftTopKRouter
+from circuitroute.routing import balance as balance
 from circuitroute.routing import estimators as estimators
 from circuitroute.routing import losses as losses
 from circuitroute.routing import metrics as metrics
@@ -69,7 +70,7 @@ from circuitroute.routing.sequence import route_sequence as route_sequence
 from circuitroute.routing.soft_topk import soft_topk as soft_topk
 
 # Public modules answer to their public names, wherever they live: `from circuitroute.replay import mismatch`.
-for _module in (divergence, estimators, losses, metrics, replay, schedules):
+for _module in (balance, divergence, estimators, losses, metrics, replay, schedules):
     _sys.modules[f"{__name__}.{_module.__name__.rpartition('.')[2]}"] = _module
 
 __version__ = "0.1.0"

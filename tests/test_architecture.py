@@ -105,6 +105,7 @@ PUBLIC = [
     "SubsetDistribution",
     "TopKRouter",
     "UnsupportedConstraintError",
+    "balance",
     "compilation",
     "compile",
     "divergence",

@@ -185,6 +185,11 @@ OBJECTS = {
     "StackedExperts": lambda x, i, b, w: cr.StackedExperts(i(8), i(4), i(3), activation=w("relu")),
     "LayerAllocation": lambda x, i, b, w: cr.LayerAllocation(i(3), x(6.0), x(0.5), x(4.0)),
     "CountController": lambda x, i, b, w: cr.CountController(x(2.5), gain=x(0.25)),
+    "LossFree": lambda x, i, b, w: cr.balance.LossFree(i(4), x(0.25), target=[x(0.5)] * 4, centre=b(True)),
+    "Quantile": lambda x, i, b, w: cr.balance.Quantile(i(4), [x(0.5)] * 4, rate=x(0.5), centre=b(True)),
+    "ExactBalance": lambda x, i, b, w: cr.balance.ExactBalance(
+        i(4), [x(0.5)] * 4, rate=x(0.5), steps=i(2), temperature=x(0.25)
+    ),
     "RoutingRecord": lambda x, i, b, w: cr.RoutingRecord([_layer(i, w)], temperature=x(0.5)),
     "LayerRecord": lambda x, i, b, w: _layer(i, w),
     "RoutingFunction": lambda x, i, b, w: serving.routing_function(
@@ -350,6 +355,7 @@ CALLS = {
         *cr.route_sequence(LOGITS, CIRCUIT, total=i(4), length=i(3), block=i(2), key=i(3)).mask.tolist(),
         *cr.route_sequence(LOGITS, CIRCUIT, total=i(4), length=i(3), decide=x(0.5), key=1).state[:2],
     ],
+    "bias_for": lambda x, i: cr.balance.bias_for(FIXED(LOGITS), [x(0.25)] * 8, temperature=x(0.5)).tolist(),
     "random_key": lambda x, i: cr.random_key(i(3), i(2), i(4)).item(),
     "a key": lambda x, i: cr.route(LOGITS, CIRCUIT, key=i(3)).mask.tolist(),
     "padded": lambda x, i: [part.tolist() for part in _routing().padded(width=i(4))],

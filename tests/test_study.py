@@ -305,7 +305,7 @@ def test_interrupted_before_anything(text: Path, tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--study", "budget"], "argument --study: must be one of budgets, learning, got 'budget'"),
+        (["--study", "budget"], "argument --study: must be one of balance, budgets, learning, got 'budget'"),
         (["--k", "2"], "argument --k: this study takes several: --budgets 2"),
         (["--budgets", "5"], "argument --budgets: must lie between 1 and the number of experts, 4, got 5"),
         (["--budgets", "2", "2"], "argument --budgets: must name different numbers of experts, got 2 2"),

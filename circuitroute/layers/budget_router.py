@@ -185,6 +185,8 @@ class BudgetRouter(Budget):
         layer: int | None = None,
         decide: Decide | float | None = None,
         temperature: float | Tensor | None = None,
+        price: float | Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> tuple[Routing, BudgetState]:
         """Route the next layer.
 
@@ -194,6 +196,7 @@ class BudgetRouter(Budget):
             key, replay: as in :func:`circuitroute.route`; give every layer keys of its own.
             layer: which layer this is meant to be; only checked.
             decide, temperature: in place of the router's own.
+            price, bias: of this layer, as in :func:`circuitroute.route`: they move the choice within the budget.
 
         Returns:
             (routing, state for the next layer).
@@ -205,9 +208,13 @@ class BudgetRouter(Budget):
         router = self.router(state.layer)
         rows = hidden.reshape(-1, self.hidden_size)
         share = choice.as_share(self.decide if decide is None else decide, self.estimator)
+        logits = router.logits(rows)
+        if isinstance(price, Tensor):
+            price = choice.per_token("price", price, hidden.shape[:-1])
         batch = choice.Batch.of(
-            router.logits(rows),
+            logits,
             router.circuit,
+            shift=choice.shift_of(price, bias, logits, self.num_experts),
             temperature=self.temperature if temperature is None else temperature,
             key=key if not isinstance(key, Tensor) or key.dim() == 0 else key.reshape(-1),
             count_potential=self.potential(state, rows),

@@ -16,7 +16,7 @@ from circuitroute._tensors import without_autocast
 from circuitroute._validate import as_flag, as_number, int_at_least
 from circuitroute.inference.evidence import rows_text
 from circuitroute.layers.routers import LinearRouter, put_back, start_of
-from circuitroute.routing.choice import per_token, recorded_mask
+from circuitroute.routing.choice import per_token, recorded_mask, shift_of
 from circuitroute.routing.decision import SoftRouting
 from circuitroute.routing.records import RoutingRecord
 from circuitroute.routing.soft_topk import soft_topk
@@ -174,6 +174,7 @@ class SoftTopKRouter(LinearRouter):
         key: Tensor | int | None = None,
         replay: Tensor | RoutingRecord | None = None,
         k: float | Tensor | None = None,
+        bias: Tensor | None = None,
         **refused: NoReturn,
     ) -> SoftRouting:
         """Route hidden states [..., H].
@@ -184,7 +185,9 @@ class SoftTopKRouter(LinearRouter):
             replay: a recorded mask [..., E] or [T, E], or a record of one layer: these experts are executed.
             k: the soft mass, instead of the router's own: a number, or a tensor, scalar, [...] or [T]. An entry
                 of a :class:`LayerAllocation` gets its gradient.
-            refused: nothing else; ``decide``, ``temperature``, ``price`` and ``bias`` are for routers that draw.
+            bias: [E], added to the logits for the choice alone: which experts are executed is decided by the soft
+                weights of the moved logits, and those that are keep the weights of the logits themselves.
+            refused: nothing else; ``decide``, ``temperature`` and ``price`` are for routers that choose a subset.
 
         Raises:
             TypeError: another argument.
@@ -200,7 +203,7 @@ class SoftTopKRouter(LinearRouter):
         logits, weights, mass = self._soft(hidden, k)
         cap = self._cap(mass)
         if replay is None:
-            mask = self._executed(logits, weights, mass, cap)
+            mask = self._executed(*self._moved(logits, weights, mass, bias), mass, cap)
         else:
             mask = self._replayed(replay, logits, cap)
         with without_autocast(logits):
@@ -215,6 +218,17 @@ class SoftTopKRouter(LinearRouter):
         mass = per_token("k", mass, hidden.shape[:-1]) if isinstance(mass, Tensor) else as_number("k", mass)
         with without_autocast(logits):
             return logits, soft_topk(logits, mass, self.alpha), mass
+
+    def _moved(
+        self, logits: Tensor, weights: Tensor, mass: float | Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What the choice looks at: ([T, E] logits, [T, E] soft weights of them)."""
+        shift = shift_of(None, bias, logits, self.num_experts)
+        if shift is None:
+            return logits, weights
+        with torch.no_grad(), without_autocast(logits):
+            moved = logits + shift.to(logits)
+            return moved, soft_topk(moved, mass, self.alpha)
 
     def _cap(self, mass: float | Tensor) -> int | Tensor | None:
         """The most experts that a token executes, from 1 to E, or None: a number, or int64, scalar or [T]."""

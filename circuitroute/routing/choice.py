@@ -123,11 +123,13 @@ def shift_of(price: float | Tensor | None, bias: Tensor | None, logits: Tensor, 
     """What price and bias together add to the logits of a choice: [E], [1], [T, 1] or [T, E]; None for neither.
 
     Raises:
-        ValueError: a bias that is not [E], or a price that is not a finite number, [] or [T].
+        ValueError: a bias that is not [E] or holds NaN, or a price that is not a finite number, [] or [T].
     """
     bias = None if bias is None else as_real("bias", bias)
     if bias is not None and bias.shape != (experts,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}: expected one number per expert, ({experts},)")
+    if bias is not None and not cannot_look(bias) and bool(bias.isnan().any()):
+        raise ValueError("bias holds NaN: give one number per expert, such as the state of a cr.balance rule holds")
     if price is None:
         return bias
     # Filled where it is wanted: a copy to a GPU would wait for it.

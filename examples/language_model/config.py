@@ -33,10 +33,16 @@ ALL_ROUTERS = (
     "top-k-bias",
     "mode-bias",
     "probe-bias",
+    "top-k-free",
+    "top-k-quantile",
+    "top-k-exact",
+    "mode-free",
+    "mode-quantile",
+    "mode-exact",
     "top-k-again",
 )
 HEAD_SIZE = 32
-STUDIES = ("budgets", "learning")
+STUDIES = ("balance", "budgets", "learning")
 REGIMES = ("scratch", "plenty", "little")  # of the study of learning
 Language = Literal["python", "c++", "english"]
 

@@ -13,9 +13,18 @@ from typing import Any, Literal
 import circuitroute as cr
 
 from .config import DemoConfig
-from .plans import AgreementBudgetPlan, AgreementPlan, BiasPlan, BudgetPlan, ControlledPlan, LayerRouter, Plan, SoftPlan
-
-COLD = 0.25
+from .plans import (
+    BIAS_STEP,
+    COLD,
+    AgreementBudgetPlan,
+    AgreementPlan,
+    BalancePlan,
+    BudgetPlan,
+    ControlledPlan,
+    LayerRouter,
+    Plan,
+    SoftPlan,
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,10 @@ def _nothing(config: DemoConfig) -> None:
 
 
 _mode = partial(_exact, decide="mode", temperature=COLD)
+# Balance by a bias. For top-k, whose own distribution is at temperature 1, the exact rule balances a colder one.
+_loss_free = partial(BalancePlan, rule=partial(cr.balance.LossFree, step=BIAS_STEP))
+_quantile = partial(BalancePlan, rule=cr.balance.Quantile)
+_exact_balance = partial(BalancePlan, rule=partial(cr.balance.ExactBalance, temperature=COLD))
 
 KINDS = {
     "top-k": RouterKind(_top_k, "softmax"),
@@ -90,8 +103,14 @@ KINDS = {
     "budget-calibrated": RouterKind(_nothing, plan=AgreementBudgetPlan),
     "frozen": RouterKind(_top_k, "softmax", frozen=True),
     **{f"dropout-{share}": RouterKind(_top_k, "softmax", dropout=share) for share in (0.1, 0.2, 0.3)},
-    "top-k-bias": RouterKind(_top_k, "softmax", plan=BiasPlan, balanced=False),
-    "mode-bias": RouterKind(_mode, plan=BiasPlan, balanced=False),
-    "probe-bias": RouterKind(_mode, probes=1, plan=BiasPlan, balanced=False),
+    "top-k-bias": RouterKind(_top_k, "softmax", plan=_loss_free, balanced=False),
+    "mode-bias": RouterKind(_mode, plan=_loss_free, balanced=False),
+    "probe-bias": RouterKind(_mode, probes=1, plan=_loss_free, balanced=False),
+    "top-k-free": RouterKind(_top_k, "softmax", balanced=False),
+    "top-k-quantile": RouterKind(_top_k, "softmax", plan=_quantile, balanced=False),
+    "top-k-exact": RouterKind(_top_k, "softmax", plan=_exact_balance, balanced=False),
+    "mode-free": RouterKind(_mode, balanced=False),
+    "mode-quantile": RouterKind(_mode, plan=_quantile, balanced=False),
+    "mode-exact": RouterKind(_mode, plan=_exact_balance, balanced=False),
     "top-k-again": RouterKind(_top_k, "softmax", flipped=True),
 }

@@ -5,6 +5,7 @@ Shapes: B sequences, S positions, T = B S tokens, H hidden size, E experts, L la
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias, cast
 
@@ -16,8 +17,10 @@ import circuitroute as cr
 from .config import DemoConfig
 
 LayerRouter: TypeAlias = cr.Router | cr.SoftTopKRouter
+BalanceRule: TypeAlias = cr.balance.LossFree | cr.balance.Quantile | cr.balance.ExactBalance
 AGREEMENT = 0.75  # of a sample with the mode, in expectation
 BIAS_STEP = 3e-3  # per step; three times what its authors use, for runs that are far shorter
+COLD = 0.25  # the temperature where nothing else is said
 PRICE_GAIN = 0.05  # of a controller, per step and expert too many
 
 State: TypeAlias = Any  # the plan's own; passed from layer to layer, never kept by a module
@@ -101,15 +104,16 @@ class ControlledPlan(Plan):
         self.price.copy_(state.price)
 
 
-class BiasPlan(Plan):
-    """Balance without a loss (Wang et al., 2024, arXiv:2408.15664): a bias on every expert's choice, moved by the sign
-    of what it lacks of the mean load. Weights are left alone."""
+class BalancePlan(Plan):
+    """Balance without a loss: a bias on every expert's choice, moved after every step by a rule of `cr.balance`.
+    Weights are left alone."""
 
     bias: Tensor
 
-    def __init__(self, config: DemoConfig) -> None:
+    def __init__(self, config: DemoConfig, rule: Callable[[int], BalanceRule]) -> None:
         super().__init__()
-        self.register_buffer("bias", torch.zeros(config.layers, config.experts))
+        self.rule = rule(config.experts)
+        self.register_buffer("bias", torch.zeros(config.layers, config.experts))  # a checkpoint holds it
 
     def route(
         self, router: LayerRouter | None, hidden_BSH: Tensor, layer: int, state: State, key_T: Tensor | None
@@ -119,8 +123,9 @@ class BiasPlan(Plan):
 
     def after(self, routings: list[cr.Routing]) -> None:
         """The bias of the next step."""
-        load_LE = torch.stack([routing.mask.sum(dim=0) for routing in routings]).float()
-        self.bias += BIAS_STEP * (load_LE.mean(dim=1, keepdim=True) - load_LE).sign()
+        start = self.rule.init(self.bias.device)
+        for bias_E, routing in zip(self.bias, routings, strict=True):
+            bias_E.copy_(self.rule.update(start._replace(bias=bias_E), routing).bias)
 
 
 class SoftPlan(Plan):

@@ -10,6 +10,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from statistics import fmean
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -151,6 +152,7 @@ def training_step(trainee: Trainee) -> float:
         group["lr"] = group["scale"] * learning_rate(config, step)
     trainee.optimizer.step()
     trainee.model.plan.after(routings)
+    trainee.record.violations.append(fmean(cr.metrics.max_violation(routing) for routing in routings))
     found = float(loss.detach())
     if trainee.log is not None and step % LOG_EVERY == 0:
         trainee.log.append(step, cr.metrics.summary(routings), loss=found)

@@ -308,7 +308,16 @@ def _layers() -> list[Entry]:
         Entry("CountController.update(price)", "price", "real", lambda: torch.tensor(0.5),
               lambda x, b: cr.CountController(2.0).update(
                   cr.CountController(2.0).init()._replace(price=x), _of_routing(on(b, randn(T, E)), b)).price,
-              False, width=None, rows=False, checked=False),
+              False, width=None, rows=False),
+        Entry("balance.LossFree.update(routing)", "logits", "real", logits,
+              lambda x, b: cr.balance.LossFree(E, 1.0).update(
+                  cr.balance.LossFree(E, 1.0).init(b.device), _of_routing(x, b)).bias, False, rows=False, single=True),
+        Entry("BudgetRouter(bias).gates", "bias", "real", lambda: randn(E, seed=2),
+              lambda x, b: module("BudgetRouter", b)(
+                  on(b, randn(T, H)), module("BudgetRouter", b).begin(on(b, randn(T, H))), key=key(b), bias=x)[0].gates,
+              rows=False),
+        Entry("SoftTopKRouter(bias).gates", "bias", "real", lambda: randn(E, seed=2),
+              lambda x, b: module("SoftTopKRouter", b)(on(b, randn(T, H)), bias=x).gates.detach(), False, rows=False),
     ]  # fmt: skip
 
 

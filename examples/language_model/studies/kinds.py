@@ -14,7 +14,8 @@ from rich.console import Console
 from ..config import DemoConfig, require
 from ..corpus import Corpus
 from ..texts import load_corpus
-from . import budgets, learning
+from . import balance, budgets, learning
+from .balance_report import BALANCE_FIGURES, write_balance_report
 from .budgets import BudgetsConfig
 from .budgets_report import BUDGETS_FIGURES, write_budgets_report
 from .execution import Study, StudyConfig
@@ -90,7 +91,31 @@ def _describe_learning(config: LearningConfig) -> str:
     return "; ".join(parts)
 
 
+def _balance(device: torch.device, given: dict[str, Any], options: argparse.Namespace) -> BudgetsConfig:
+    return balance.preset(device, given, options.seeds)
+
+
+def _recorded_balance(config: BudgetsConfig) -> dict[str, Any]:
+    return {**vars(config.base), "seeds": config.seeds}
+
+
+def _describe_balance(config: BudgetsConfig) -> str:
+    return f"{len(config.base.routers)} routers ({', '.join(config.base.routers)}) x {config.seeds} seeds"
+
+
 KINDS = {
+    "balance": StudyKind(
+        options=(),
+        configure=_balance,
+        restore=BudgetsConfig.from_json,
+        recorded=_recorded_balance,
+        texts=lambda config: {"": load_corpus(config.base)},
+        fit=None,
+        minutes=10.0,
+        describe=_describe_balance,
+        report=write_balance_report,
+        figures=BALANCE_FIGURES,
+    ),
     "budgets": StudyKind(
         options=("budgets",),
         configure=_budgets,
