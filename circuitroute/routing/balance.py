@@ -385,6 +385,11 @@ def _solved(
     wanted = reach.law(float(mean.sum())) if target is None else target.to(device)
     wanted = reach.agreed(wanted, mean)
     coldest, warmest, spread = _scales(parts, group, device)
+    if spread > FINEST * coldest:
+        raise ValueError(
+            f"the logits differ by {spread / coldest:.3g} temperatures, and float64 cannot hold a bias to a "
+            "temperature beside that; raise the temperature, or limit the logits"
+        )
     if steps is None:
         bias = approached(system, wanted, bias, reach.fixed, warmest=warmest, coldest=coldest, spread=spread)
     found = solve(
@@ -398,11 +403,6 @@ def _solved(
         steps=STEPS if steps is None else steps,
         impossible=lambda b: reach.proof(wanted, b),
     )
-    if not found.settled and spread > FINEST * coldest:
-        raise ValueError(
-            f"the logits differ by {spread / coldest:.3g} temperatures, and float64 cannot hold a bias to a "
-            "temperature beside that; raise the temperature, or limit the logits"
-        )
     if not found.settled and (steps is None or reach.proof(wanted, found.bias)):
         raise reach.unreached(wanted, found)
     return found.bias
