@@ -448,7 +448,11 @@ MADE: dict[str, tuple[Callable[[], Any], Callable[[Any], list[Tensor]]]] = {
     "cosine": (lambda: cr.schedules.cosine(1.0, 0.1, 10), of_schedule),
     "controller": (
         lambda: cr.CountController(2.5, gain=0.1),
-        lambda controller: [controller.update(controller.init(), routed(cr.TopKRouter(H, E, 3))).price],
+        lambda controller: [
+            controller.update(
+                controller.init(), cr.route(torch.ones(4, E), cr.compile(cr.Between(1, 4), E), training=False)
+            ).price
+        ],
     ),
     "controller's state": (lambda: cr.CountController(2.5).init(), lambda state: [state.price]),
     "decider": (lambda: begun(Decider(cr.Between(1, 3), E, seed=4)), of_decider),

@@ -328,8 +328,8 @@ def test_wrong_options_are_named(
     ("option", "study"),
     [
         ("budgets", "budgets"),
-        ("seeds", "budgets"),
-        ("processes", "budgets"),
+        ("seeds", "balance"),
+        ("processes", "balance"),
         ("regimes", "learning"),
         ("minutes", "learning"),
     ],

@@ -84,7 +84,7 @@ class BatchRouting(WrappedRouting):
 
     def __reduce__(self) -> tuple[Any, ...]:
         law = None if self._law is None else (self._law.circuit, self._law.logits.detach())
-        return _restored, (Routing.__reduce__(self), self.experts, law)
+        return _restored, (self.decided, self.experts, law)
 
     def __repr__(self) -> str:
         tokens, experts = self.mask.shape
@@ -92,12 +92,9 @@ class BatchRouting(WrappedRouting):
         return f"BatchRouting({tokens} tokens, {len(self.experts)} of {experts} experts, {rule!r})"
 
 
-def _restored(
-    decided: tuple[Any, tuple[Any, ...]], experts: Tensor, law: tuple[Circuit, Tensor] | None
-) -> BatchRouting:
+def _restored(decided: Routing, experts: Tensor, law: tuple[Circuit, Tensor] | None) -> BatchRouting:
     """A pickled decision."""
-    make, values = decided
-    return BatchRouting(make(*values), experts, None if law is None else SubsetDistribution(*law, validate_args=False))
+    return BatchRouting(decided, experts, None if law is None else SubsetDistribution(*law, validate_args=False))
 
 
 def route_batch(

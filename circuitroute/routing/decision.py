@@ -38,14 +38,6 @@ class Decision(NamedTuple):
     logits: Tensor
     temperature: float | Tensor
 
-    def unmoved(self) -> SubsetDistribution:
-        """The distribution without price and bias, at the same temperature: what weighs where marginals do."""
-        given = self.untempered
-        if self.logits is given.logits:
-            return self.distribution
-        plain = SubsetDistribution(given.circuit, self.logits, given.count_potential, validate_args=False)
-        return plain.tempered(self.temperature)
-
     def routing(self, gates: Tensor) -> Routing:
         """The decision with its weights, [T, E]."""
         return Routing(self.distribution, self.mask, gates, self.untempered, self.logits, self.temperature)

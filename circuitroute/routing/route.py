@@ -41,7 +41,8 @@ def route(
         circuit: the compiled constraint over E experts.
         combine: how chosen experts are weighted, g being the estimator's mask: ``"softmax"``, g times the softmax
             over all experts (ProbMoE); ``"normalized"``, the softmax over the chosen ones; ``"sigmoid"``, g times
-            sigmoid(logits); ``"marginal"``, g times the exact marginals, those without price and bias.
+            sigmoid(logits); ``"marginal"``, g times the exact marginals, those of the
+            distribution that is decided on, with its temperature, price and bias.
         estimator: how gradients cross the sample: ``"simple"``, ``"score"``, ``"none"``, ``"dense"`` or an
             :class:`~circuitroute.routing.estimators.Estimator`.
         training: sample when True; take the mode, deterministically, when False.
@@ -59,7 +60,8 @@ def route(
         price: what an expert costs, taken off every logit for the choice alone: a number, or a tensor [] or [T].
             A range router chooses fewer experts at a higher price; see :class:`circuitroute.CountController`.
         bias: [E], added to the logits for the choice alone, as auxiliary-loss-free balancing does; see
-            :mod:`circuitroute.balance`. Weights are those of the logits as given, whatever ``combine`` is.
+            :mod:`circuitroute.balance`. Weights are those of the logits as given, but for
+            ``combine="marginal"``.
         count_potential: [K + 1] or [T, K + 1], see :class:`SubsetDistribution`.
         validate_args: whether to check values; None follows torch.distributions. Without it, rows with NaN or
             with evidence that leaves nothing choose no expert and have NaN gates, in those rows alone. On a GPU the

@@ -74,19 +74,13 @@ class SequenceRouting(WrappedRouting):
         self.state = state
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (Routing.__reduce__(self), self.state)
+        return SequenceRouting, (self.decided, self.state)
 
     def __repr__(self) -> str:
         tokens, experts = self.mask.shape
         rule = self.untempered.circuit.constraint
         at = f"{self.state.position} of {self.state.length} decided"
         return f"SequenceRouting({tokens} tokens, {at}, {experts} experts, {rule!r})"
-
-
-def _restored(decided: tuple[Any, tuple[Any, ...]], state: SequenceState) -> SequenceRouting:
-    """A pickled decision."""
-    make, values = decided
-    return SequenceRouting(make(*values), state)
 
 
 def route_sequence(

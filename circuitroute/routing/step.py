@@ -93,8 +93,6 @@ def routing(
     untempered, crosses = batch.untempered, _CROSSES.get(type(as_estimator(estimator)))
     if crosses is None or untempered.circuit.counts is None or transformed():
         return None
-    if combine == "marginal" and batch.logits is not untempered.logits:
-        return None  # weights of one distribution and a decision of another: two sweeps
     choice, potential = untempered.rows.given()
     theta = choice if batch.logits is untempered.logits else batch.logits
     given = Inputs(theta, choice, _temperatures(batch.temperature, theta), potential, None)

@@ -39,7 +39,7 @@ def weigh(
         if isinstance(as_estimator(estimator), Dense):
             gates = _dense(decision, logits, combine)
         elif combine == "marginal":
-            gates = g * decision.unmoved().marginals
+            gates = g * decision.distribution.marginals
         else:
             gates = weigh_by_logits(g, decision.mask, logits, combine, finite)
     return gates if decision.invalid is None else torch.where(decision.invalid[:, None], torch.nan, gates)
@@ -85,7 +85,7 @@ def _dense(decision: Decision, logits: Tensor, combine: Combine) -> Tensor:
     if combine == "normalized":
         return _dense_normalized(mask, logits)
     if combine == "marginal":
-        weights = decision.unmoved().marginals
+        weights = decision.distribution.marginals
     elif combine == "sigmoid":
         weights = torch.sigmoid(logits)
     else:

@@ -27,12 +27,12 @@ class Record:
     router: str
     step: int = 0
     losses: list[float] = field(default_factory=list)  # one per step, nats per byte
-    violations: list[float] = field(default_factory=list)  # one per step: max violation of the batch, mean over layers
     evaluations: list[Evaluation] = field(default_factory=list)
     swap_correlation: float | None = None
     finished: bool = False
     training_seconds: float = 0.0
     seconds: float = 0.0  # with validation and the swap oracle
+    violations: list[float] = field(default_factory=list)  # one per step: max violation of the batch, mean over layers
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

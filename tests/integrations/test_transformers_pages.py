@@ -32,7 +32,7 @@ def test_code_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / "transformers.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```py\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     scope: dict[str, Any] = {"__name__": "docs"}
     for block in blocks:
         exec(compile(block, "docs/transformers.md", "exec", dont_inherit=True), scope)
