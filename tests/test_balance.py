@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import circuitroute as cr
-from circuitroute.routing import balance, bias_solver, needed_bias
+from circuitroute.routing import balance
+from circuitroute.routing.bias import needed, solver
 from tests.tempered import CONSTRAINTS, INF, E, T, compiled, every_constraint, hidden_of, key_of, logits_of
 from tests.truth import enumerate_worlds, world_truth
 
@@ -129,8 +130,8 @@ def test_any_scale_and_both_ways_of_solving(
     circuit = cr.compile(constraint, n)
     found = []
     for dense, chunk in ((32, 1 << 21), (1, 1 << 21), (1, 40 * n)):
-        monkeypatch.setattr(bias_solver, "DENSE", dense)
-        monkeypatch.setattr(bias_solver, "CHUNK", chunk)
+        monkeypatch.setattr(solver, "DENSE", dense)
+        monkeypatch.setattr(solver, "CHUNK", chunk)
         found.append(bias_for(circuit(logits), temperature=0.5))
     for bias in found:
         mean = circuit((logits + bias) / 0.5).marginals.mean(0)
@@ -141,8 +142,8 @@ def test_any_scale_and_both_ways_of_solving(
 
 def test_the_second_derivative_is_the_mean_covariance() -> None:
     logits, circuit = double(), compiled(cr.Between(1, 4))
-    part = bias_solver.Part(circuit, logits, torch.linspace(0.5, 2, T).double()[:, None], None)
-    system = bias_solver.System([part], E, None, torch.device("cpu"))
+    part = solver.Part(circuit, logits, torch.linspace(0.5, 2, T).double()[:, None], None)
+    system = solver.System([part], E, None, torch.device("cpu"))
     bias = torch.linspace(-1, 1, E).double()
     covariance = circuit((logits + bias) / part.temperature).covariance_matrix
     wanted = (covariance / part.temperature[..., None]).mean(0)
@@ -364,9 +365,9 @@ def test_needed_biases_are_where_the_mode_changes(constraint: cr.Constraint) -> 
     circuit, logits = compiled(constraint), logits_of(12, dtype=torch.float64)
     bias = torch.linspace(-1, 1, E).double()
     routing = cr.route(logits, circuit, decide="mode", bias=bias)
-    found, load = needed_bias.needed_bias(routing.untempered, bias, torch.ones(12, dtype=torch.bool))
+    found, load = needed.needed_bias(routing.untempered, bias, torch.ones(12, dtype=torch.bool))
     assert int(load) == int(routing.mask.sum())
-    margins = needed_bias._by_margins(routing.untempered, routing.untempered.logits)
+    margins = needed._by_margins(routing.untempered, routing.untempered.logits)
     worlds = torch.from_numpy(enumerate_worlds(E))
     worlds = worlds[circuit.satisfies(worlds)]
     scores = routing.untempered.logits @ worlds.double().t()
@@ -443,7 +444,7 @@ def test_quantile_where_evidence_leaves_little() -> None:
 def test_order_statistics_are_those_of_sorting(numbers: list[float]) -> None:
     values = torch.tensor([numbers, numbers[::-1]], dtype=torch.float32).t()
     ranks = torch.arange(1, len(numbers) + 1)[:, None].expand(-1, 2)
-    found = needed_bias.order_statistics(values, ranks)
+    found = needed.order_statistics(values, ranks)
     assert torch.equal(found, values.sort(0).values + 0.0)
 
 

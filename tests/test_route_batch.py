@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import circuitroute as cr
-from circuitroute.routing import batch_needs
-from circuitroute.routing.batch_choice import Wanted
+from circuitroute.routing.budgets import batch_needs
+from circuitroute.routing.budgets.batch_choice import Wanted
 
 INF = math.inf
 GROUPED = cr.ActiveGroups(cr.Groups(3), at_most=2) & cr.Exactly(3)

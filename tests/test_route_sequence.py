@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import circuitroute as cr
-from circuitroute.routing.sequence_budget import Total, block_at, messages
+from circuitroute.routing.budgets.sequence_budget import Total, block_at, messages
 
 INF = math.inf
 

@@ -27,7 +27,9 @@ from circuitroute._tensors import cannot_look
 from circuitroute._validate import as_flag, as_number, as_real, int_at_least
 from circuitroute.inference.distribution import SubsetDistribution
 from circuitroute.inference.temperature import as_temperature
-from circuitroute.routing.bias_solver import Part, System, approached, solve
+from circuitroute.routing.bias.needed import needed_bias, quantile_bias
+from circuitroute.routing.bias.solver import Part, System, approached, solve
+from circuitroute.routing.bias.targets import Reach, as_target
 from circuitroute.routing.control import (
     Routings,
     checked_state,
@@ -39,8 +41,6 @@ from circuitroute.routing.control import (
     summed,
 )
 from circuitroute.routing.decision import Routing
-from circuitroute.routing.needed_bias import needed_bias, quantile_bias
-from circuitroute.routing.targets import Reach, as_target
 
 KINDS = {1: "LossFree", 2: "Quantile", 3: "ExactBalance"}
 TOLERANCE = 1e-10  # of mean marginals
@@ -183,7 +183,7 @@ class Quantile(_Rule):
     and the (n + 1)-th smallest needed bias of all tokens, n = T times its target: so n tokens reach it. Exact order
     statistics, over processes too. This is one round of coordinate descent on the dual of the most probable decisions
     with prescribed loads, and it is the *mode* that it balances, whatever was sampled. For other constraints than a
-    count see :mod:`circuitroute.routing.needed_bias`.
+    count see :mod:`circuitroute.routing.bias.needed`.
 
     Args:
         num_experts: E.
@@ -293,7 +293,7 @@ def bias_for(
 ) -> Tensor:
     """The bias b at which the mean over the batch of the exact marginals of (logits + b) / temperature is the target.
 
-    By Newton with the exact second derivative, to 1e-10, in float64 (:mod:`circuitroute.routing.bias_solver`). Where
+    By Newton with the exact second derivative, to 1e-10, in float64 (:mod:`circuitroute.routing.bias.solver`). Where
     the constraint leaves b undetermined, as by a constant for exactly k experts, or one for every group that always
     has as many, it is the one of smallest norm.
 

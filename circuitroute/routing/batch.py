@@ -18,14 +18,14 @@ from circuitroute.inference.circuit import Circuit
 from circuitroute.inference.distribution import SubsetDistribution
 from circuitroute.inference.evidence import rows_text, unsatisfiable_rows
 from circuitroute.routing import choice
-from circuitroute.routing.batch_choice import by_weights, greedy, key_of_batch, law_of_experts
+from circuitroute.routing.budgets.batch_choice import by_weights, greedy, key_of_batch, law_of_experts
+from circuitroute.routing.budgets.wrapped import WrappedRouting
 from circuitroute.routing.choice import Batch, Decide
 from circuitroute.routing.decision import Pad, Routing, chosen_first
 from circuitroute.routing.estimators import Estimator
 from circuitroute.routing.records import RoutingRecord
 from circuitroute.routing.route import routed
 from circuitroute.routing.weights import Combine, as_combine
-from circuitroute.routing.wrapped import WrappedRouting
 
 Choose: TypeAlias = Literal["greedy", "sample"]
 By: TypeAlias = Literal["weights", "logits"]
@@ -125,8 +125,8 @@ def route_batch(
     logits as given: with ``combine="softmax"`` over all E experts, whether or not the batch has them. (``"normalized"``
     is over the chosen ones, and ``"marginal"`` has the marginals of the law that is decided on, within the set.)
 
-    How the set is chosen, and how far that is from the best one, is told in :mod:`circuitroute.routing.batch_choice`
-    and on ``docs/batch-budgets.md``. No gradient crosses its choice. A token's decision depends on the other tokens
+    How the set is chosen, and how far that is from the best one, is told in
+    :mod:`circuitroute.routing.budgets.batch_choice` and on ``docs/batch-budgets.md``. No gradient crosses its choice. A token's decision depends on the other tokens
     through the set alone; the set depends on all of them.
 
     Args:

@@ -1,4 +1,4 @@
-"""A budget over the tokens of a sequence, kept causally; the algebra is :mod:`~circuitroute.routing.sequence_budget`.
+"""A budget over the tokens of a sequence, kept causally, by :mod:`~circuitroute.routing.budgets.sequence_budget`.
 
 Legend: S sequences, T tokens of each, E experts, K the largest count of a token, J = K + 1; L tokens of a block.
 
@@ -24,14 +24,14 @@ from circuitroute.inference.distribution import SubsetDistribution, validating
 from circuitroute.inference.evidence import rows_text
 from circuitroute.keys import uniform
 from circuitroute.routing import choice
+from circuitroute.routing.budgets.sequence_budget import DEAD, Total, ahead, block_at, messages
+from circuitroute.routing.budgets.wrapped import WrappedRouting
 from circuitroute.routing.choice import Batch, Decide
 from circuitroute.routing.decision import Routing
 from circuitroute.routing.estimators import Estimator
 from circuitroute.routing.records import RoutingRecord
 from circuitroute.routing.route import routed
-from circuitroute.routing.sequence_budget import DEAD, Total, ahead, block_at, messages
 from circuitroute.routing.weights import Combine, as_combine
-from circuitroute.routing.wrapped import WrappedRouting
 
 # How much less likely than the rarest count one is taken to be that was possible to no token so far, in nats.
 UNSEEN = 10.0
@@ -47,7 +47,8 @@ class SequenceState(NamedTuple):
         seen: [S, J] float64, the sum of their log count posteriors without a budget, which those to come are taken for.
         times: [S, J] float64, how many tokens there are in each sum: those to which the count was possible.
         entered: [S] int64, what was spent before the block in hand.
-        messages: [S, L + 1, W] float64, V of the block in hand; see :mod:`circuitroute.routing.sequence_budget`.
+        messages: [S, L + 1, W] float64, V of the block in hand, see
+            :mod:`circuitroute.routing.budgets.sequence_budget`.
     """
 
     position: int

@@ -216,7 +216,7 @@ def solve(
         span: no entry of a step is larger.
         tolerance: of the largest entry of target - mean marginals.
         steps: how many at most.
-        impossible: whether a bias proves that there is none: see :func:`circuitroute.routing.targets.proof`.
+        impossible: whether a bias proves that there is none: see :func:`circuitroute.routing.bias.targets.proof`.
     """
     bias = start - fixed @ (fixed.t() @ start)
     missing = target - system.mean(bias)

@@ -20,7 +20,7 @@ from torch import Tensor
 from circuitroute._validate import as_items, as_number, as_real
 from circuitroute.circuit import Compiled
 from circuitroute.inference.distribution import SubsetDistribution
-from circuitroute.routing.bias_solver import Part, Solution
+from circuitroute.routing.bias.solver import Part, Solution
 from circuitroute.routing.control import summed
 
 ROUNDED = 1e-5  # how far a target may be from what is fixed, as one of float32 is: it is then taken as meant

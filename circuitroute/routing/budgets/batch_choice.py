@@ -41,7 +41,7 @@ from circuitroute.engines.step import Combine
 from circuitroute.inference.circuit import Circuit
 from circuitroute.inference.distribution import SubsetDistribution
 from circuitroute.keys import fold_in, mix64
-from circuitroute.routing.batch_needs import Needs
+from circuitroute.routing.budgets.batch_needs import Needs
 
 # What a weight of 1 is in logits of the law that the set is chosen by.
 SHARPNESS = 32.0
