@@ -110,7 +110,8 @@ def test_a_plan_moves_every_layers_own_bias(text: Path, tmp_path: Path) -> None:
 
 def _record(router: str, violations: list[float], bits: float, violation: float, finished: bool = True) -> Record:
     last = Evaluation(4, bits, 2.0, 0.9, violation, [], [], [], None)
-    return Record(router, 4, [1.0] * 4, violations, [last], finished=finished, training_seconds=2.0, seconds=3.0)
+    measured: dict[str, Any] = {"losses": [1.0] * 4, "evaluations": [last], "violations": violations}
+    return Record(router, 4, **measured, finished=finished, training_seconds=2.0, seconds=3.0)
 
 
 def test_rows_differences_and_means_are_those_of_the_records() -> None:

@@ -126,8 +126,8 @@ def route_batch(
     is over the chosen ones, and ``"marginal"`` has the marginals of the law that is decided on, within the set.)
 
     How the set is chosen, and how far that is from the best one, is told in
-    :mod:`circuitroute.routing.budgets.batch_choice` and on ``docs/batch-budgets.md``. No gradient crosses its choice. A token's decision depends on the other tokens
-    through the set alone; the set depends on all of them.
+    :mod:`circuitroute.routing.budgets.batch_choice` and on ``docs/batch-budgets.md``. No gradient crosses its
+    choice. A token's decision depends on the other tokens through the set alone; the set depends on all of them.
 
     Args:
         logits: [T, E]; more leading dimensions are flattened into one batch of tokens.
