@@ -383,6 +383,27 @@ def test_controllers_move_the_choices_of_every_layer(tmp_path: Path) -> None:
     assert handle.model.config.circuitroute["price"] == [float(price) for price in handle.price]
 
 
+def test_the_rules_of_balance_go_into_a_checkpoint_and_come_back(tmp_path: Path) -> None:
+    """Each rule, beside a price: a run that was resumed has the states of the one that was not interrupted."""
+    for rule in (cr.balance.LossFree(8, step=0.1), cr.balance.Quantile(8), cr.balance.ExactBalance(8, steps=1)):
+        folder, ended = tmp_path / type(rule).__name__, []
+        for resumed in (False, True):
+            handle = patched()
+            trainer = trainer_of(handle, folder, 4, save_strategy="steps", save_steps=2, **{"learning_rate": 0.0})
+            callback = handle.trainer_callback(controller=[cr.CountController(1.5, gain=0.5), rule])
+            trainer.add_callback(callback)
+            trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resumed else None)
+            ended.append(callback.controllers.states)
+        for found, expected in zip(ended[1][1], ended[0][1], strict=True):
+            assert torch.equal(found.bias, expected.bias)
+            assert float(found.bias.abs().max()) > 0
+        other = cr.balance.LossFree(8) if isinstance(rule, cr.balance.Quantile) else cr.balance.Quantile(8)
+        trainer = trainer_of(handle, folder, 4)
+        trainer.add_callback(handle.trainer_callback(controller=[cr.CountController(1.5), other]))
+        with pytest.raises(ValueError, match="which do not fit"):
+            trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+
+
 @pytest.mark.parametrize("restored", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path: Path, restored: bool) -> None:
     """Prices, biases and the log, whether or not the Trainer restores callbacks itself.
