@@ -389,7 +389,7 @@ def test_the_rules_of_balance_go_into_a_checkpoint_and_come_back(tmp_path: Path)
         folder, ended = tmp_path / type(rule).__name__, []
         for resumed in (False, True):
             handle = patched()
-            trainer = trainer_of(handle, folder, 4, save_strategy="steps", save_steps=2, **{"learning_rate": 0.0})
+            trainer = trainer_of(handle, folder, 4, save_strategy="steps", save_steps=2, learning_rate=0.0)
             callback = handle.trainer_callback(controller=[cr.CountController(1.5, gain=0.5), rule])
             trainer.add_callback(callback)
             trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resumed else None)
