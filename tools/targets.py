@@ -22,6 +22,7 @@ _DECISIONS = [
     "tests/test_routing.py",
     "tests/test_routing_calls.py",
     "tests/test_replay.py",
+    "tests/test_record_sources.py",
 ]
 
 TESTS: dict[str, list[str]] = {
