@@ -10,7 +10,7 @@ import torch
 
 from circuitroute.circuit import Compiled
 from circuitroute.engines.base import Engine, LayeredEngine
-from circuitroute.engines.layered import NaiveLayered, PyjuiceLayered, TorchLayered, evaluated
+from circuitroute.engines.layered import NaiveLayered, PyjuiceLayered, TorchLayered, evaluated, lean
 from circuitroute.engines.layered.pyjuice import missing as missing_for_pyjuice
 from circuitroute.engines.subset import NaiveSubset, NumbaSubset, TorchSubset, TritonSubset
 from circuitroute.engines.subset.numba.engine import fits as numba_fits
@@ -112,7 +112,7 @@ def _make_layered(circuit: Compiled, name: str) -> LayeredEngine:
         return NaiveLayered(evaluated(circuit.graph))
     if name == "pyjuice":
         return PyjuiceLayered(circuit.graph, circuit.max_count, repr(circuit.constraint))
-    return TorchLayered(evaluated(circuit.graph), circuit.max_count)
+    return TorchLayered(lean(circuit.graph), circuit.max_count, drawn=evaluated(circuit.graph))
 
 
 @dataclass(frozen=True)
