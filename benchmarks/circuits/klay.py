@@ -3,8 +3,8 @@
 Shapes: T rows, N variables.
 
 It takes log-probabilities of the literals, so logits enter as those of coins, whose normaliser is added to what comes
-out: log Z = log P(circuit) + sum of softplus(theta). With coins that sum to one no circuit need be smooth. The marginals
-are the gradient. The batch is
+out: log Z = log P(circuit) + sum of softplus(theta). With coins that sum to one no circuit need be smooth. The
+marginals are the gradient. The batch is
 
     klay             a dimension of the tensors, which its modules take since 0.1
     klay:real        the same in the semiring of probabilities, which is faster, and 0 where float32 underflows
