@@ -14,6 +14,7 @@ marginals are the gradient. The batch is
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -52,7 +53,15 @@ def build_vmap(case: CircuitCase) -> Forward:
     """The batch by vmap."""
     if case.rows > MAX_VMAP_ROWS:
         raise UnavailableError(f"takes seconds at more than {MAX_VMAP_ROWS} rows, in proportion to their number")
-    return _forward(case, _of_logs(torch.vmap(_module(case.path, "log"))))
+    batched = torch.vmap(_module(case.path, "log"))
+
+    def module(present_TN: Tensor, absent_TN: Tensor) -> Tensor:
+        with warnings.catch_warnings():  # torch has no batched segment_reduce, which is what is measured here
+            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+            value: Tensor = batched(present_TN, absent_TN)
+        return value
+
+    return _forward(case, _of_logs(module))
 
 
 @provider("circuits", "klay:compiled", engine="klay", by_default=False)

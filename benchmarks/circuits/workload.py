@@ -30,10 +30,7 @@ CHECKED_ROWS = 16
 @cache
 def read_circuit(path: Path) -> cr.Circuit:
     """The circuit of a file, by this library's own readers; read once."""
-    if path.suffix == ".nnf":
-        return cr.read_nnf(path)
-    vtree = path.with_suffix(".vtree")
-    return cr.read_sdd(path, vtree if vtree.exists() else None)
+    return cr.read_nnf(path) if path.suffix == ".nnf" else cr.read_sdd(path, path.with_suffix(".vtree"))
 
 
 @dataclass(frozen=True)
@@ -98,6 +95,7 @@ class Circuits:
         files = [pair for text in options.collection for pair in _files(text)]
         if options.only is not None:
             files = _only(files, options.only.split(","))
+        files = [pair for pair in files if _is_read(pair[1])]
         return [CircuitCase(name, path, rows, options.seed) for name, path in files for rows in batches]
 
     def errors(self, case: CircuitCase, outputs: Outputs, gradient: Tensor) -> dict[str, float | None]:
@@ -119,6 +117,16 @@ def _files(text: str) -> list[tuple[str, Path]]:
     if not found:
         raise ValueError(f"--collection {text!r}: no {' or '.join(SUFFIXES)} file in {folder!r}")
     return [(name, path) for path in sorted(found)]
+
+
+def _is_read(path: Path) -> bool:
+    """Whether this library reads the circuit; if not it says why."""
+    try:
+        read_circuit(path)
+    except cr.CircuitRouteError as reason:
+        print(f"left out {path.name}: {reason}", flush=True)
+        return False
+    return True
 
 
 def _only(files: list[tuple[str, Path]], names: Sequence[str]) -> list[tuple[str, Path]]:
