@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from circuitroute.engines.layered.numba.tree import merged
 from circuitroute.engines.subset.numba.sampling import mixed
 from circuitroute.engines.subset.numba.simd.lanes import WIDTH, inlined
 
@@ -18,7 +19,7 @@ _FIRST = np.uint32(0x7FEB352D)
 _SECOND = np.uint32(0x846CA68B)
 
 
-@inlined
+@merged
 def _uniform(key, number):
     """:func:`circuitroute.keys.uniform_at` of one mixed key, in float64."""
     low, high = np.uint32(key & np.uint64(0xFFFFFFFF)), np.uint32(key >> np.uint64(32))
@@ -30,12 +31,12 @@ def _uniform(key, number):
     return (np.float64(np.int32(x)) + 0.5) * 2.0**-32 + 0.5
 
 
-@inlined
+@merged
 def _weight(values, left, right, e, lane):
     return np.float64(values[left[e] * WIDTH + lane]) * np.float64(values[right[e] * WIDTH + lane])
 
 
-@inlined
+@merged
 def _element(values, left, right, start, stop, lane, total, u, margin):
     """The element that the uniform picks by inversion, and whether rounding could have decided it."""
     threshold, allowance, reached, e, doubt = u * total, total * margin, 0.0, start, False
@@ -49,7 +50,7 @@ def _element(values, left, right, start, stop, lane, total, u, margin):
     return e, doubt and total > 0.0
 
 
-@inlined
+@merged
 def _root_element(values, root, adjoint, lane, u, margin):
     """:func:`_element` of the root, whose elements are weighed by d log Z / d coefficient: the total is 1."""
     left, right, count = root

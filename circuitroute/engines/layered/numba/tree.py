@@ -13,13 +13,24 @@ four at a time, and runs in runs of runs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import numba
+
 from circuitroute.engines.subset.numba.simd.lanes import WIDTH, fill, fma, inlined, load, store
 
 RUN = 32
 RUN_OF_RUNS = RUN * RUN
 
 
-@inlined
+def merged(function: Callable[..., Any]) -> Any:
+    """Compiled into its callers: a call of few additions would take longer than these, its arguments being arrays."""
+    options = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "error_model": "numpy", "forceinline": True}
+    return numba.njit(**options)(function)
+
+
+@merged
 def _run(x, a, y, b, start, stop):
     """Sum of x[a[e]] y[b[e]] over a few elements."""
     total = fill(x, 0.0)
@@ -39,7 +50,7 @@ def _run(x, a, y, b, start, stop):
     return total
 
 
-@inlined
+@merged
 def _sum(x, a, y, b, start, stop):
     """Sum of x[a[e]] y[b[e]] over any number of elements."""
     if stop - start <= RUN:
@@ -53,7 +64,7 @@ def _sum(x, a, y, b, start, stop):
     return total
 
 
-@inlined
+@merged
 def _dual_run(x, dx, a, y, dy, b, start, stop):
     """The tangent of :func:`_run`, whose factors move by dx and dy."""
     one, two = fill(x, 0.0), fill(x, 0.0)
@@ -64,7 +75,7 @@ def _dual_run(x, dx, a, y, dy, b, start, stop):
     return one + two
 
 
-@inlined
+@merged
 def _dual_sum(x, dx, a, y, dy, b, start, stop):
     """The tangent of :func:`_sum`."""
     if stop - start <= RUN:
@@ -99,7 +110,7 @@ def dual_up(elements, values, tangents, n):
         store(tangents, r * WIDTH, _dual_sum(values, tangents, left, values, tangents, right, start, stop))
 
 
-@inlined
+@merged
 def _before(i, n, top):
     """Row number i of the way down: the sums below the root, last to first, then the literals "present"."""
     sums = top - (2 * n + 1)
