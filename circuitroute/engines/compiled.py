@@ -55,7 +55,9 @@ def width() -> int:
     return WIDTH
 
 
-def in_threads(kernel: Any, logits_TN: NDArray[Any], numbers: int, arguments: tuple[Any, ...]) -> None:
+def in_threads(
+    kernel: Any, logits_TN: NDArray[Any], numbers: int, arguments: tuple[Any, ...], work: int | None = None
+) -> None:
     """Run the kernel on all rows, split among as many threads as torch uses (kernels release the GIL).
 
     A thread gets whole blocks of tokens: a part of a block takes the time and the memory of a whole one.
@@ -63,6 +65,7 @@ def in_threads(kernel: Any, logits_TN: NDArray[Any], numbers: int, arguments: tu
     Args:
         kernel: called with (start, stop) of its rows and the arguments.
         numbers: how many numbers of a token the kernel holds.
+        work: how many logits a token counts for; N by default.
     """
 
     def run(part: tuple[int, int]) -> None:
@@ -74,7 +77,8 @@ def in_threads(kernel: Any, logits_TN: NDArray[Any], numbers: int, arguments: tu
         _READY.add(ready)
     T, N = logits_TN.shape
     blocks = -(-T // width())
-    threads = max(1, min(torch.get_num_threads(), T * N // LOGITS_PER_THREAD, blocks, MAX_NUMBERS // max(1, numbers)))
+    worth = T * (N if work is None else work) // LOGITS_PER_THREAD
+    threads = max(1, min(torch.get_num_threads(), worth, blocks, MAX_NUMBERS // max(1, numbers)))
     bounds = [min(T, width() * (blocks * i // threads)) for i in range(threads + 1)]
     if threads == 1:
         run((0, T))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from circuitroute.circuit.graph import Graph
+from circuitroute.circuit.graph import Graph, NodeKind
 from circuitroute.engines.compiled import array, in_threads
 from circuitroute.engines.layered.flat import Flat, flatten
 from circuitroute.engines.layered.torch import sweep as of_torch
@@ -34,9 +34,6 @@ class NumbaLayered(TorchLayered):
     """
 
     name = "numba"
-
-    def __init__(self, graph: Graph, max_count: int) -> None:
-        super().__init__(graph, max_count)
 
     @cached_property
     def _flat(self) -> Flat:
@@ -66,7 +63,8 @@ class NumbaLayered(TorchLayered):
         lines = (found.log_partition, found.log_root, found.shift, found.fallback, found.uncertain)
         outputs = (tuple(map(array, lines)), *map(array, (found.marginals, probs, mask)))
         given = (self._circuit, J is not None, array(logits), self._limits(logits.dtype), array(key))
-        in_threads(_kernels().forward, array(logits), (2 if moments else 1) * flat.rows, (*given, *outputs))
+        held = (2 if moments else 1) * flat.rows
+        in_threads(_kernels().forward, array(logits), held, (*given, *outputs), flat.rows)
         return found
 
     def derivative(
@@ -81,7 +79,7 @@ class NumbaLayered(TorchLayered):
         v = none if dq is None or v_TJ is None else v_TJ
         given = (self._circuit, array(logits), self._limits(logits.dtype))
         tensors = (shift_T, u_TN, v, dm, none if dq is None else dq)
-        in_threads(_kernels().derivative, array(logits), 4 * flat.rows, (*given, *map(array, tensors)))
+        in_threads(_kernels().derivative, array(logits), 4 * flat.rows, (*given, *map(array, tensors)), flat.rows)
         return dm, dq
 
 
@@ -92,6 +90,14 @@ def _on_cpu(logits: Tensor) -> Tensor:
             f"engine 'torch' (with_engine('torch')), which runs anywhere"
         )
     return logits
+
+
+def warmup() -> None:
+    """Compile all kernels, for both dtypes, or read them from numba's cache."""
+    engine = NumbaLayered(Graph.of(1, [NodeKind.PRESENT], [0], [[]]), 1)
+    for dtype in (torch.float32, torch.float64):
+        logits, key = torch.zeros(1, 1, dtype=dtype, device="cpu"), torch.zeros(1, dtype=torch.int64, device="cpu")
+        engine.second_derivative(logits, None, engine.infer(logits, None, key), logits, None)
 
 
 def _kernels() -> Any:
