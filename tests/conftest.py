@@ -38,8 +38,10 @@ def compiled_kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
         return
     import circuitroute as cr
 
-    circuit, dtypes = cr.compile(cr.Exactly(1), 2), [torch.float32, torch.float64]
+    circuits = cr.compile(cr.Exactly(1), 2), cr.compile(cr.Exactly(1).over([0, 1]), 3)
+    dtypes = [torch.float32, torch.float64]
     for dtype in dtypes if int(worker.removeprefix("gw")) % 2 else dtypes[::-1]:
         with FileLock(tmp_path_factory.getbasetemp().parent / f"{dtype}.lock"):
-            logits = torch.zeros(1, 2, dtype=dtype, requires_grad=True)
-            torch.autograd.grad(circuit.with_engine("numba")(logits).marginals[0, 0], logits)
+            for circuit in circuits:
+                logits = torch.zeros(1, circuit.n, dtype=dtype, requires_grad=True)
+                torch.autograd.grad(circuit.with_engine("numba")(logits).marginals[0, 0], logits)

@@ -62,7 +62,7 @@ ADAPTERS = {
 # Folders of engines whose decorators need a compiler when they are imported: all modules but ``engine`` do, and only
 # functions may import them.
 KERNELS = {"circuitroute/engines/subset/numba": "numba", "circuitroute/engines/subset/triton": "triton"}
-KERNELS |= {"circuitroute/keys": "triton"}
+KERNELS |= {"circuitroute/engines/layered/numba": "numba", "circuitroute/keys": "triton"}
 
 PUBLIC = [
     "ActiveGroups",

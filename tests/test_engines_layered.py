@@ -1,5 +1,6 @@
 """The engines of composed circuits: naive against enumeration, torch against naive, on every output and gradient."""
 
+import importlib.util
 import math
 import random
 
@@ -13,7 +14,7 @@ import circuitroute as cr
 from circuitroute.circuit import Graph, NodeKind
 from circuitroute.circuit.counting import split_by_count
 from circuitroute.engines import layered_engine
-from circuitroute.engines.layered import NaiveLayered, TorchLayered, evaluated, lean
+from circuitroute.engines.layered import NaiveLayered, NumbaLayered, TorchLayered, evaluated, lean
 from circuitroute.engines.layered.torch import sampling, steps, sweep
 from circuitroute.engines.layered.torch.plan import lay_out
 from circuitroute.engines.layered.torch.runs import Contraction, LargestSum
@@ -23,6 +24,9 @@ from tests.test_compile import NoNeighbours, Parity
 from tests.truth import enumerate_worlds, world_truth
 
 CPU = torch.device("cpu")
+FAST = {"torch": TorchLayered, "numba": NumbaLayered}
+if importlib.util.find_spec("numba") is None:
+    del FAST["numba"]
 GROUPS = cr.ActiveGroups(cr.Groups(8), at_most=4) & cr.Exactly(8)
 
 # Small enough to enumerate; with definite counts (shifted) and without.
@@ -66,7 +70,7 @@ def covariance_times(dist, u):
     return torch.autograd.grad((dist.marginals * u).sum(), dist.logits, materialize_grads=True)[0]
 
 
-@pytest.mark.parametrize("engine", ["naive", "torch"])
+@pytest.mark.parametrize("engine", ["naive", *FAST])
 @pytest.mark.parametrize("case", SMALL, ids=name)
 def test_against_enumeration(case, engine):
     constraint, n = case
@@ -97,40 +101,46 @@ LARGE_CELLS = [
 
 
 @pytest.mark.parametrize(("case", "scale", "dtype"), LARGE_CELLS, ids=name)
-def test_torch_is_held_to_naive(case, scale, dtype):
+def test_fast_engines_are_held_to_naive(case, scale, dtype):
     """Marginals, log Z, gradient, count posterior, log-probability, mode and samples, with evidence in some rows."""
     constraint, n = case
     circuit = cr.compile(constraint, n)
     logits = logits_of(40, n, scale, dtype)
     logits[0, 3], logits[1, 5], logits[1, 9], logits[2] = math.inf, -math.inf, -math.inf, 0.0
     logits.requires_grad_()
-    fast, slow = circuit(logits), circuit.with_engine("naive")(logits.detach().double().requires_grad_())
-    tight = dtype == torch.float64
+    slow = circuit.with_engine("naive")(logits.detach().double().requires_grad_())
+    tight, u, key = dtype == torch.float64, logits_of(40, n, 1.0, seed=1), cr.random_key(0, torch.arange(40))
+    slope, drawn, one = covariance_times(slow, u), slow.sample((4,), key=key), slow.sample(key=key)
+    for engine in FAST:
+        fast = circuit.with_engine(engine)(logits)
+        hold_to(fast, slow, scale, tight)
+        moved = covariance_times(fast, u.to(dtype)).double()
+        torch.testing.assert_close(moved, slope, rtol=0, atol=1e-11 if tight else 1e-5)
+        sample = fast.sample((4,), key=key)
+        assert torch.equal(sample.double(), drawn)
+        assert torch.equal(fast.sample_in_sweep(key).double(), one)
+        log_probs = fast.log_prob(sample).double(), slow.log_prob(sample)
+        torch.testing.assert_close(*log_probs, rtol=1e-6, atol=1e-9 * scale if tight else 2e-5)
+
+
+def hold_to(fast, slow, scale, tight):
+    """Moments and mode."""
     torch.testing.assert_close(fast.marginals.double(), slow.marginals, rtol=0, atol=1e-12 if tight else 1e-6)
     torch.testing.assert_close(fast.log_partition.double(), slow.log_partition, rtol=3e-7, atol=3e-6)
     torch.testing.assert_close(fast.count_probs.double(), slow.count_probs, rtol=0, atol=1e-11 if tight else 1e-6)
-    u = logits_of(40, n, 1.0, seed=1)
-    moved = covariance_times(fast, u.to(dtype)).double()
-    torch.testing.assert_close(moved, covariance_times(slow, u), rtol=0, atol=1e-11 if tight else 1e-5)
-    key = cr.random_key(0, torch.arange(40))
-    sample = fast.sample((4,), key=key)
-    assert torch.equal(sample.double(), slow.sample((4,), key=key))
     assert torch.equal(fast.mode.double(), slow.mode)
-    log_probs = fast.log_prob(sample).double(), slow.log_prob(sample)
-    torch.testing.assert_close(*log_probs, rtol=1e-6, atol=1e-9 * scale if tight else 2e-5)
 
 
-def test_far_apart_logits_take_the_exact_paths():
+@pytest.mark.parametrize("engine", FAST)
+def test_far_apart_logits_take_the_exact_paths(engine):
     """Float32 rows whose root is too small go to float64, and from there to the naive engine; others stay."""
-    circuit = cr.compile(cr.EachGroup(cr.Groups(4), cr.Exactly(1)) & cr.AtMost(4), 32)
+    circuit = cr.compile(cr.EachGroup(cr.Groups(4), cr.Exactly(1)) & cr.AtMost(4), 32).with_engine(engine)
     easy, hard, worst = (torch.full((1, 32), x) for x in (0.0, 12.0, 400.0))
     hard[0, ::2], worst[0, ::2] = -12.0, -400.0
     logits = torch.cat([easy, hard, worst])
-    assert circuit.engine_for("cpu") == "torch"
-    engine = layered_engine(circuit, CPU)
-    found = engine.infer(logits, None)
+    found = layered_engine(circuit, CPU).infer(logits, None)
     groups = cr.compile(cr.EachGroup(cr.Groups(4), cr.Between(1, 2)), 32)
-    unshifted = TorchLayered(groups.graph, 8)
+    unshifted = FAST[engine](groups.graph, 8)
     assert found.fallback.tolist() == [False, False, False]  # the shift sees to it
     assert unshifted.infer(logits, None).fallback.tolist() == [False, True, True]
     assert unshifted.infer(logits.double(), None).fallback.tolist() == [False, False, True]
@@ -138,8 +148,9 @@ def test_far_apart_logits_take_the_exact_paths():
     torch.testing.assert_close(unshifted.infer(logits, None).marginals.double(), naive.marginals, rtol=0, atol=1e-6)
 
 
-def test_rows_that_nothing_satisfies_are_nan_alone():
-    circuit = cr.compile(GROUPS, 64)
+@pytest.mark.parametrize("engine", FAST)
+def test_rows_that_nothing_satisfies_are_nan_alone(engine):
+    circuit = cr.compile(GROUPS, 64).with_engine(engine)
     logits = logits_of(4, 64, 1.0, torch.float32)
     logits[1] = -math.inf
     logits[2, :9] = math.inf
@@ -152,10 +163,11 @@ def test_rows_that_nothing_satisfies_are_nan_alone():
         circuit(logits[:3])
 
 
+@pytest.mark.parametrize("engine", FAST)
 @pytest.mark.parametrize("constraint", [cr.Exactly(3), cr.Between(1, 3), SMALL[0][0]])
-def test_an_upstream_gradient_may_depend_on_the_logits(constraint):
+def test_an_upstream_gradient_may_depend_on_the_logits(constraint, engine):
     """The same gradient with and without create_graph, and right to the second order."""
-    circuit = cr.compile(constraint, 12).with_engine("torch")
+    circuit = cr.compile(constraint, 12).with_engine(engine)
     logits = logits_of(2, 12, 1.0).requires_grad_()
     function = lambda x: circuit(x).marginals.square().sum(-1)  # noqa: E731
     plain, kept = (torch.autograd.grad(function(logits).sum(), logits, create_graph=c)[0] for c in (False, True))
@@ -163,10 +175,11 @@ def test_an_upstream_gradient_may_depend_on_the_logits(constraint):
     assert torch.autograd.gradgradcheck(function, logits)
 
 
-def test_evidence_is_certain_and_no_variable():
+@pytest.mark.parametrize("engine", FAST)
+def test_evidence_is_certain_and_no_variable(engine):
     logits = logits_of(1, 64, 1.0, torch.float32)
     logits[0, 3], logits[0, 40] = math.inf, -math.inf
-    dist = cr.compile(GROUPS, 64)(logits.requires_grad_())
+    dist = cr.compile(GROUPS, 64).with_engine(engine)(logits.requires_grad_())
     assert dist.marginals[0, [3, 40]].tolist() == [1.0, 0.0]
     (gradient,) = torch.autograd.grad(dist.log_partition.sum(), logits)
     assert gradient[0, [3, 40]].tolist() == [0.0, 0.0]
@@ -174,9 +187,10 @@ def test_evidence_is_certain_and_no_variable():
 
 
 @pytest.mark.parametrize("case", [SMALL[0], SMALL[1], SMALL[3]], ids=name)
-def test_gradients_numerically(case):
+@pytest.mark.parametrize("engine", FAST)
+def test_gradients_numerically(case, engine):
     constraint, n = case
-    circuit = cr.compile(constraint, n)
+    circuit = cr.compile(constraint, n).with_engine(engine)
     logits = logits_of(2, n, 2.0).requires_grad_()
     mask = circuit(logits).mode
     outputs = (
@@ -196,23 +210,24 @@ def test_gradients_numerically(case):
 def test_blocks_change_nothing(case, monkeypatch):
     """Tokens, products and choices are cut into pieces; results and samples stay the very same."""
     constraint, n = case
-    circuit = cr.compile(constraint, n)
+    circuit = cr.compile(constraint, n).with_engine("torch")
     logits, key = logits_of(70, n, 2.0, torch.float32), cr.random_key(0, torch.arange(70))
     whole = circuit(logits)
     expected = whole.sample(key=key), whole.mode
     monkeypatch.setattr(sweep, "BLOCK_VALUES", {"cpu": 1})
     monkeypatch.setattr(steps, "MAX_PRODUCTS", 100)
     monkeypatch.setattr(sampling, "MAX_ENTRIES", 100)
-    pieces = cr.compile(constraint, n)(logits)
+    pieces = cr.compile(constraint, n).with_engine("torch")(logits)
     torch.testing.assert_close(pieces.marginals, whole.marginals, rtol=0, atol=3e-7)
     assert torch.equal(pieces.sample(key=key), expected[0])
     assert torch.equal(pieces.mode, expected[1])
     assert torch.equal(circuit(logits[30:31]).sample(key=key[30:31]), expected[0][30:31])
 
 
-def test_modes_of_work():
+@pytest.mark.parametrize("engine", FAST)
+def test_modes_of_work(engine):
     """Inference mode, no gradient, autocast, half precision and an empty batch."""
-    circuit = cr.compile(GROUPS, 64)
+    circuit = cr.compile(GROUPS, 64).with_engine(engine)
     logits = logits_of(3, 64, 1.0, torch.float32)
     expected = circuit(logits).marginals
     with torch.inference_mode():
@@ -259,8 +274,9 @@ def shared() -> Graph:
     )
 
 
-def test_a_circuit_that_is_no_tree():
-    circuit = cr.Circuit(shared(), Parity())
+@pytest.mark.parametrize("engine", FAST)
+def test_a_circuit_that_is_no_tree(engine):
+    circuit = cr.Circuit(shared(), Parity()).with_engine(engine)
     assert circuit.model_count() == 4
     worlds = enumerate_worlds(4)
     accept = circuit.satisfies(torch.from_numpy(worlds)).numpy()
@@ -276,7 +292,7 @@ def test_a_circuit_that_is_no_tree():
     np.testing.assert_allclose(covariance_times(dist, u), (truth.covariance @ u.numpy()[..., None])[..., 0], atol=1e-12)
 
 
-@pytest.mark.parametrize("engine", ["torch", "naive"])
+@pytest.mark.parametrize("engine", [*FAST, "naive"])
 @pytest.mark.parametrize("batch", [(0,), (0, 3), (2, 0)])
 def test_no_rows_have_counts_too(engine, batch):
     """There is no Fourier transform of nothing."""
@@ -312,12 +328,14 @@ def test_nodes_are_split_by_count_where_that_is_cheap():
     assert evaluated(definite) is definite
 
 
-def test_moments_are_not_split_where_all_counts_are_allowed():
+@pytest.mark.parametrize("kind", FAST.values(), ids=FAST)
+def test_moments_are_not_split_where_all_counts_are_allowed(kind):
     """No logits are shifted then, and the circuit as it is is smaller; a sample stays the one of the split circuit."""
     n = 24
     hierarchy = cr.Logic(" & ".join(f"(x{i} >> x{(i - 1) // 2})" for i in range(1, n)))
     tree = cr.compile(hierarchy, n)
-    engine = layered_engine(tree, CPU)
+    engine = layered_engine(tree.with_engine(kind.name), CPU)
+    assert type(engine) is kind
     assert (tree.min_count, tree.max_count) == (0, n)
     assert lean(tree.graph) is tree.graph
     assert evaluated(tree.graph).num_edges > 4 * tree.num_edges
@@ -340,11 +358,12 @@ def test_moments_are_not_split_where_all_counts_are_allowed():
 
 
 @pytest.mark.parametrize("case", [*(c for c in SMALL if c[1] > 1), LARGE[1]], ids=name)
-def test_unsplit_circuits(case):
+@pytest.mark.parametrize("engine", FAST)
+def test_unsplit_circuits(case, engine):
     """Nodes without definite counts: no shift, and the count posterior from a product made on demand."""
     constraint, n = case
     circuit = cr.compile(constraint, n)
-    fast, slow = TorchLayered(circuit.graph, circuit.max_count), NaiveLayered(circuit.graph)
+    fast, slow = FAST[engine](circuit.graph, circuit.max_count), NaiveLayered(circuit.graph)
     logits = logits_of(6, n, 3.0).requires_grad_()
     found, exact = fast.infer(logits.detach(), None), slow.infer(logits.detach(), None)
     torch.testing.assert_close(found.marginals, exact.marginals, rtol=0, atol=1e-12)
@@ -367,8 +386,12 @@ def test_unsplit_circuits(case):
 
 def test_engines_are_chosen_and_forced():
     circuit = cr.compile(GROUPS, 64)
-    assert circuit.engine_for("cpu") == "torch"
-    assert isinstance(layered_engine(circuit, CPU), TorchLayered)
+    preferred = "numba" if "numba" in FAST else "torch"
+    assert circuit.engine_for("cpu") == preferred
+    assert circuit.engine_for("meta") == circuit.engine_for("cuda") == "torch"
+    for engine, kind in FAST.items():
+        assert type(layered_engine(circuit.with_engine(engine), CPU)) is kind
+    assert type(layered_engine(circuit, CPU)) is FAST[preferred]
     assert isinstance(layered_engine(circuit.with_engine("naive"), CPU), NaiveLayered)
     with pytest.raises(cr.EngineError, match="no such engine"):
         circuit.with_engine("magic")
@@ -385,9 +408,10 @@ def test_choices_that_rounding_could_decide_are_noticed():
     assert chosen[0, 3:].tolist() == [0, 1]
 
 
-def test_samples_in_doubt_are_drawn_again(monkeypatch):
+@pytest.mark.parametrize("engine", FAST)
+def test_samples_in_doubt_are_drawn_again(monkeypatch, engine):
     """With everything in doubt, every row goes to float64 and from there to the naive engine: the same samples."""
-    circuit, key = cr.compile(GROUPS, 64), cr.random_key(0, torch.arange(30))
+    circuit, key = cr.compile(GROUPS, 64).with_engine(engine), cr.random_key(0, torch.arange(30))
     logits = logits_of(30, 64, 1.0, torch.float32)
     expected = circuit(logits).sample(key=key)
     redrawn = []

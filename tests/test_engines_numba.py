@@ -15,6 +15,8 @@ import torch
 
 import circuitroute as cr
 from circuitroute import engines
+from circuitroute.engines import compiled
+from circuitroute.engines.layered.numba import engine as of_circuits
 from circuitroute.engines.subset import NaiveSubset, NumbaSubset, TorchSubset
 from circuitroute.engines.subset.numba import engine
 from circuitroute.engines.sweep import Inputs
@@ -42,7 +44,6 @@ def test_it_is_preferred_on_the_cpu_and_only_there():
     assert circuit.engine_for("cpu") == "numba"
     assert circuit.engine_for("meta") == "torch"
     assert circuit.engine_for("cuda") != "numba"
-    assert cr.compile(cr.Exactly(1).over([0, 1]), 6).engine_for("cpu") == "torch"
 
 
 def test_trees_too_large_for_it_are_left_to_torch(monkeypatch):
@@ -55,13 +56,13 @@ def test_trees_too_large_for_it_are_left_to_torch(monkeypatch):
 def test_without_numba_torch_runs_and_a_forced_engine_says_what_to_install(monkeypatch):
     circuit = cr.compile(cr.Exactly(2), 6)
     monkeypatch.setitem(sys.modules, "numba", None)
-    engine.missing.cache_clear()
+    compiled.missing.cache_clear()
     try:
         assert circuit.engine_for("cpu") == "torch"
         with pytest.raises(cr.EngineError, match=r"numba is not installed; pip install 'circuitroute\[cpu\]'"):
             circuit.with_engine("numba")
     finally:
-        engine.missing.cache_clear()
+        compiled.missing.cache_clear()
 
 
 def test_tensors_elsewhere_are_refused():
@@ -255,7 +256,7 @@ def test_the_number_of_threads_changes_nothing():
 def parts_of(T, monkeypatch):
     """The rows that eight threads get, in order."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    monkeypatch.setattr(engine, "_READY", {("kernel", "float32")})
+    monkeypatch.setattr(compiled, "_READY", {("kernel", "float32")})
     parts = []
 
     def kernel(rows, *_):
@@ -267,7 +268,7 @@ def parts_of(T, monkeypatch):
 
 def test_threads_get_whole_blocks(monkeypatch):
     """Part of a block costs what a whole one costs: no thread starts in the middle of one."""
-    width = engine._width()
+    width = compiled.width()
     for T in (1, width, width + 1, 5 * width - 3, 40 * width):
         parts = parts_of(T, monkeypatch)
         assert [start for start, _ in parts] + [T] == [0] + [stop for _, stop in parts]
@@ -278,7 +279,7 @@ def test_threads_get_whole_blocks(monkeypatch):
 def test_trees_of_all_threads_keep_to_a_limit(monkeypatch):
     numbers = engine._numbers(engine._shape(4096, 1))
     for limit, threads in ((3 * numbers, 3), (numbers - 1, 1)):
-        monkeypatch.setattr(engine, "MAX_TREES", limit)
+        monkeypatch.setattr(compiled, "MAX_NUMBERS", limit)
         assert len(parts_of(640, monkeypatch)) == threads
 
 
@@ -322,8 +323,9 @@ def test_layouts_and_modes_of_torch():
 
 def test_warmup_compiles_all_there_is():
     engines.warmup()
-    kernels = engine._kernels()
-    assert len(kernels.forward.signatures) == len(kernels.second_derivative.signatures) == 2
+    kernels, circuits = engine._kernels(), of_circuits._kernels()
+    for kernel in (kernels.forward, kernels.second_derivative, circuits.forward, circuits.derivative):
+        assert len(kernel.signatures) == 2
     steps = engine._step_kernels()
     for kernel in (steps.step, steps.step_marginals, engine._gradient_kernel()):
         assert [signature[2].dtype.name for signature in kernel.signatures] == ["float32"]
@@ -331,10 +333,10 @@ def test_warmup_compiles_all_there_is():
 
 def test_slow_compiling_is_told(monkeypatch, caplog):
     kernel = engine._kernels().forward
-    engine._compile(kernel, lambda rows: None)
+    compiled.compile_now(kernel, lambda rows: None)
     assert not caplog.records
-    monkeypatch.setattr(engine, "SLOW_SECONDS", 0.0)
-    engine._compile(kernel, lambda rows: time.sleep(0.5))
+    monkeypatch.setattr(compiled, "SLOW_SECONDS", 0.0)
+    compiled.compile_now(kernel, lambda rows: time.sleep(0.5))
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert record.getMessage().startswith("compiling the numba kernel 'forward'")

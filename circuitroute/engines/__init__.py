@@ -4,6 +4,7 @@ Two ops cover everything: ``subset``, the flat count family, and ``layered``, an
 the device and on what is installed; ``Circuit.engine_for`` names it and ``Circuit.with_engine`` forces one.
 """
 
+from circuitroute.engines.ahead import warmup as warmup
 from circuitroute.engines.base import Engine as Engine
 from circuitroute.engines.base import Inference as Inference
 from circuitroute.engines.base import LayeredEngine as LayeredEngine
@@ -16,4 +17,3 @@ from circuitroute.engines.choice import engine_of as engine_of
 from circuitroute.engines.choice import layered_engine as layered_engine
 from circuitroute.engines.choice import op_of as op_of
 from circuitroute.engines.choice import require as require
-from circuitroute.engines.subset.numba.engine import warmup as warmup

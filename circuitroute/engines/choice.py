@@ -10,11 +10,11 @@ import torch
 
 from circuitroute.circuit import Compiled
 from circuitroute.engines.base import Engine, LayeredEngine
-from circuitroute.engines.layered import NaiveLayered, PyjuiceLayered, TorchLayered, evaluated, lean
+from circuitroute.engines.compiled import missing as missing_for_numba
+from circuitroute.engines.layered import NaiveLayered, NumbaLayered, PyjuiceLayered, TorchLayered, evaluated, lean
 from circuitroute.engines.layered.pyjuice import missing as missing_for_pyjuice
 from circuitroute.engines.subset import NaiveSubset, NumbaSubset, TorchSubset, TritonSubset
 from circuitroute.engines.subset.numba.engine import fits as numba_fits
-from circuitroute.engines.subset.numba.engine import missing as missing_for_numba
 from circuitroute.engines.subset.triton.engine import installed as triton_installed
 from circuitroute.engines.subset.triton.engine import missing as missing_for_triton
 from circuitroute.engines.subset.triton.engine import refusal as triton_refusal
@@ -24,7 +24,7 @@ from circuitroute.errors import EngineError
 # Names by op, in order of preference; "pyjuice" runs only on request.
 ENGINES: dict[str, tuple[str, ...]] = {
     "subset": ("triton", "numba", "torch", "naive"),
-    "layered": ("torch", "naive", "pyjuice"),
+    "layered": ("numba", "torch", "naive", "pyjuice"),
 }
 
 _SUBSET: dict[str, Engine] = {
@@ -60,8 +60,9 @@ def engine_name(circuit: Compiled, device: torch.device) -> str:
 
 def choose(circuit: Compiled, device: torch.device) -> str:
     """The preferred engine for a circuit on a device."""
-    if op_of(circuit) == "subset" and device.type == "cpu" and missing_for_numba() is None:
-        return "numba" if numba_fits(circuit.n, circuit.max_count) else "torch"
+    if device.type == "cpu" and missing_for_numba() is None:
+        fits = op_of(circuit) == "layered" or numba_fits(circuit.n, circuit.max_count)
+        return "numba" if fits else "torch"
     if op_of(circuit) == "subset" and device.type == "cuda" and triton_installed() and triton_unfit(device) is None:
         return "torch" if triton_refusal(circuit.n, circuit.max_count) else "triton"
     return "torch"
@@ -112,7 +113,8 @@ def _make_layered(circuit: Compiled, name: str) -> LayeredEngine:
         return NaiveLayered(evaluated(circuit.graph))
     if name == "pyjuice":
         return PyjuiceLayered(circuit.graph, circuit.max_count, repr(circuit.constraint))
-    return TorchLayered(lean(circuit.graph), circuit.max_count, drawn=evaluated(circuit.graph))
+    kind = NumbaLayered if name == "numba" else TorchLayered
+    return kind(lean(circuit.graph), circuit.max_count, drawn=evaluated(circuit.graph))
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,8 @@ that) the engine ``torch`` is preferred.
 from __future__ import annotations
 
 import functools
-import importlib.util
-import logging
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from circuitroute.engines.base import given
+from circuitroute.engines.compiled import array, in_threads
 from circuitroute.engines.root import NEGLIGIBLE, SMALLEST_COEFFICIENT
 from circuitroute.engines.sampling import MARGIN
 from circuitroute.engines.step import COMBINES, Rule, Slopes, Step, Upstream
@@ -42,29 +38,6 @@ from circuitroute.errors import EngineError
 MAX_TREE = 1 << 24
 # The largest count and row of a fused step: it inserts every logit into a list of as many as are chosen.
 MAX_STEP = (64, 4096)
-# The trees of all threads together have at most this many numbers a lane: 4 GiB in float32, for gradients twice that.
-MAX_TREES = 1 << 26
-# A second thread is not worth it for fewer logits.
-LOGITS_PER_THREAD = 1 << 14
-# Compiling that takes longer logs a warning meanwhile.
-SLOW_SECONDS = 2.0
-COMPILING = (
-    "compiling the numba kernel %r: 10 to 20 seconds, once, since numba keeps the result on disk; "
-    "circuitroute.engines.warmup() does it ahead of time"
-)
-
-# Kernels, by name and dtype, that this process has compiled or read from numba's cache.
-_READY: set[tuple[str, str]] = set()
-
-_log = logging.getLogger("circuitroute")
-
-
-@functools.cache
-def missing() -> str | None:
-    """Why the engine cannot run here, or None if it can."""
-    if importlib.util.find_spec("numba") is None:
-        return "numba is not installed; pip install 'circuitroute[cpu]'"
-    return None
 
 
 def fits(n: int, K: int) -> bool:
@@ -126,8 +99,8 @@ class NumbaSubset(SweepEngine):
         mask = torch.empty(0, 0, dtype=torch.bool, device="cpu") if found.mask is None else found.mask
         lines = (found.log_partition, found.log_root, found.shift, found.fallback, found.uncertain)
         outputs = (found.marginals, found.count_probs, mask)
-        arguments = (tuple(map(_array, lines)), *(_array(x) for x in outputs if x is not None))
-        _in_threads(_kernels().forward, arrays, (_array(key), *arguments))
+        arguments = (tuple(map(array, lines)), *(array(x) for x in outputs if x is not None))
+        _in_threads(_kernels().forward, arrays, (array(key), *arguments))
         return found
 
     def sweep_again(self, rows: Inputs, key_T: Tensor | None, moments: bool) -> Sweep:
@@ -154,7 +127,7 @@ class NumbaSubset(SweepEngine):
         dm, dq = (torch.empty(x.shape, dtype=rows.logits.dtype, device="cpu") for x in (u_TN, v_TJ))
         strayed_T = torch.empty(len(u_TN), dtype=torch.bool, device="cpu")
         tensors = (shift_T, u_TN, v_TJ, dm, dq, strayed_T)
-        _in_threads(_kernels().second_derivative, arrays, tuple(map(_array, tensors)))
+        _in_threads(_kernels().second_derivative, arrays, tuple(map(array, tensors)))
         return dm, dq, strayed_T
 
     # ------------------------------------------------------------------ steps
@@ -221,8 +194,8 @@ class NumbaSubset(SweepEngine):
         """See :class:`circuitroute.engines.step.Stepper`."""
         arrays = _Arrays.of(Inputs(inputs.choice, inputs.potential))
         room = out_TN if out_TN.is_contiguous() else torch.empty_like(inputs.choice)
-        lines = (_array(_given(step.shift)), _array(step.invalid))
-        _in_threads(_step_kernels().step_marginals, arrays, (_temperatures(inputs), *lines, _array(room)))
+        lines = (array(_given(step.shift)), array(step.invalid))
+        _in_threads(_step_kernels().step_marginals, arrays, (_temperatures(inputs), *lines, array(room)))
         if room is not out_TN:
             out_TN.copy_(room)
         under = _given(step.fallback).nonzero().squeeze(1)
@@ -245,20 +218,20 @@ class NumbaSubset(SweepEngine):
         by_choice = theta.new_zeros(0 if one else len(theta), theta.shape[1])
         by_potential = theta.new_empty(len(theta), inputs.potential.shape[-1])
         shift = _given(step.shift) if sweeps else _optional(step.shift, 1, torch.float64)
-        known = (_array(step.mask), _array(shift), _array(step.invalid))
-        slots = (_array(step.indices), _array(_optional(upstream.weights)))
-        lines = tuple(_array(_optional(x, 1)) for x in (upstream.log_partition, upstream.log_prob))
+        known = (array(step.mask), array(shift), array(step.invalid))
+        slots = (array(step.indices), array(_optional(upstream.weights)))
+        lines = tuple(array(_optional(x, 1)) for x in (upstream.log_partition, upstream.log_prob))
         arguments = (
-            _array(theta[:0] if one else inputs.choice),
+            array(theta[:0] if one else inputs.choice),
             _temperatures(inputs),
             known,
             (COMBINES.index(rule.combine), rule.simple, sweeps),
             slots,
-            *(_array(_optional(x)) for x in (upstream.gates, upstream.marginals)),
+            *(array(_optional(x)) for x in (upstream.gates, upstream.marginals)),
             lines,
-            _array(_optional(upstream.count_probs)),
-            (_array(by_logits), _array(by_choice)),
-            _array(by_potential),
+            array(_optional(upstream.count_probs)),
+            (array(by_logits), array(by_choice)),
+            array(by_potential),
         )
         _in_threads(_gradient_kernel(), arrays, arguments)
         found = Slopes(by_logits, None if one else by_choice, by_potential)
@@ -292,15 +265,15 @@ def _step(inputs: StepInputs, rule: Rule, moments: bool) -> tuple[Step, Tensor, 
     invalid, underflow, uncertain = (torch.empty(T, dtype=torch.bool, device="cpu") for _ in range(3))
     key = torch.empty(0, dtype=torch.int64, device="cpu") if inputs.key is None else inputs.key
     arguments = (
-        _array(theta[:0] if inputs.choice is theta else inputs.choice),
+        array(theta[:0] if inputs.choice is theta else inputs.choice),
         _temperatures(inputs),
-        _array(key),
-        _array(chosen[:0] if inputs.mask is None else inputs.mask),
+        array(key),
+        array(chosen[:0] if inputs.mask is None else inputs.mask),
         (COMBINES.index(rule.combine), float(rule.share), moments),
-        tuple(map(_array, (log_partition, log_prob, log_root, shift, invalid, underflow, uncertain))),
-        (_array(weights), _array(indices)),
-        _array(chosen),
-        _array(probs),
+        tuple(map(array, (log_partition, log_prob, log_root, shift, invalid, underflow, uncertain))),
+        (array(weights), array(indices)),
+        array(chosen),
+        array(probs),
     )
     _in_threads(_step_kernels().step, arrays, arguments)
     known = (probs, log_partition, log_prob, shift, log_root, underflow) if moments else ()
@@ -310,7 +283,7 @@ def _step(inputs: StepInputs, rule: Rule, moments: bool) -> tuple[Step, Tensor, 
 def _temperatures(inputs: StepInputs) -> NDArray[np.float32]:
     """[T] or [1]."""
     t = inputs.temperature
-    return _array(t.float().reshape(-1)) if isinstance(t, Tensor) else np.array([t], dtype=np.float32)
+    return array(t.float().reshape(-1)) if isinstance(t, Tensor) else np.array([t], dtype=np.float32)
 
 
 def _optional(x: Tensor | None, dims: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -347,12 +320,12 @@ class _Arrays(NamedTuple):
             )
         phi = phi if phi.dim() == 2 else phi[None]
         limits = (SMALLEST_COEFFICIENT[logits.dtype], NEGLIGIBLE[logits.dtype], MARGIN[logits.dtype])
-        n, K, weights = logits.shape[1], phi.shape[1] - 1, _array(phi)
+        n, K, weights = logits.shape[1], phi.shape[1] - 1, array(phi)
         if narrow and _may_be_narrow(weights):
             shape = _narrow_shape(n, K, str(logits.dtype).removeprefix("torch."))
         else:
             shape = _shape(n, K)
-        return _Arrays(shape, _array(logits), weights, limits)
+        return _Arrays(shape, array(logits), weights, limits)
 
     @property
     def is_narrow(self) -> bool:
@@ -364,11 +337,6 @@ def _may_be_narrow(phi_PJ: NDArray[np.float64]) -> bool:
     from circuitroute.engines.subset.numba.narrow import may_be_narrow
 
     return may_be_narrow(phi_PJ)
-
-
-def _array(x: Tensor) -> NDArray[Any]:
-    """A contiguous array that shares the tensor's memory, or has a copy where the tensor is not contiguous."""
-    return x.detach().contiguous().numpy()
 
 
 # ---------------------------------------------------------------------------------------------- running kernels
@@ -386,12 +354,6 @@ def _step_kernels() -> Any:
     return step
 
 
-def _width() -> int:
-    from circuitroute.engines.subset.numba.simd.lanes import WIDTH
-
-    return WIDTH
-
-
 def _gradient_kernel() -> Any:
     from circuitroute.engines.subset.numba.step_gradient import step_gradient
 
@@ -399,41 +361,8 @@ def _gradient_kernel() -> Any:
 
 
 def _in_threads(kernel: Any, rows: _Arrays, arguments: tuple[Any, ...]) -> None:
-    """Run the kernel on all rows, split among as many threads as torch uses (kernels release the GIL).
-
-    A thread gets whole blocks of tokens: a part of a block takes the time and the memory of a whole one.
-    """
-
-    def run(part: tuple[int, int]) -> None:
-        kernel(part, *rows, *arguments)
-
-    ready = (kernel.__name__, rows.logits.dtype.name)
-    if ready not in _READY:
-        _compile(kernel, run)
-        _READY.add(ready)
-    T, N = rows.logits.shape
-    width = _width()
-    blocks = -(-T // width)
-    trees = MAX_TREES // _numbers(rows.shape)
-    threads = max(1, min(torch.get_num_threads(), T * N // LOGITS_PER_THREAD, blocks, trees))
-    bounds = [min(T, width * (blocks * i // threads)) for i in range(threads + 1)]
-    if threads == 1:
-        run((0, T))
-        return
-    # New threads each time: a pool that is kept would not survive a fork, such as a data loader's.
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(run, pairwise(bounds)))
-
-
-def _compile(kernel: Any, run: Callable[[tuple[int, int]], None]) -> None:
-    """Run on no rows, which compiles the kernel or reads it from numba's cache; a warning if that takes long."""
-    notice = threading.Timer(SLOW_SECONDS, _log.warning, [COMPILING, kernel.__name__])
-    notice.daemon = True
-    notice.start()
-    try:
-        run((0, 0))
-    finally:
-        notice.cancel()
+    """Run the kernel on all rows."""
+    in_threads(kernel, rows.logits, _numbers(rows.shape), (*rows, *arguments))
 
 
 def warmup() -> None:

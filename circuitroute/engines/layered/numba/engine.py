@@ -1,0 +1,120 @@
+"""The engine ``numba`` of arbitrary circuits: compiled loops on the CPU.
+
+Legend: T tokens, N variables, K the largest allowed count.
+
+The steps of the engine ``torch``, fused: a few tokens at a time go from logits to marginals, posterior and sample while
+the values of all nodes are in the cache (:mod:`.sweep`). Results depend neither on the number of threads nor on a row's
+neighbours. Rows that one sweep does not settle: :mod:`circuitroute.engines.sweep`. The mode is the engine ``torch``'s.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from circuitroute.circuit.graph import Graph, NodeKind
+from circuitroute.engines.compiled import array, in_threads
+from circuitroute.engines.layered.flat import Flat, flatten
+from circuitroute.engines.layered.torch import sweep as of_torch
+from circuitroute.engines.layered.torch.engine import TorchLayered
+from circuitroute.engines.root import NEGLIGIBLE, SMALLEST_COEFFICIENT
+from circuitroute.engines.sweep import Inputs, Sweep
+from circuitroute.errors import EngineError
+
+
+class NumbaLayered(TorchLayered):
+    """Compiled inference for any smooth, decomposable, deterministic circuit on the CPU; float32 for float32 logits.
+
+    Args:
+        graph: the circuit.
+        max_count: K, the largest number of variables an allowed subset selects.
+        drawn: as of the engine ``torch``.
+    """
+
+    name = "numba"
+
+    @cached_property
+    def _flat(self) -> Flat:
+        return flatten(self._graph, self._max_count)
+
+    @cached_property
+    def _flat_drawn(self) -> Flat:
+        """Of the circuit that samples are drawn from."""
+        return self._flat if self._drawn is self._graph else flatten(self._drawn, self._max_count)
+
+    @cached_property
+    def _circuit(self) -> tuple[Any, ...]:
+        return _arrays(self._flat)
+
+    @cached_property
+    def _circuit_drawn(self) -> tuple[Any, ...]:
+        return _arrays(self._flat_drawn)
+
+    def _limits(self, dtype: torch.dtype) -> tuple[float, float, float]:
+        """(smallest coefficient to trust, -log of a share that does not matter, margin of a choice)."""
+        margin = of_torch.MARGIN[dtype] * max(1.0, self._flat.depth / of_torch.DEPTH_OF_MARGIN)
+        return SMALLEST_COEFFICIENT[dtype], NEGLIGIBLE[dtype], margin
+
+    def sweep(self, rows: Inputs, key_T: Tensor | None, moments: bool) -> Sweep:
+        """See :class:`circuitroute.engines.sweep.SweepEngine`."""
+        logits, sampling = _on_cpu(rows.logits), key_T is not None
+        flat, circuit = (self._flat_drawn, self._circuit_drawn) if sampling else (self._flat, self._circuit)
+        J = flat.log_weights.shape[1] if self.gives_counts else None
+        found = Sweep.empty(rows.logits, J, moments, key_T is not None)
+        key = torch.empty(0, dtype=torch.int64, device="cpu") if key_T is None else key_T
+        mask = torch.empty(0, 0, dtype=torch.bool, device="cpu") if found.mask is None else found.mask
+        probs = logits.new_empty(0, 0) if found.count_probs is None else found.count_probs
+        lines = (found.log_partition, found.log_root, found.shift, found.fallback, found.uncertain)
+        outputs = (tuple(map(array, lines)), *map(array, (found.marginals, probs, mask)))
+        given = (circuit, flat.counts is not None, array(logits), self._limits(logits.dtype), array(key))
+        held = (2 if moments else 1) * flat.rows
+        in_threads(_kernels().forward, array(logits), held, (*given, *outputs), flat.rows)
+        return found
+
+    def derivative(
+        self, rows: Inputs, shift_T: Tensor, u_TN: Tensor, v_TJ: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """See :class:`circuitroute.engines.sweep.SweepEngine`."""
+        logits, flat = _on_cpu(rows.logits), self._flat
+        T, J = len(logits), flat.log_weights.shape[1]
+        dm = torch.empty(u_TN.shape, dtype=logits.dtype, device="cpu")
+        dq = None if flat.counts is None else torch.empty(T, J, dtype=logits.dtype, device="cpu")
+        none = logits.new_empty(0, 0)
+        v = none if dq is None or v_TJ is None else v_TJ
+        given = (self._circuit, array(logits), self._limits(logits.dtype))
+        tensors = (shift_T, u_TN, v, dm, none if dq is None else dq)
+        in_threads(_kernels().derivative, array(logits), 4 * flat.rows, (*given, *map(array, tensors)), flat.rows)
+        return dm, dq
+
+
+def _arrays(flat: Flat) -> tuple[Any, ...]:
+    """What the kernels read of a circuit."""
+    elements, uses = (flat.first, flat.left, flat.right), (flat.first_use, flat.parent, flat.sibling)
+    root = (flat.root_left, flat.root_right, flat.root_count)
+    return elements, uses, flat.number, root, flat.shape, flat.log_weights
+
+
+def _on_cpu(logits: Tensor) -> Tensor:
+    if logits.device.type != "cpu":
+        raise EngineError(
+            f"engine='numba' runs on CPU tensors and these are on {logits.device}: move them, or use the "
+            f"engine 'torch' (with_engine('torch')), which runs anywhere"
+        )
+    return logits
+
+
+def warmup() -> None:
+    """Compile all kernels, for both dtypes, or read them from numba's cache."""
+    engine = NumbaLayered(Graph.of(1, [NodeKind.PRESENT], [0], [[]]), 1)
+    for dtype in (torch.float32, torch.float64):
+        logits, key = torch.zeros(1, 1, dtype=dtype, device="cpu"), torch.zeros(1, dtype=torch.int64, device="cpu")
+        engine.second_derivative(logits, None, engine.infer(logits, None, key), logits, None)
+
+
+def _kernels() -> Any:
+    from circuitroute.engines.layered.numba import sweep
+
+    return sweep
