@@ -7,7 +7,7 @@ out: log Z = log P(circuit) + sum of softplus(theta). With coins that sum to one
 marginals are the gradient. The batch is
 
     klay             a dimension of the tensors, which its modules take since 0.1
-    klay:real        the same in the semiring of probabilities, which is faster, and infinite or NaN where float32 underflows
+    klay:real        the same in the semiring of probabilities: faster, until float32 underflows
     klay:vmap        ``torch.vmap`` of a module, as its documentation says
     klay:compiled    as ``klay``, through ``torch.compile``, its default; minutes for every shape, so on request only
 """
