@@ -99,6 +99,27 @@ def test_what_cannot_run_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         klay._circuit(path)
 
 
+def test_cirkit_is_asked_for_what_it_can_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = _sdds(tmp_path) / "cnf-8-0.sdd"
+    (found,) = (each for each in registry.providers("circuits", ["cirkit"]) if each.name == "cirkit")
+    assert not found.by_default
+    with pytest.raises(UnavailableError, match="a batch of one row"):
+        found.build(CircuitCase("some", path, 1))
+    (tmp_path / "implies.nnf").write_text(IMPLIES)
+    with pytest.raises(UnavailableError, match="SDDs only"):
+        found.build(CircuitCase("some", tmp_path / "implies.nnf", 2))
+    monkeypatch.setitem(sys.modules, "cirkit", None)
+    with pytest.raises(UnavailableError, match="pip install cirkit"):
+        found.build(CircuitCase("some", path, 3))
+
+
+def test_cirkit_agrees(tmp_path: Path) -> None:
+    pytest.importorskip("cirkit")
+    found = _run(tmp_path, _sdds(tmp_path / "sdd"), "--batches", "3", "--providers", "cirkit")
+    assert [row["provider"] for row in found[2::4]] == ["cirkit"] * 2
+    assert all(row["max_abs_error"] < 2e-6 and row["nodes"] > 8 for row in found)
+
+
 def test_circuits_that_are_refused_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "implies.nnf").write_text(IMPLIES)
     (tmp_path / "both.nnf").write_text("nnf 3 2 2\nL 1\nL 2\nO 0 2 0 1\n")  # x1 or x2: not deterministic
