@@ -14,7 +14,7 @@ import circuitroute as cr
 from circuitroute.circuit import Graph, NodeKind
 from circuitroute.circuit.counting import split_by_count
 from circuitroute.engines import layered_engine
-from circuitroute.engines.layered import NaiveLayered, NumbaLayered, TorchLayered, evaluated
+from circuitroute.engines.layered import NaiveLayered, NumbaLayered, TorchLayered, evaluated, lean
 from circuitroute.engines.layered.torch import sampling, steps, sweep
 from circuitroute.engines.layered.torch.plan import lay_out
 from circuitroute.engines.layered.torch.runs import Contraction, LargestSum
@@ -326,6 +326,33 @@ def test_nodes_are_split_by_count_where_that_is_cheap():
     assert evaluated(wide.graph) is wide.graph  # would be hundreds of times larger
     definite = cr.compile(GROUPS, 64).graph
     assert evaluated(definite) is definite
+
+
+@pytest.mark.parametrize("kind", FAST)
+def test_moments_are_not_split_where_all_counts_are_allowed(kind):
+    """No logits are shifted then, and the circuit as it is is smaller; a sample stays the one of the split circuit."""
+    n = 24
+    hierarchy = cr.Logic(" & ".join(f"(x{i} >> x{(i - 1) // 2})" for i in range(1, n)))
+    tree = cr.compile(hierarchy, n).with_engine(kind)
+    engine = layered_engine(tree, CPU)
+    assert (tree.min_count, tree.max_count) == (0, n)
+    assert lean(tree.graph) is tree.graph
+    assert evaluated(tree.graph).num_edges > 4 * tree.num_edges
+    logits, key = logits_of(64, n, 3.0, torch.float32), cr.random_key(3, torch.arange(64))
+    logits[0, 3], logits[1, 5], logits[2] = math.inf, -math.inf, 60.0
+    split = FAST[kind](evaluated(tree.graph), n)
+    for keyed in (None, key):
+        found, other = engine.infer(logits, None, keyed), split.infer(logits, None, keyed)
+        assert found.count_probs is None and other.count_probs is not None
+        assert not other.shift.any()
+        for ours, theirs in ((found.marginals, other.marginals), (found.log_partition, other.log_partition)):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    assert torch.equal(found.mask, other.mask)
+    assert torch.equal(engine.sample(logits, None, key), NaiveLayered(evaluated(tree.graph)).sample(logits, None, key))
+    assert torch.equal(engine.mode(logits), split.mode(logits))
+    torch.testing.assert_close(engine.counting().infer(logits, None).count_probs, other.count_probs)
+    few = cr.compile(hierarchy & cr.AtMost(n - 1), n)
+    assert lean(few.graph) is not few.graph  # shifts may be needed
 
 
 @pytest.mark.parametrize("case", [*(c for c in SMALL if c[1] > 1), LARGE[1]], ids=name)

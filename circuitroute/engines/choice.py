@@ -11,7 +11,7 @@ import torch
 from circuitroute.circuit import Compiled
 from circuitroute.engines.base import Engine, LayeredEngine
 from circuitroute.engines.compiled import missing as missing_for_numba
-from circuitroute.engines.layered import NaiveLayered, NumbaLayered, PyjuiceLayered, TorchLayered, evaluated
+from circuitroute.engines.layered import NaiveLayered, NumbaLayered, PyjuiceLayered, TorchLayered, evaluated, lean
 from circuitroute.engines.layered.pyjuice import missing as missing_for_pyjuice
 from circuitroute.engines.subset import NaiveSubset, NumbaSubset, TorchSubset, TritonSubset
 from circuitroute.engines.subset.numba.engine import fits as numba_fits
@@ -114,7 +114,7 @@ def _make_layered(circuit: Compiled, name: str) -> LayeredEngine:
     if name == "pyjuice":
         return PyjuiceLayered(circuit.graph, circuit.max_count, repr(circuit.constraint))
     kind = NumbaLayered if name == "numba" else TorchLayered
-    return kind(evaluated(circuit.graph), circuit.max_count)
+    return kind(lean(circuit.graph), circuit.max_count, drawn=evaluated(circuit.graph))
 
 
 @dataclass(frozen=True)

@@ -31,38 +31,33 @@ class NumbaLayered(TorchLayered):
     Args:
         graph: the circuit.
         max_count: K, the largest number of variables an allowed subset selects.
+        drawn: as for the engine ``torch``.
     """
 
     name = "numba"
 
     @cached_property
-    def _flat(self) -> Flat:
-        return flatten(self._graph, self._max_count)
+    def _moving(self) -> _Compiled:
+        """For moments alone, and their derivative."""
+        return _Compiled(flatten(self._graph, self._max_count))
 
     @cached_property
-    def _circuit(self) -> tuple[Any, ...]:
-        """What the kernels read of the circuit."""
-        flat = self._flat
-        elements, uses = (flat.first, flat.left, flat.right), (flat.first_use, flat.parent, flat.sibling)
-        root = (flat.root_left, flat.root_right, flat.root_count)
-        return elements, uses, flat.number, root, flat.shape, flat.log_weights
-
-    def _limits(self, dtype: torch.dtype) -> tuple[float, float, float]:
-        """(smallest coefficient to trust, -log of a share that does not matter, margin of a choice)."""
-        margin = of_torch.MARGIN[dtype] * max(1.0, self._flat.depth / of_torch.DEPTH_OF_MARGIN)
-        return SMALLEST_COEFFICIENT[dtype], NEGLIGIBLE[dtype], margin
+    def _drawing(self) -> _Compiled:
+        """For samples, too."""
+        same = self._drawn is self._graph
+        return self._moving if same else _Compiled(flatten(self._drawn, self._max_count))
 
     def sweep(self, rows: Inputs, key_T: Tensor | None, moments: bool) -> Sweep:
         """See :class:`circuitroute.engines.sweep.SweepEngine`."""
-        logits, flat = _on_cpu(rows.logits), self._flat
-        J = None if flat.counts is None else flat.log_weights.shape[1]
+        logits, circuit = _on_cpu(rows.logits), self._moving if key_T is None else self._drawing
+        flat, J = circuit.flat, self._max_count + 1 if self.gives_counts else None
         found = Sweep.empty(rows.logits, J, moments, key_T is not None)
         key = torch.empty(0, dtype=torch.int64, device="cpu") if key_T is None else key_T
         mask = torch.empty(0, 0, dtype=torch.bool, device="cpu") if found.mask is None else found.mask
         probs = logits.new_empty(0, 0) if found.count_probs is None else found.count_probs
         lines = (found.log_partition, found.log_root, found.shift, found.fallback, found.uncertain)
         outputs = (tuple(map(array, lines)), *map(array, (found.marginals, probs, mask)))
-        given = (self._circuit, J is not None, array(logits), self._limits(logits.dtype), array(key))
+        given = (circuit.arrays, flat.counts is not None, array(logits), circuit.limits(logits.dtype), array(key))
         held = (2 if moments else 1) * flat.rows
         in_threads(_kernels().forward, array(logits), held, (*given, *outputs), flat.rows)
         return found
@@ -71,16 +66,31 @@ class NumbaLayered(TorchLayered):
         self, rows: Inputs, shift_T: Tensor, u_TN: Tensor, v_TJ: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """See :class:`circuitroute.engines.sweep.SweepEngine`."""
-        logits, flat = _on_cpu(rows.logits), self._flat
+        logits, circuit, flat = _on_cpu(rows.logits), self._moving, self._moving.flat
         T, J = len(logits), flat.log_weights.shape[1]
         dm = torch.empty(u_TN.shape, dtype=logits.dtype, device="cpu")
-        dq = None if flat.counts is None else torch.empty(T, J, dtype=logits.dtype, device="cpu")
+        dq = None if not self.gives_counts else torch.empty(T, J, dtype=logits.dtype, device="cpu")
         none = logits.new_empty(0, 0)
         v = none if dq is None or v_TJ is None else v_TJ
-        given = (self._circuit, array(logits), self._limits(logits.dtype))
+        given = (circuit.arrays, array(logits), circuit.limits(logits.dtype))
         tensors = (shift_T, u_TN, v, dm, none if dq is None else dq)
         in_threads(_kernels().derivative, array(logits), 4 * flat.rows, (*given, *map(array, tensors)), flat.rows)
         return dm, dq
+
+
+class _Compiled:
+    """A circuit as the kernels read it."""
+
+    def __init__(self, flat: Flat) -> None:
+        self.flat = flat
+        elements, uses = (flat.first, flat.left, flat.right), (flat.first_use, flat.parent, flat.sibling)
+        root = (flat.root_left, flat.root_right, flat.root_count)
+        self.arrays = (elements, uses, flat.number, root, flat.shape, flat.log_weights)
+
+    def limits(self, dtype: torch.dtype) -> tuple[float, float, float]:
+        """(smallest coefficient to trust, -log of a share that does not matter, margin of a choice)."""
+        margin = of_torch.MARGIN[dtype] * max(1.0, self.flat.depth / of_torch.DEPTH_OF_MARGIN)
+        return SMALLEST_COEFFICIENT[dtype], NEGLIGIBLE[dtype], margin
 
 
 def _on_cpu(logits: Tensor) -> Tensor:

@@ -36,29 +36,34 @@ class TorchLayered(SweepEngine):
     Args:
         graph: the circuit.
         max_count: K, the largest number of variables an allowed subset selects.
+        drawn: the same circuit in the nodes that number a sample's uniforms, where these are others; see
+            :mod:`circuitroute.engines.layered.definite`.
     """
 
     name = "torch"
 
-    def __init__(self, graph: Graph, max_count: int) -> None:
+    def __init__(self, graph: Graph, max_count: int, drawn: Graph | None = None) -> None:
         self._graph = graph
+        self._drawn = graph if drawn is None else drawn
         self._max_count = max_count
-        self._plans: dict[torch.device, Plan] = {}
+        self._plans: dict[tuple[torch.device, bool], Plan] = {}
         self._ranked: dict[torch.device, UnrolledMode] = {}
         self.gives_counts = has_definite_counts(graph)
-        self.naive = NaiveLayered(graph, max_count if self.gives_counts else None)
+        self.naive = NaiveLayered(self._drawn, max_count if self.gives_counts else None)
 
-    def _plan(self, device: torch.device) -> Plan:
-        plan = self._plans.get(device)
+    def _plan(self, device: torch.device, sampling: bool = False) -> Plan:
+        at = device, sampling and self._drawn is not self._graph
+        plan = self._plans.get(at)
         if plan is None:
-            plan = lay_out(self._graph, device)
+            plan = lay_out(self._drawn if sampling else self._graph, device)
             if lasting():
-                self._plans[device] = plan
+                self._plans[at] = plan
         return plan
 
     def sweep(self, rows: Inputs, key_T: Tensor | None, moments: bool) -> Sweep:
         """See :class:`circuitroute.engines.sweep.SweepEngine`."""
-        return sweep.forward(self._plan(rows.logits.device), rows.logits, self._max_count + 1, key_T, moments)
+        plan = self._plan(rows.logits.device, sampling=key_T is not None)
+        return sweep.forward(plan, rows.logits, self._max_count + 1 if self.gives_counts else None, key_T, moments)
 
     def derivative(
         self, rows: Inputs, shift_T: Tensor, u_TN: Tensor, v_TJ: Tensor | None
@@ -85,4 +90,4 @@ class TorchLayered(SweepEngine):
 
     @cached_property
     def _counter(self) -> TorchLayered:
-        return type(self)(split_by_count(self._graph), self._max_count)
+        return type(self)(split_by_count(self._drawn), self._max_count)

@@ -32,9 +32,9 @@ MARGIN = {torch.float32: 3e-5, torch.float64: 1e-11}
 DEPTH_OF_MARGIN = 32
 
 
-def forward(plan: Plan, logits_TN: Tensor, J: int, key_T: Tensor | None, moments: bool) -> Sweep:
-    """A sweep; where the root tells counts apart, with the posterior of ``J`` of them."""
-    sweep = Sweep.empty(logits_TN, J if plan.counts else None, moments, key_T is not None)
+def forward(plan: Plan, logits_TN: Tensor, J: int | None, key_T: Tensor | None, moments: bool) -> Sweep:
+    """A sweep; with the posterior of ``J`` counts, which the root must tell apart, unless that is None."""
+    sweep = Sweep.empty(logits_TN, J, moments, key_T is not None)
     for part in _blocks(logits_TN, plan.rows):
         sweep.fill(part, _Block.up(plan, logits_TN[part]), key_T)
     return sweep
