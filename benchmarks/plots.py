@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import rows as row_files
+from benchmarks.circuits.picture import circuits_figure
 from benchmarks.registry import BOTH, FORWARD
 from benchmarks.rows import Row
 from circuitroute.plots import COLORS, MARKERS, new_figure
@@ -72,7 +73,9 @@ def families(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def family_name(row: Row) -> str:
-    """Such as bench-subset-cpu-exactly-T4096."""
+    """Such as bench-subset-cpu-exactly-T4096; circuits from files have one picture."""
+    if row["op"] == "circuits":
+        return "circuit-benchmarks"
     device = re.sub(r"[^a-z0-9]+", "-", str(row["device"]).lower()).strip("-")
     kind = [] if row["op"] == "layered" else ["exactly" if row["kmin"] == row["k"] else "range"]
     threads = [] if row.get("threads", 1) == 1 else [f"{row['threads']}-threads"]
@@ -81,7 +84,7 @@ def family_name(row: Row) -> str:
 
 def _case(row: Row) -> tuple[Any, ...]:
     """What tells cases of a family apart."""
-    return tuple(row.get(field) for field in ("n", "kmin", "k", "constraint"))
+    return tuple(row.get(field) for field in ("n", "kmin", "k", "constraint", "collection", "T"))
 
 
 def _setting(row: Row) -> str:
@@ -196,7 +199,7 @@ def _label(row: Row) -> str:
 
 
 def _case_label(case: tuple[Any, ...]) -> str:
-    n, kmin, k, _ = case
+    n, kmin, k, *_ = case
     return f"{k} of {n}" if kmin == k else f"{kmin} to {k} of {n}"
 
 
@@ -259,6 +262,7 @@ DRAW: dict[str, Callable[[Sequence[Row]], Any]] = {
     "subset": subset_figure,
     "step": subset_figure,
     "layered": layered_figure,
+    "circuits": circuits_figure,
 }
 
 

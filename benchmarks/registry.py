@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 # Imported on first use; each registers one op and its providers.
-MODULES = ("benchmarks.subset", "benchmarks.step", "benchmarks.layered", "benchmarks.budget")
+MODULES = ("benchmarks.subset", "benchmarks.step", "benchmarks.layered", "benchmarks.budget", "benchmarks.circuits")
 
 
 # What is timed: a pass's name in the rows.

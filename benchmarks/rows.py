@@ -31,7 +31,7 @@ COLUMNS: tuple[tuple[str, str], ...] = (
 WIDTH = 140
 
 # Engines that other packages run, whose versions matter: the engine's name is that of the module.
-PACKAGES = ("klay", "numba", "pyjuice", "triton")
+PACKAGES = ("klay", "numba", "pyjuice", "pysdd", "triton")
 
 
 def environment(device: torch.device) -> Row:

@@ -4,10 +4,10 @@ Nodes of definite count allow the logits to be shifted, which keeps float32 in r
 fewer variables than the constraint allows, and make the posterior of the count a by-product. Compilers may have merged
 nodes of different counts.
 
-A shift moves the expected count into the range of those allowed. Where that is all of 0..N, as with most formulas, there
-is none, and splitting would only make the circuit larger: by ten times and more for the class hierarchies of multi-label
-classification. Moments then come from the circuit as it is. Samples stay with the split one, whose nodes number the
-uniforms that a sample is made of.
+A shift moves the expected count into the range of those allowed. Where that is all of 0..N, as with most formulas,
+there is none, and splitting would only make the circuit larger: by ten times and more for the class hierarchies of
+multi-label classification. Moments then come from the circuit as it is. Samples stay with the split one, whose nodes
+number the uniforms that a sample is made of.
 """
 
 from __future__ import annotations
