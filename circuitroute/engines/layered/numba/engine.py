@@ -3,8 +3,9 @@
 Legend: T tokens, N variables, K the largest allowed count.
 
 The steps of the engine ``torch``, fused: a few tokens at a time go from logits to marginals, posterior and sample while
-the values of all nodes are in the cache (:mod:`.sweep`). Results depend neither on the number of threads nor on a row's
-neighbours. Rows that one sweep does not settle: :mod:`circuitroute.engines.sweep`. The mode is the engine ``torch``'s.
+the values of all nodes are in the cache (:mod:`.sweep`, :mod:`.mode`). Results depend neither on the number of threads
+nor on a row's neighbours. Rows that one sweep does not settle: :mod:`circuitroute.engines.sweep`. Where the mode meets
+equals, the engine ``torch`` decides between them.
 """
 
 from __future__ import annotations
@@ -77,6 +78,18 @@ class NumbaLayered(TorchLayered):
         in_threads(_kernels().derivative, array(logits), 4 * flat.rows, (*given, *map(array, tensors)), flat.rows)
         return dm, dq
 
+    @torch.no_grad()
+    def mode(self, logits_TN: Tensor) -> Tensor:
+        """See :class:`circuitroute.engines.base.LayeredEngine`."""
+        logits, circuit = _on_cpu(logits_TN).double(), self._moving
+        mask = torch.empty(logits.shape, dtype=torch.bool, device="cpu")
+        tied = torch.empty(len(logits), dtype=torch.bool, device="cpu")
+        elements, _, _, root, shape, _ = circuit.arrays
+        arguments = (elements, root, shape[0, 0], *map(array, (logits, mask, tied)))
+        in_threads(_mode_kernel(), array(logits), circuit.flat.rows, arguments, circuit.flat.rows)
+        of_torch.decide_ties(mask, tied, lambda: self._by_rank(logits.device), logits_TN)
+        return mask
+
 
 class _Compiled:
     """A circuit as the kernels read it."""
@@ -108,9 +121,16 @@ def warmup() -> None:
     for dtype in (torch.float32, torch.float64):
         logits, key = torch.zeros(1, 1, dtype=dtype, device="cpu"), torch.zeros(1, dtype=torch.int64, device="cpu")
         engine.second_derivative(logits, None, engine.infer(logits, None, key), logits, None)
+    engine.mode(logits)
 
 
 def _kernels() -> Any:
     from circuitroute.engines.layered.numba import sweep
 
     return sweep
+
+
+def _mode_kernel() -> Any:
+    from circuitroute.engines.layered.numba.mode import mode
+
+    return mode
