@@ -35,6 +35,7 @@ UNREACHED: dict[tuple[str, str], str] = {}
 # What is tested only where a package is installed.
 NEEDS = {
     "circuitroute/engines/layered/pyjuice.py": "pyjuice",
+    "circuitroute/engines/layered/numba/": "numba",
     "circuitroute/engines/subset/numba/": "numba",
     "circuitroute/engines/subset/triton/": "triton",
     "circuitroute/integrations/deepspeed.py": "deepspeed",

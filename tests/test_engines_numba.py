@@ -326,6 +326,7 @@ def test_warmup_compiles_all_there_is():
     kernels, circuits = engine._kernels(), of_circuits._kernels()
     for kernel in (kernels.forward, kernels.second_derivative, circuits.forward, circuits.derivative):
         assert len(kernel.signatures) == 2
+    assert len(of_circuits._mode_kernel().signatures) == 1
     steps = engine._step_kernels()
     for kernel in (steps.step, steps.step_marginals, engine._gradient_kernel()):
         assert [signature[2].dtype.name for signature in kernel.signatures] == ["float32"]

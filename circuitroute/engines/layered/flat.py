@@ -87,22 +87,20 @@ def flatten(graph: Graph, K: int) -> Flat:
     place[np.argsort(graph.level_of, kind="stable")] = np.arange(graph.num_nodes)
     number = np.zeros(len(fan_in), dtype=np.int64)
     number[row[sums]], number[-1] = place[sums], graph.num_nodes - 1
-    narrow = (left, right, parent, sibling, root_left, root_right, count)
-    left, right, parent, sibling, root_left, root_right, count = (x.astype(np.int32) for x in narrow)
     return Flat(
         n=n,
         depth=len(graph.levels),
         counts=counts,
         first=first,
-        left=left,
-        right=right,
+        left=left.astype(np.int32),
+        right=right.astype(np.int32),
         first_use=first_use,
-        parent=parent,
-        sibling=sibling,
+        parent=parent.astype(np.int32),
+        sibling=sibling.astype(np.int32),
         number=number,
-        root_left=root_left,
-        root_right=root_right,
-        root_count=count,
+        root_left=root_left.astype(np.int32),
+        root_right=root_right.astype(np.int32),
+        root_count=count.astype(np.int32),
         log_weights=log_weights,
     )
 

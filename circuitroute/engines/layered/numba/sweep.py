@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from circuitroute.engines import logspace
 from circuitroute.engines.layered.numba.sampling import draw
 from circuitroute.engines.layered.numba.tree import down, dual_down, dual_up, up
 from circuitroute.engines.subset.numba.coins import coins, log_normaliser
@@ -37,7 +38,8 @@ from circuitroute.engines.subset.numba.tree import put_root
 
 def digest() -> int:
     """Of all that is compiled: numba's cache on disk looks at the file of a kernel only, not at what it calls."""
-    own = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py")))
+    paths = [*sorted(Path(__file__).parent.rglob("*.py")), Path(logspace.__file__)]
+    own = b"".join(path.read_bytes() for path in paths)
     return source_digest() ^ int(hashlib.sha256(own).hexdigest()[:12], 16)
 
 

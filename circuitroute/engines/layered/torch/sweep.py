@@ -65,12 +65,17 @@ def mode(plan: Plan, by_rank: Callable[[], UnrolledMode], logits_TN: Tensor) -> 
     tied = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
     for part in _blocks(logits_TN, plan.rows):
         mask[part], tied[part] = _mode_block(plan, logits_TN[part].double())
+    decide_ties(mask, tied, by_rank, logits_TN)
+    return mask
+
+
+def decide_ties(mask: Tensor, tied: Tensor, by_rank: Callable[[], UnrolledMode], logits_TN: Tensor) -> None:
+    """Replace the rows of ``mask`` that are ``tied`` [T], by the ranks of their variables."""
     again = tied.nonzero()[:, 0]
     if len(again):
         decide = by_rank()
         for part in _blocks(again, decide.values_per_token):
             mask[again[part]] = decide(logits_TN[again[part]])
-    return mask
 
 
 def _blocks(tokens: Tensor, values_per_token: int) -> list[slice]:
