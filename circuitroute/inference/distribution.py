@@ -521,7 +521,12 @@ class SubsetDistribution(Distribution):
                 no allowed subset agrees with, named by row; that is -inf when not.
         """
         chosen, banned = as_selections(self.circuit.n, include, exclude, self.logits.device)
-        if self._validate_args:
+        against = (chosen & (banned | (self.logits == -math.inf))) | (banned & (self.logits == math.inf))
+        lost = against.any(-1)
+        given = torch.where(chosen, math.inf, torch.where(banned, -math.inf, self.logits))
+        if not (transformed() or traced(given)):
+            lost = lost | unsatisfiable_rows(self.circuit, given, self.count_potential, finite=False)
+        if self._validate_args and bool(lost.any()):
             bare = torch.where(chosen, math.inf, torch.where(banned, -math.inf, 0.0))
             empty = unsatisfiable_rows(self.circuit, bare, None, finite=False)
             if bool(empty.any()):
@@ -529,10 +534,7 @@ class SubsetDistribution(Distribution):
                     f"include and exclude leave no subset that satisfies {self.circuit.constraint!r} in "
                     f"{rows_text(empty)}"
                 )
-        against = (chosen & (banned | (self.logits == -math.inf))) | (banned & (self.logits == math.inf))
-        lost = against.any(-1)
-        given = torch.where(chosen, math.inf, torch.where(banned, -math.inf, self.logits))
-        # Of lost rows the original ones are as good as any.
+        # Of lost rows the original ones are as good as any, and have a gradient.
         given = torch.where(lost.unsqueeze(-1), self.logits, given)
         after = SubsetDistribution(self.circuit, given, self.count_potential, validate_args=False)
         before, rest = self._infer(), after._infer()

@@ -131,5 +131,7 @@ def semantic_loss(distribution: SubsetDistribution) -> Tensor:
         )
     sweep = distribution.inference()
     surrogate = log_normaliser(distribution.rows) - distribution.rows.as_batch(sweep.log_partition)
-    value = -log_satisfied(distribution.rows, sweep)
-    return with_gradient_of(value.to(surrogate.dtype), surrogate)
+    value = 0.0 - log_satisfied(distribution.rows, sweep)
+    found = with_gradient_of(value.to(surrogate.dtype), surrogate)
+    # Where nothing satisfies it, log Z is NaN.
+    return torch.where(value == torch.inf, torch.inf, found)
