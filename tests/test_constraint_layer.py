@@ -420,6 +420,9 @@ def test_labels_that_are_not_known_are_summed_out(constraint: cr.Constraint, com
         (of_nan, known),
     ):
         torch.testing.assert_close(layer.log_likelihood(distribution, labels, mask), expected)
+    if components:
+        by_hand = MixtureSameFamily(distribution.mixture_distribution, distribution.component_distribution)
+        torch.testing.assert_close(cr.nn.log_likelihood(by_hand, of_nan), expected)
     for complete in (world, world.double(), world.long(), world.to(torch.uint8)):
         found = layer.log_likelihood(distribution, complete)
         assert torch.equal(found, distribution.log_prob(world))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from circuitroute._tensors import cannot_look
 from circuitroute.engines import Inference
 from circuitroute.engines.logspace import log_coin_flips, nan_rows
 from circuitroute.inference.rows import Rows
@@ -33,8 +34,10 @@ def log_satisfied(rows: Rows, sweep: Inference) -> Tensor:
     """
     with torch.no_grad():
         logits, _ = rows.inputs()
-        log_root = sweep.log_root
-        found = log_root - _shift_of_normaliser(logits.double(), sweep.shift)
+        log_root, shift = sweep.log_root, sweep.shift
+        found = log_root
+        if cannot_look(shift) or bool(shift.any()):  # around 0 there is nothing to do
+            found = log_root - _shift_of_normaliser(logits.double(), shift)
         if rows.count_potential is None:
             found = found.clamp(max=0.0)  # which rounding may exceed
         found = torch.where(log_root.isnan(), -math.inf, found)

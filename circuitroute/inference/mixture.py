@@ -65,6 +65,11 @@ class SubsetMixture(MixtureSameFamily):
         return self._parts.circuit
 
     @property
+    def logits(self) -> Tensor:
+        """[..., C, N] the logits of the components."""
+        return self._parts.logits
+
+    @property
     def _parts(self) -> SubsetDistribution:
         parts = self._component_distribution
         assert isinstance(parts, SubsetDistribution)  # as __init__ has seen

@@ -9,9 +9,11 @@ Legend: N variables (labels), H features, C components; leading dimensions are a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.distributions import Categorical
+from torch.distributions import Categorical, MixtureSameFamily
 
 from circuitroute._tensors import batched, traced, without_autocast
 from circuitroute._validate import as_flag, as_mask, as_real, int_at_least
@@ -147,7 +149,7 @@ class ConstraintLayer(nn.Module):
         return SubsetMixture(Categorical(logits=weights, validate_args=False), parts, self.validate_args)
 
     def log_likelihood(
-        self, distribution: SubsetDistribution | SubsetMixture, labels: Tensor, known: Tensor | None = None
+        self, distribution: SubsetDistribution | MixtureSameFamily, labels: Tensor, known: Tensor | None = None
     ) -> Tensor:
         """:func:`log_likelihood`."""
         return log_likelihood(distribution, labels, known)
@@ -162,14 +164,14 @@ class ConstraintLayer(nn.Module):
 
 
 def log_likelihood(
-    distribution: SubsetDistribution | SubsetMixture, labels: Tensor, known: Tensor | None = None
+    distribution: SubsetDistribution | MixtureSameFamily, labels: Tensor, known: Tensor | None = None
 ) -> Tensor:
     """[...] log-probability of labels, some of which may be missing: of those that are known, the others summed out.
 
     Minus this is the loss of a semantic probabilistic layer. Differentiable.
 
     Args:
-        distribution: what a :class:`ConstraintLayer`, or a circuit, gives for [...] rows.
+        distribution: what a :class:`ConstraintLayer`, or a circuit, gives for [...] rows; or a mixture of the latter.
         labels: [..., N] of 0 and 1, or bool; NaN, or -1, is a label that is not known.
         known: [..., N] bool (or 0/1), whether each label is known; what the others hold does not matter. None: all but
             those that are NaN or -1.
@@ -183,10 +185,12 @@ def log_likelihood(
         ValueError: wrong last dimensions; a known label other than 0 and 1; when validating, labels that no allowed
             subset agrees with, by row.
     """
-    parts = distribution.component_distribution if isinstance(distribution, SubsetMixture) else distribution
-    if not isinstance(parts, SubsetDistribution):
+    if isinstance(distribution, MixtureSameFamily) and not isinstance(distribution, SubsetMixture):
+        parts: Any = distribution.component_distribution  # made by hand
+        distribution = SubsetMixture(distribution.mixture_distribution, parts, distribution._validate_args)
+    if not isinstance(distribution, (SubsetDistribution, SubsetMixture)):
         raise TypeError(f"distribution={distribution!r}: expected what a ConstraintLayer, or a circuit, gives")
-    n, device = parts.circuit.n, parts.logits.device
+    n, device = distribution.circuit.n, distribution.logits.device
     labels = as_real("labels", labels).to(device)
     if labels.dim() == 0 or labels.shape[-1] != n:
         raise ValueError(f"labels have shape {tuple(labels.shape)}: the last dimension must be n={n}")

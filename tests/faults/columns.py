@@ -405,7 +405,8 @@ def _(entry: Entry) -> str | None:
         y = entry.call(entry.make())
         close("value", y, y0)
         given = entry.make()
-    with torch.set_grad_enabled(entry.argument not in ("hidden", "inputs")):  # parameters cannot learn from an inference tensor
+    # Parameters cannot learn from an inference tensor.
+    with torch.set_grad_enabled(entry.argument not in ("hidden", "inputs")):
         close("an inference tensor outside", entry.call(given), y0)
     return "value"
 
