@@ -230,10 +230,11 @@ def test_a_mixture_by_hand_and_by_the_layer(constraint: cr.Constraint, validate:
         assert wider.sample((3,)).shape == (3, 2, T, N)
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
-    found = lambda x, w: cr.nn.ConstraintLayer(circuit, components=C)(x, w).log_prob(worlds[0])  # noqa: E731
-    assert torch.autograd.gradcheck(
-        found, (logits[:2].detach().requires_grad_(), weights[:2].detach().requires_grad_())
-    )
+    if validate:
+        found = lambda x, w: cr.nn.ConstraintLayer(circuit, components=C)(x, w).log_prob(worlds[0])  # noqa: E731
+        assert torch.autograd.gradcheck(
+            found, (logits[:2].detach().requires_grad_(), weights[:2].detach().requires_grad_())
+        )
 
 
 @every_constraint

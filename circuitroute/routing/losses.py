@@ -104,8 +104,8 @@ def semantic_loss(distribution: SubsetDistribution) -> Tensor:
     The loss of Xu et al. 2018 (arXiv:1711.11157, definition 1), by one sweep over the circuit. Coin i is present with
     probability sigmoid(theta_i), theta the logits of the distribution: what a network with N sigmoid outputs predicts.
     The gradient is sigmoid(theta) - m, m the marginals given the constraint. Nothing of the size of the logits is
-    subtracted, so the value is right at any scale, to 1e-12 in float64 and about 1e-6 in float32, and 0 where the coins are
-    certain to satisfy the constraint.
+    subtracted, so the value is right at any scale, to 1e-12 in float64 and about 1e-6 in float32, and 0 where the coins
+    are certain to satisfy the constraint.
 
     Args:
         distribution: ``circuit(logits)`` with logits [..., N]. An infinite logit is a coin that is certain: it adds
