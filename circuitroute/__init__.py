@@ -38,6 +38,7 @@ from circuitroute.inference.reading import load as load
 from circuitroute.inference.reading import read_nnf as read_nnf
 from circuitroute.inference.reading import read_sdd as read_sdd
 from circuitroute.keys import random_key as random_key
+from circuitroute.layers import nn as nn
 from circuitroute.layers.allocation import LayerAllocation as LayerAllocation
 from circuitroute.layers.budget import Budget as Budget
 from circuitroute.layers.budget import BudgetState as BudgetState
@@ -70,7 +71,7 @@ from circuitroute.routing.sequence import route_sequence as route_sequence
 from circuitroute.routing.soft_topk import soft_topk as soft_topk
 
 # Public modules answer to their public names, wherever they live: `from circuitroute.replay import mismatch`.
-for _module in (balance, divergence, estimators, losses, metrics, replay, schedules):
+for _module in (balance, divergence, estimators, losses, metrics, nn, replay, schedules):
     _sys.modules[f"{__name__}.{_module.__name__.rpartition('.')[2]}"] = _module
 
 __version__ = "0.1.0"

@@ -116,6 +116,7 @@ PUBLIC = [
     "log_count_polynomial",
     "losses",
     "metrics",
+    "nn",
     "random_key",
     "read_nnf",
     "read_sdd",

@@ -183,6 +183,9 @@ OBJECTS = {
     "MoE": lambda x, i, b, w: cr.MoE(None, _experts(), probes=i(2), probe_weights=x(4.0), call_idle=b(True)),
     "MoE by words": lambda x, i, b, w: cr.MoE(None, _experts(), probes=w("all"), probe_weights=w("none")),
     "StackedExperts": lambda x, i, b, w: cr.StackedExperts(i(8), i(4), i(3), activation=w("relu")),
+    "ConstraintLayer": lambda x, i, b, w: cr.nn.ConstraintLayer(
+        cr.Exactly(i(2)), i(8), in_features=i(4), components=i(3), bias=b(True), validate_args=b(False)
+    ),
     "LayerAllocation": lambda x, i, b, w: cr.LayerAllocation(i(3), x(6.0), x(0.5), x(4.0)),
     "CountController": lambda x, i, b, w: cr.CountController(x(2.5), gain=x(0.25)),
     "LossFree": lambda x, i, b, w: cr.balance.LossFree(i(4), x(0.25), target=[x(0.5)] * 4, centre=b(True)),

@@ -30,7 +30,8 @@ from circuitroute.engines.autograd import derivative
 from circuitroute.engines.choice import counting_engine
 from circuitroute.engines.logspace import log_coin_flips, nan_rows
 from circuitroute.engines.subset.mode import mode as subset_mode
-from circuitroute.inference.evidence import condition_logits, rows_text
+from circuitroute.inference.coins import log_flips, log_satisfied
+from circuitroute.inference.evidence import as_selections, condition_logits, rows_text, unsatisfiable_rows
 from circuitroute.inference.rows import Rows
 from circuitroute.inference.temperature import as_temperature, fits_batch
 from circuitroute.keys import as_key, drawn_keys, fold_in
@@ -260,7 +261,7 @@ class SubsetDistribution(Distribution):
             surrogate = surrogate - weighted.sum(-1)
         with torch.no_grad():
             value = self._entropy_value(sweep, logits, potential)
-        return self._as_batch(_with_gradient_of(value.to(surrogate.dtype), surrogate))
+        return self._as_batch(with_gradient_of(value.to(surrogate.dtype), surrogate))
 
     def _entropy_value(self, sweep: Inference, logits: Tensor, potential: Tensor | None) -> Tensor:
         """Entropy as a sum of terms that are no larger than the entropy itself, at any scale of the logits."""
@@ -312,23 +313,7 @@ class SubsetDistribution(Distribution):
 
     def _keys(self, shape: Size, key: Tensor | int | None) -> Tensor:
         """[samples * T] int64."""
-        full = shape + self._batch_shape
-        device = self.logits.device
-        if key is None:
-            return drawn_keys(full.numel(), device)
-        given = as_key("key", key, device)
-        try:
-            if given.dim() <= len(self._batch_shape):
-                given = given.expand(self._batch_shape)
-                if len(shape):
-                    index = torch.arange(shape.numel(), device=device).reshape(shape + (1,) * len(self._batch_shape))
-                    given = fold_in(given, index)
-            return given.expand(full).reshape(-1)
-        except RuntimeError:
-            raise ValueError(
-                f"key has shape {tuple(given.shape)}: it must broadcast to the batch {tuple(self._batch_shape)} or to "
-                f"sample_shape + batch {tuple(full)}"
-            ) from None
+        return sample_keys(key, shape, self._batch_shape, self.logits.device)
 
     def _float_mask(self, mask_TN: Tensor, shape: Size) -> Tensor:
         mask = mask_TN.to(self.logits.dtype)
@@ -410,7 +395,7 @@ class SubsetDistribution(Distribution):
         surrogate = torch.where(selected, bounded, 0.0).sum(-1) + phi - self._as_batch(sweep.log_partition)
         with torch.no_grad():
             log_prob = self._log_prob_value(sweep, logits, selected, phi).to(surrogate.dtype)
-        result = _with_gradient_of(log_prob, surrogate)
+        result = with_gradient_of(log_prob, surrogate)
         return torch.where(possible | result.isnan(), result, -math.inf)
 
     def _potential_of(self, selected: Tensor, potential: Tensor | None) -> Tensor:
@@ -514,6 +499,56 @@ class SubsetDistribution(Distribution):
             )
         return SubsetDistribution(self.circuit, logits, self.count_potential, validate_args=self._validate_args)
 
+    def log_evidence(
+        self,
+        include: Tensor | Iterable[int] | None = None,
+        exclude: Tensor | Iterable[int] | None = None,
+    ) -> Tensor:
+        """[...] log P(S contains ``include`` and avoids ``exclude``): the marginal likelihood of a partial world.
+
+        With all variables in one of the two it is :meth:`log_prob`. Differentiable: the gradient is that of the logits
+        of ``include``, plus the marginals given the evidence, less the marginals. Two sweeps; the value is a sum of
+        log-probabilities of independent coins, accurate at any scale of the logits.
+
+        Args:
+            include, exclude: as in :meth:`condition`; masks may have more leading dimensions than the batch.
+
+        Returns:
+            [...] at most 0; -inf where the infinite logits (or the count potential) rule the evidence out.
+
+        Raises:
+            ValueError: an index out of range, a variable both included and excluded, or (when validating) evidence that
+                no allowed subset agrees with, named by row; that is -inf when not.
+        """
+        chosen, banned = as_selections(self.circuit.n, include, exclude, self.logits.device)
+        against = (chosen & (banned | (self.logits == -math.inf))) | (banned & (self.logits == math.inf))
+        lost = against.any(-1)
+        given = torch.where(chosen, math.inf, torch.where(banned, -math.inf, self.logits))
+        if not (transformed() or traced(given)):
+            lost = lost | unsatisfiable_rows(self.circuit, given, self.count_potential, finite=False)
+        if self._validate_args and bool(lost.any()):
+            bare = torch.where(chosen, math.inf, torch.where(banned, -math.inf, 0.0))
+            empty = unsatisfiable_rows(self.circuit, bare, None, finite=False)
+            if bool(empty.any()):
+                raise ValueError(
+                    f"include and exclude leave no subset that satisfies {self.circuit.constraint!r} in "
+                    f"{rows_text(empty)}"
+                )
+        # Of lost rows the original ones are as good as any, and have a gradient.
+        given = torch.where(lost.unsqueeze(-1), self.logits, given)
+        after = SubsetDistribution(self.circuit, given, self.count_potential, validate_args=False)
+        before, rest = self._infer(), after._infer()
+        counted = torch.where(chosen, finite(self.logits), 0.0).sum(-1)
+        surrogate = counted + after._as_batch(rest.log_partition) - self._as_batch(before.log_partition)
+        with torch.no_grad():
+            value = log_satisfied(after.rows, rest) - log_satisfied(self.rows, before)
+            value = value + log_flips(self.logits, chosen, banned)
+            value = value.clamp(max=0.0).to(surrogate.dtype)
+            possible = (value > -math.inf) & ~lost
+        result = with_gradient_of(torch.where(possible, value, 0.0), torch.where(possible, surrogate, 0.0))
+        nan = value.isnan()
+        return torch.where(possible | nan, torch.where(nan, math.nan, result), -math.inf)
+
     def __repr__(self) -> str:
         return f"SubsetDistribution({self.circuit.constraint!r}, n={self.circuit.n}, batch={tuple(self._batch_shape)})"
 
@@ -524,6 +559,30 @@ def satisfies(circuit: Compiled, selected: Tensor) -> Tensor:
         found: Tensor = transforms.satisfies(circuit, selected)
         return found
     return ops.satisfies(circuit, selected) if traced(selected) else boolean.satisfies(circuit, selected)
+
+
+def sample_keys(key: Tensor | int | None, shape: Size, batch_shape: Size, device: torch.device) -> Tensor:
+    """[samples * T] int64, the key of every sample of every row; drawn where none is given.
+
+    Raises:
+        TypeError, ValueError: see :meth:`SubsetDistribution.sample`.
+    """
+    full = shape + batch_shape
+    if key is None:
+        return drawn_keys(full.numel(), device)
+    given = as_key("key", key, device)
+    try:
+        if given.dim() <= len(batch_shape):
+            given = given.expand(batch_shape)
+            if len(shape):
+                index = torch.arange(shape.numel(), device=device).reshape(shape + (1,) * len(batch_shape))
+                given = fold_in(given, index)
+        return given.expand(full).reshape(-1)
+    except RuntimeError:
+        raise ValueError(
+            f"key has shape {tuple(given.shape)}: it must broadcast to the batch {tuple(batch_shape)} or to "
+            f"sample_shape + batch {tuple(full)}"
+        ) from None
 
 
 def validating(validate_args: bool | None, *values: object) -> bool:
@@ -537,7 +596,7 @@ def _requires_grad(values: Tensor | None) -> bool:
     return values is not None and values.requires_grad
 
 
-def _with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
+def with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
     """``value``, with the gradient (of any order) of ``surrogate``."""
     if not tracked(surrogate):
         return value

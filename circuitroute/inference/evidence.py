@@ -65,15 +65,26 @@ def condition_logits(
     Such rows include what the logits forbid, or exclude what they force; their logits become NaN. So do those of rows
     that include what they exclude, where that cannot be seen and refused.
     """
-    chosen = _as_selection("include", include, circuit.n, logits.device)
-    banned = _as_selection("exclude", exclude, circuit.n, logits.device)
-    unseen = batched() or traced(logits, chosen, banned)  # whose values cannot be branched on
-    if not unseen and bool((chosen & banned).any()):
-        both = (chosen & banned).nonzero()[:, -1].unique().tolist()
-        raise ValueError(f"include and exclude share the variables {both}: give each in one of them only")
+    chosen, banned = as_selections(circuit.n, include, exclude, logits.device)
     result = torch.where(chosen, math.inf, torch.where(banned, -math.inf, logits))
     lost = ((chosen & (logits == -math.inf)) | (banned & ((logits == math.inf) | chosen))).any(-1)
     return torch.where(lost.unsqueeze(-1), math.nan, result), lost
+
+
+def as_selections(
+    n: int, include: Tensor | Iterable[int] | None, exclude: Tensor | Iterable[int] | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Masks [..., N] bool of what is included and what is excluded.
+
+    Raises:
+        TypeError, ValueError: neither masks nor indices of variables, or, where it can be seen, a variable in both.
+    """
+    chosen, banned = _as_selection("include", include, n, device), _as_selection("exclude", exclude, n, device)
+    unseen = batched() or traced(chosen, banned)  # whose values cannot be branched on
+    if not unseen and bool((chosen & banned).any()):
+        both = (chosen & banned).nonzero()[:, -1].unique().tolist()
+        raise ValueError(f"include and exclude share the variables {both}: give each in one of them only")
+    return chosen, banned
 
 
 def _as_selection(name: str, value: Tensor | Iterable[int] | None, n: int, device: torch.device) -> Tensor:

@@ -1,6 +1,6 @@
-"""Auxiliary losses of routing, from the exact marginals and the set that was actually sampled.
+"""Auxiliary losses of routing, from the exact marginals and the set that was actually sampled; and semantic loss.
 
-Legend: T tokens, E experts; m the exact marginals, z the chosen mask.
+Legend: T tokens, E experts or N variables; m the exact marginals, z the chosen mask.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from circuitroute._validate import as_real
+from circuitroute.inference.coins import log_normaliser, log_satisfied
+from circuitroute.inference.distribution import SubsetDistribution, with_gradient_of
 from circuitroute.routing.decision import Routing
 from circuitroute.routing.weights import expert_softmax
 
@@ -94,3 +96,43 @@ def z_loss(routing: Routing) -> Tensor:
 def expected_count(routing: Routing) -> Tensor:
     """Mean over tokens of the expected number of experts, sum_e m_e; a differentiable scalar."""
     return routing.marginals.sum() / max(1, routing.mask.shape[0])
+
+
+def semantic_loss(distribution: SubsetDistribution) -> Tensor:
+    """-log of the probability that independent coins satisfy the constraint: sum_i softplus(theta_i) - log Z, per row.
+
+    The loss of Xu et al. 2018 (arXiv:1711.11157, definition 1), by one sweep over the circuit. Coin i is present with
+    probability sigmoid(theta_i), theta the logits of the distribution: what a network with N sigmoid outputs predicts.
+    The gradient is sigmoid(theta) - m, m the marginals given the constraint. Nothing of the size of the logits is
+    subtracted, so the value is right at any scale, to 1e-12 in float64 and about 1e-6 in float32, and 0 where the coins
+    are certain to satisfy the constraint.
+
+    Args:
+        distribution: ``circuit(logits)`` with logits [..., N]. An infinite logit is a coin that is certain: it adds
+            nothing and has no gradient.
+
+    Returns:
+        [...] at least 0, one value per row, differentiable any number of times; take ``.mean()`` for a batch. NaN in
+        rows with NaN, and +inf in those whose infinite logits contradict the constraint, which a distribution that
+        validates refuses.
+
+    Raises:
+        TypeError: anything but a distribution over subsets; of a mixture, give its ``component_distribution``.
+        ValueError: a distribution with a count potential, which is not one of independent coins given the constraint.
+    """
+    if not isinstance(distribution, SubsetDistribution):
+        raise TypeError(
+            f"distribution={distribution!r}: expected a cr.SubsetDistribution, such as circuit(logits); of a mixture, "
+            "give its component_distribution"
+        )
+    if distribution.count_potential is not None:
+        raise ValueError(
+            "distribution has a count potential: semantic loss is of independent coins; make it of the logits alone, "
+            "circuit(logits)"
+        )
+    sweep = distribution.inference()
+    surrogate = log_normaliser(distribution.rows) - distribution.rows.as_batch(sweep.log_partition)
+    value = 0.0 - log_satisfied(distribution.rows, sweep)
+    found = with_gradient_of(value.to(surrogate.dtype), surrogate)
+    # Where nothing satisfies it, log Z is NaN.
+    return torch.where(value == torch.inf, torch.inf, found)

@@ -26,7 +26,7 @@ COLUMNS: dict[str, Column] = {}
 SLOW: set[str] = set()
 
 OPTIONAL = {"include", "key", "temperature", "price", "bias", "count_potential", "replay", "estimates"}
-OPTIONAL |= {"experts", "estimate"}
+OPTIONAL |= {"experts", "estimate", "known", "mixture_logits"}
 WRAPPED = r"to_local|full_tensor|give a plain one"
 
 
@@ -405,7 +405,8 @@ def _(entry: Entry) -> str | None:
         y = entry.call(entry.make())
         close("value", y, y0)
         given = entry.make()
-    with torch.set_grad_enabled(entry.argument != "hidden"):  # parameters cannot learn from an inference tensor
+    # Parameters cannot learn from an inference tensor.
+    with torch.set_grad_enabled(entry.argument not in ("hidden", "inputs")):
         close("an inference tensor outside", entry.call(given), y0)
     return "value"
 

@@ -118,6 +118,8 @@ _MODULES: dict[str, Callable[[], nn.Module]] = {
     "MoE, stacked": lambda: cr.MoE(cr.ExactKRouter(H, E, 2), cr.StackedExperts(E, H, 4)),
     "MoE, null experts": lambda: cr.MoE(cr.ExactKRouter(H, E + 2, 3), _experts(), probes=1, null_experts="identity"),
     "BudgetRouter": lambda: cr.BudgetRouter(H, E, 2, cr.Between(1, 3), cr.AtMost(4), per_token=True),
+    "ConstraintLayer": lambda: cr.nn.ConstraintLayer(flat(), in_features=H),
+    "ConstraintLayer, mixture": lambda: cr.nn.ConstraintLayer(composed(), in_features=H, components=2),
 }
 
 
@@ -187,6 +189,8 @@ def _distributions() -> list[Entry]:
         "expand": (lambda d, b: d.expand((2, *d.batch_shape)).marginals, True),
         "tempered": (lambda d, b: d.tempered(0.5).marginals, True),
         "condition": (lambda d, b: d.condition(include=[0]).marginals, True),
+        "log_evidence": (lambda d, b: d.log_evidence(exclude=[1]), True),
+        "semantic_loss": (lambda d, b: cr.losses.semantic_loss(d), True),
     }
     for kind, circuit in (("flat", flat), ("composed", composed)):
         for name, (output, smooth) in outputs.items():
@@ -224,6 +228,12 @@ def _arguments_of_distributions() -> list[Entry]:
     return [
         Entry("condition(include)", "include", "mask", lambda: torch.eye(T, E),
               lambda x, b: flat()(logits().to(b.device)[: len(b)]).condition(include=x).marginals, False),
+        Entry("log_evidence(include)", "include", "mask", lambda: torch.eye(T, E),
+              lambda x, b: flat()(logits().to(b.device)[: len(b)]).log_evidence(include=x), False),
+        Entry("nn.log_likelihood(labels)", "labels", "mask", lambda: mask(logits()),
+              lambda x, b: cr.nn.log_likelihood(composed()(logits().to(b.device)[: len(b)]), x), False),
+        Entry("nn.log_likelihood(known)", "known", "mask", lambda: torch.eye(T, E),
+              lambda x, b: cr.nn.log_likelihood(composed()(logits().to(b.device)[: len(b)]), mask(b), x), False),
         Entry("sample(key)", "key", "key", lambda: torch.arange(T),
               lambda x, b: flat()(logits().to(b.device)[: len(b)]).sample(key=x), False, width=None),
         Entry("tempered(temperature)", "temperature", "real", lambda: randn(T).abs() + 0.5,
@@ -297,6 +307,15 @@ def _layers() -> list[Entry]:
         Entry("BudgetRouter.begin(estimates)", "estimates", "real", lambda: randn(T, 2, 4, seed=3),
               lambda x, b: module("BudgetRouter", b).begin(on(b, randn(len(b), H)), x).messages, width=4,
               checked=False),
+        Entry("ConstraintLayer(inputs).marginals", "inputs", "real", hidden,
+              lambda x, b: module("ConstraintLayer", b)(x).marginals, width=H),
+        Entry("ConstraintLayer(inputs), mixture.log_prob", "inputs", "real", hidden,
+              lambda x, b: module("ConstraintLayer, mixture", b)(x).log_prob(mask(b)), width=H),
+        Entry("ConstraintLayer(inputs), mixture.mode", "inputs", "real", hidden,
+              lambda x, b: module("ConstraintLayer, mixture", b)(x).mode, False, width=H),
+        Entry("ConstraintLayer(mixture_logits)", "mixture_logits", "real", lambda: randn(T, 2, seed=6),
+              lambda x, b: cr.nn.ConstraintLayer(flat(), components=2)(on(b, randn(len(b), 2, E)), x).marginals,
+              width=2),
         Entry("log_count_polynomial(logits)", "logits", "real", logits,
               lambda x, b: cr.log_count_polynomial(x, 3), width=None, checked=False, alone=True),
         Entry("calibrate_temperature(hidden)", "hidden", "real", hidden,

@@ -130,9 +130,9 @@ def signatures() -> dict[str, str]:
     return {name: signature for name, signature in found.items() if name not in INTERNAL}
 
 
-PUBLIC_MODULES = ("losses", "metrics", "replay")
-# Which replay and metrics show as their own.
-SHOWN = ("LayerRecord", "RecordFile", "RecordWriter", "RoutingRecord", "RunLog", "summary")
+PUBLIC_MODULES = ("losses", "metrics", "nn", "replay")
+# Which replay, metrics and nn show as their own.
+SHOWN = ("LayerRecord", "RecordFile", "RecordWriter", "RoutingRecord", "RunLog", "SubsetMixture", "summary")
 # For engines and compilers, not for users: free to change.
 INTERNAL = ("Circuit", "Circuit.engine", "Circuit.handle", "Circuit.of_handle", "Circuit.holds", "Circuit.as_mask")
 
