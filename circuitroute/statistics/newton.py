@@ -116,24 +116,25 @@ def _linear(targets: Targets, theta: Tensor, r: Tensor, enough: Callable[[Tensor
 def _dense(targets: Targets, theta: Tensor, r: Tensor) -> Tensor:
     """By the eigenvectors of the matrix of correlations, without those that are fixed."""
     with torch.no_grad():
-        covariance = distribution(targets, theta).covariance_matrix
-    moving = targets.moving
-    variance = covariance.diagonal(dim1=-2, dim2=-1)
-    scale = torch.where(moving & (variance > 1e-290), variance.clamp(min=1e-290).rsqrt(), 0.0)
+        found = distribution(targets, theta)
+        covariance, scale = found.covariance_matrix, _inverse_variances(targets, found.marginals).sqrt()
     correlation = covariance * scale[:, :, None] * scale[:, None, :]
+    # As marginals have it, to more digits than the second derivative.
+    correlation.diagonal(dim1=-2, dim2=-1).copy_(targets.moving)
     values, vectors = torch.linalg.eigh((correlation + correlation.mT) / 2)
     along = (vectors.mT @ (scale * r)[..., None])[..., 0]
     dead = 0 if targets.basis is None else targets.basis.shape[1]
     live = torch.arange(theta.shape[-1], device=theta.device) >= dead
     least = values[:, -1:].clamp(min=1e-300) * 1e-15
     along = torch.where(live, along / torch.maximum(values, least), 0.0)
-    return targets.project(scale * (vectors @ along[..., None])[..., 0])
+    x = targets.project(scale * (vectors @ along[..., None])[..., 0])
+    return _or_else(x, r, targets.project(scale**2 * r))
 
 
 def _conjugate_gradients(targets: Targets, theta: Tensor, r: Tensor, enough: Callable[[Tensor], Tensor]) -> Tensor:
     """For all rows at once; those that are done wait."""
     product, preconditioned = _operators(targets, theta)
-    x = torch.zeros_like(r)
+    x, start = torch.zeros_like(r), r
     z = first = preconditioned(r)
     direction, energy = z, (r * z).sum(-1, keepdim=True)
     goal = enough(energy)
@@ -155,8 +156,18 @@ def _conjugate_gradients(targets: Targets, theta: Tensor, r: Tensor, enough: Cal
         energy = torch.where(going, now, 0.0)
         best = torch.minimum(best, torch.where(energy > 0, energy, best))
         energy = torch.where(energy > 1e6 * best, 0.0, energy)
-    # Where products are rounding alone, the preconditioner knows the way, and line search how far.
-    return targets.project(torch.where((x == 0).all(-1, keepdim=True), first, x))
+    return _or_else(targets.project(x), start, first)
+
+
+def _inverse_variances(targets: Targets, m: Tensor) -> Tensor:
+    """[T, N] 1 / (m (1 - m)), 0 where logits do nothing. Next to 1 a marginal is known to its last bit only."""
+    return torch.where(targets.moving, 1 / (m.clamp(min=1e-290) * (1 - m).clamp(min=1e-17)), 0.0)
+
+
+def _or_else(x: Tensor, r: Tensor, other: Tensor) -> Tensor:
+    """A step, if it goes down. Where products are rounding alone it need not; the preconditioner knows the way then, and
+    line search how far."""
+    return torch.where((x * r).sum(-1, keepdim=True) > 0, x, other)
 
 
 def _operators(
@@ -169,9 +180,8 @@ def _operators(
         m = found.marginals
     moving = targets.moving
     with torch.no_grad():
-        # Next to 1 a marginal is known to its last bit only.
-        d = torch.where(moving, m.clamp(min=1e-300) * (1 - m).clamp(min=1e-17), 0.0)
-        inverse = torch.where(moving, 1 / torch.where(moving, d, 1.0), 0.0)
+        inverse = _inverse_variances(targets, m)
+        d = torch.where(moving, 1 / torch.where(moving, inverse, 1.0), 0.0)
         shift = torch.zeros_like(d[:, :1])
         if targets.basis is None:
             count = torch.arange(found.circuit.max_count + 1, dtype=d.dtype, device=d.device)

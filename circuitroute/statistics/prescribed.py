@@ -25,7 +25,7 @@ from circuitroute.compilation import compile
 from circuitroute.constraints import Constraint
 from circuitroute.inference.circuit import Circuit
 from circuitroute.statistics import newton
-from circuitroute.statistics.targets import SHOWN, Targets, _rows, check_entries, targets_of
+from circuitroute.statistics.targets import SHOWN, Targets, check_entries, named_rows, targets_of
 
 
 def logits_for_marginals(marginals: Tensor, constraint: Constraint | Circuit) -> Tensor:
@@ -85,7 +85,7 @@ def _unreached(targets: Targets, theta: Tensor, missing: Tensor, settled: Tensor
     order = theta[first].abs().argsort(descending=True, stable=True)[:SHOWN].tolist()
     largest = ", ".join(f"{i} (target {float(targets.target[first, i]):.6g}, logit {float(theta[first, i]):.3g})" for i in order)
     return ValueError(
-        f"marginals in {_rows(names, ~settled)}: the logits grow without end, and miss the target by "
+        f"marginals in {named_rows(names, ~settled)}: the logits grow without end, and miss the target by "
         f"{float(missing[first].abs().max()):.3g} (tolerance {newton.RESIDUAL:g}): it lies outside of, or on the boundary "
         f"of, what {targets.circuit.constraint!r} allows on average. Move it towards marginals of that constraint, such as "
         f"those at logits of 0; largest logits: {largest}"

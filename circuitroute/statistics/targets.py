@@ -102,7 +102,7 @@ def targets_of(circuit: Compiled, target: Tensor, dtype: torch.dtype, names: Ten
     lost = unsatisfiable_rows(circuit, row, None, finite=False)
     if bool(lost.any()):
         raise ValueError(
-            f"marginals in {_rows(names, lost)}: no subset that {circuit.constraint!r} allows has all variables whose "
+            f"marginals in {named_rows(names, lost)}: no subset that {circuit.constraint!r} allows has all variables whose "
             "target is 1 and none whose target is 0"
         )
     if circuit.counts is None:
@@ -112,7 +112,7 @@ def targets_of(circuit: Compiled, target: Tensor, dtype: torch.dtype, names: Ten
     return _counted(circuit, target, row, dtype, names)
 
 
-def _rows(names: Tensor, bad: Tensor) -> str:
+def named_rows(names: Tensor, bad: Tensor) -> str:
     """The names of marked rows; those of a batch without dimensions have none."""
     if names.shape[-1] == 0:
         return "the only row"
@@ -140,7 +140,7 @@ def _counted(
     if bool(wrong.any()):
         first = int(wrong.nonzero()[0])
         raise ValueError(
-            f"marginals in {_rows(names, wrong)} sum to {float(total[first]):.10g}: every subset that "
+            f"marginals in {named_rows(names, wrong)} sum to {float(total[first]):.10g}: every subset that "
             f"{circuit.constraint!r} allows has {int(low[first])} variables; multiply by {int(low[first])} / sum "
             f"(tolerance {float(slack[first]):.0e})"
         )
@@ -149,7 +149,7 @@ def _counted(
     if bool(wrong.any()):
         first = int(wrong.nonzero()[0])
         raise ValueError(
-            f"marginals in {_rows(names, wrong)} sum to {float(total[first]):.10g}: that must lie strictly between "
+            f"marginals in {named_rows(names, wrong)} sum to {float(total[first]):.10g}: that must lie strictly between "
             f"{int(low[first])} and {int(high[first])}, the sizes that {circuit.constraint!r} allows; for all subsets of "
             "the size at an end take Exactly"
         )
@@ -183,7 +183,7 @@ def _check_constant(
     if bool(wrong.any()):
         row, variable = wrong.nonzero()[0].tolist()
         raise ValueError(
-            f"marginals in {_rows(names, wrong.any(-1))}: {circuit.constraint!r} and the targets of 0 and 1 leave "
+            f"marginals in {named_rows(names, wrong.any(-1))}: {circuit.constraint!r} and the targets of 0 and 1 leave "
             f"variable {variable} no choice: it is always {float(always[row, variable]):.0f}, and the target is "
             f"{float(target[row, variable]):.6g}"
         )
@@ -209,7 +209,7 @@ def _general(circuit: Compiled, target: Tensor, row: Tensor, dtype: torch.dtype,
         if bool(wrong.any()):
             first = int(wrong.nonzero()[0])
             raise ValueError(
-                f"marginals in {_rows(names, wrong)}: {_sum_text(direction)} {float(wanted[first]):.10g}, and every "
+                f"marginals in {named_rows(names, wrong)}: {_sum_text(direction)} {float(wanted[first]):.10g}, and every "
                 f"subset that {circuit.constraint!r} allows has {float(fixed[first]):.6g} there (tolerance "
                 f"{float(slack[first]):.0e})"
             )
