@@ -232,7 +232,7 @@ def test_large_designs():
 # ---------------------------------------------------------------------------------------------- what is refused
 
 REFUSED = {
-    "the sum": ([[0.5, 0.5, 0.5], [0.6, 0.2, 0.2], [0.9, 0.5, 0.5]], cr.Exactly(1), r"rows 0, 2 sum to 1.5.*has 1 variables"),
+    "the sum": ([[0.5, 0.5, 0.5], [0.6, 0.2, 0.2], [0.9, 0.5, 0.5]], cr.Exactly(1), r"rows 0, 2 sum to 1.5.*has 1 "),
     "above 1": ([[0.5, 0.5], [-0.5, 1.5]], cr.Exactly(1), r"hold -0.5 in row 1: inclusion probabilities"),
     "NaN": ([[0.5, 0.5], [math.nan, 0.5]], cr.Exactly(1), r"NaN in row 1"),
     "infinite": ([[0.5, math.inf]], cr.Exactly(1), r"hold inf in row 0"),
@@ -243,7 +243,7 @@ REFUSED = {
     "no choice": ([1, 0.5, 0.0], cr.Exactly(1), r"sum to 1.5"),
     "no choice by itself": ([0.5, 0.5], cr.Exactly(2), r"sum to 1: every subset .* has 2"),
     "a constant": ([0.5, 0.5], cr.Logic(X[0] & (X[1] | ~X[1])), r"variable 0 no choice: it is always 1"),
-    "a group": ([0.5, 0.6, 0.5, 0.5], cr.EachGroup(cr.Groups(2), cr.Exactly(1)), r"variables \[0, 1\] sum to 1.1,.* has 1"),
+    "a group": ([0.5, 0.6, 0.5, 0.5], cr.EachGroup(cr.Groups(2), cr.Exactly(1)), r"variables \[0, 1\] sum to 1.1,"),
     "tied": ([0.5, 0.6, 0.5], cr.CountIn({0, 3}), r"marginals\[0\] \+ -1 marginals\[1\]|-1 marginals"),
     "outside": ([0.6, 0.6], cr.Logic(~(X[0] & X[1])), r"the logits grow without end.*outside of, or on the boundary"),
     "boundary": ([0.5, 0.5], cr.Logic(~(X[0] & X[1])), r"the logits grow without end.*outside of, or on the boundary"),
@@ -294,7 +294,7 @@ def test_shapes_and_constraints_that_do_not_fit():
         cr.logits_for_marginals(torch.tensor(0.5), cr.Exactly(1))
     with pytest.raises(ValueError, match="last dimension must hold the N variables"):
         cr.logits_for_marginals(torch.zeros(3, 0), cr.Exactly(1))
-    with pytest.raises(ValueError, match="over 3 variables"):
+    with pytest.raises(ValueError, match=r"last dimension must be that of .*n=3"):
         cr.logits_for_marginals(torch.full((4,), 0.25), cr.compile(cr.Exactly(1), 3))
     with pytest.raises(cr.InfeasibleError):
         cr.logits_for_marginals(torch.full((4,), 0.25), cr.Exactly(5))
@@ -304,9 +304,9 @@ def test_shapes_and_constraints_that_do_not_fit():
 
 def test_transforms_are_refused_by_name():
     target = torch.full((2, 4), 0.25)
-    with pytest.raises(NotImplementedError, match="torch.func"):
+    with pytest.raises(NotImplementedError, match=r"torch\.func"):
         torch.func.vmap(lambda t: cr.logits_for_marginals(t, cr.Exactly(1)))(target)
-    with pytest.raises(NotImplementedError, match="torch.func"):
+    with pytest.raises(NotImplementedError, match=r"torch\.func"):
         cr.logits_for_marginals(target.to("meta"), cr.Exactly(1))
 
 

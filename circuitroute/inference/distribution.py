@@ -249,6 +249,22 @@ class SubsetDistribution(Distribution):
         covariance = columns.reshape(-1, n, n).masked_fill(empty[:, None, None], math.nan)
         return self._as_batch(covariance)
 
+    @property
+    def joint_marginals(self) -> Tensor:
+        """[..., N, N] P(i in S and j in S), the marginals on the diagonal: joint inclusion probabilities.
+
+        The covariance plus the outer product of the marginals, one sweep per variable. Of large count constraints
+        without gradients, in closed form from one sweep where logits are far enough apart; see
+        :mod:`circuitroute.inference.pairs`. Differentiable as ``covariance_matrix`` is.
+        """
+        m = self.marginals
+        if pairs.in_closed_form(self.circuit, self.logits):
+            inference = self._infer()
+            return self._as_batch(pairs.joint(*self.rows.inputs(), inference.marginals))
+        joint = self.covariance_matrix + m.unsqueeze(-1) * m.unsqueeze(-2)
+        diagonal = torch.eye(self.circuit.n, dtype=torch.bool, device=m.device)
+        return torch.where(diagonal, m.unsqueeze(-1), joint)
+
     def entropy(self) -> Tensor:
         """[...] H = log Z - theta . m - phi . q, in nats. Differentiable."""
         sweep = self._infer()

@@ -38,7 +38,7 @@ def fixed_directions(circuit: Compiled, row: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def readable(basis: Tensor) -> list[Tensor]:
-    """[N] each: the same directions with as many zeros as possible, by elimination: those of groups are their members."""
+    """[N] each: the same directions with as many zeros as possible, by elimination: of groups, their members."""
     rows = basis.t().clone().cpu()
     found = 0
     for column in range(rows.shape[1]):

@@ -153,8 +153,8 @@ def _levelled(x: Wide, start: int, stop: int, reference: int, slope: int) -> Arr
 
 
 def _lines(slope: int, steps: Array, sign: int) -> tuple[Array, Array]:
-    """2^(sign slope steps) as exponents and factors in [1, 2); the slope is in units of 2^-FRACTION, so all is exact up to
-    the factor's rounding."""
+    """2^(sign slope steps) as exponents and factors in [1, 2); the slope is in units of 2^-FRACTION, so all is exact
+    but for the factor's rounding."""
     rise = sign * slope * steps.astype(np.int64)
     whole = rise >> FRACTION
     return whole, np.exp2((rise - (whole << FRACTION)) * 2.0**-FRACTION)

@@ -3,10 +3,10 @@
 Legend: R rows, N coins, n degree; h, the gradient in log-coefficients.
 
 Coins are sorted and multiplied up a balanced tree. The lower levels, ``LEAF`` coins, are products of all nodes at once:
-in plain float64, by powers of 2 that make the coins of a leaf fair, where those keep all coefficients in range, and else
-with exponents. The upper levels are :func:`circuitroute.statistics.convolution.multiply`. Positive numbers are added
-and multiplied, and nothing else, so every coefficient has a relative error of some units per level, in the far tails as in
-the middle.
+in plain float64, by powers of 2 that make the coins of a leaf fair, where those keep all coefficients in range, and
+else with exponents. The upper levels are :func:`circuitroute.statistics.convolution.multiply`. Positive numbers are
+added and multiplied, and nothing else, so every coefficient has a relative error of some units per level, in the far
+tails as in the middle.
 
 The gradient goes down the same tree as d/d log: of every node, how much of the upstream gradient is with each count of
 it. At a coin that is h_0, h_1 of log q and log p; and d log p / d theta = q, d log q / d theta = -p.
@@ -75,7 +75,7 @@ def log_pmf(coins: Coins) -> Array:
 
 
 def log_gradients(coins: Coins, upstream: Array) -> tuple[Array, Array]:
-    """([R, N], [R, N]) the gradient in log q and in log p, of log-probabilities with an upstream gradient [R, N + 1]."""
+    """([R, N], [R, N]) the gradients in log q and log p, of log-probabilities with an upstream gradient [R, N + 1]."""
     ordered, order = coins.sorted()
     found = _Tree(ordered).down(upstream)
     back = np.empty_like(order)
@@ -93,7 +93,7 @@ class _Sequence:
     def trimmed(values: Wide) -> _Sequence:
         places = np.flatnonzero(values.m)
         first, last = int(places[0]), int(places[-1])
-        return _Sequence(values[first : last + 1], first)
+        return _Sequence(values.at(slice(first, last + 1)), first)
 
 
 class _Tree:
@@ -110,7 +110,7 @@ class _Tree:
         self.levels: list[list[list[_Sequence]]] = []
         for row in range(rows):
             own = range(row * self.blocks, (row + 1) * self.blocks)
-            levels = [[_Sequence.trimmed(self.leaves.root[i]) for i in own]]
+            levels = [[_Sequence.trimmed(self.leaves.root.at(i)) for i in own]]
             while len(levels[-1]) > 1:
                 levels.append([_joined(*pair) for pair in _pairs(levels[-1])])
             self.levels.append(levels)
@@ -186,11 +186,11 @@ class _Leaves:
         top = Wide.of(self.levels[-1][:, 0], scale[:, None] + middle[self.plain, None] * np.arange(n + 1))
         self.root.m[self.plain], self.root.e[self.plain] = top
         self.wide_levels = self._wide_levels()
-        self.root.m[self.wide], self.root.e[self.wide] = self.wide_levels[-1][:, 0]
+        self.root.m[self.wide], self.root.e[self.wide] = self.wide_levels[-1].at(np.s_[:, 0])
 
     def _plain_levels(self, middle: Array) -> tuple[list[Array], Array]:
         """[b, m, d + 1] for m nodes of degree d, from the coins up; and the exponent that was taken off each leaf."""
-        q, p = self.q[self.plain], self.p[self.plain]
+        q, p = self.q.at(self.plain), self.p.at(self.plain)
         p_e = np.where(p.m == 0, ZERO, p.e - middle[self.plain, None])
         top = np.maximum(q.e, p_e)
         levels = [np.stack([scaled(q.m, q.e - top), scaled(p.m, p_e - top)], -1)]
@@ -205,10 +205,10 @@ class _Leaves:
 
     def _wide_levels(self) -> list[Wide]:
         """The same with exponents."""
-        q, p = self.q[self.wide], self.p[self.wide]
+        q, p = self.q.at(self.wide), self.p.at(self.wide)
         levels = [Wide(np.stack([q.m, p.m], -1), np.stack([q.e, p.e], -1))]
         while levels[-1].m.shape[1] > 1:
-            levels.append(_wide_product(levels[-1][:, 0::2], levels[-1][:, 1::2]))
+            levels.append(_wide_product(*_halves(levels[-1])))
         return levels
 
     def down(self, gradient: Array) -> tuple[Array, Array]:
@@ -230,16 +230,24 @@ class _Leaves:
 
     def _wide_down(self, by: Array) -> Array:
         for below, above in zip(self.wide_levels[-2::-1], self.wide_levels[:0:-1], strict=True):
-            a, b = below[:, 0::2], below[:, 1::2]
+            a, b = _halves(below)
             d = a.m.shape[-1] - 1
             weight = np.divide(by, above.m, out=np.zeros_like(by), where=above.m > 0)
             by = np.zeros_like(below.m)
             for i in range(d + 1):
                 part = slice(i, i + d + 1)
-                term = scaled(a.m[..., i : i + 1] * b.m, a.e[..., i : i + 1] + b.e - above.e[..., part]) * weight[..., part]
+                term = (
+                    scaled(a.m[..., i : i + 1] * b.m, a.e[..., i : i + 1] + b.e - above.e[..., part])
+                    * weight[..., part]
+                )
                 by[:, 0::2, i] = term.sum(-1)
                 by[:, 1::2] += term
         return by
+
+
+def _halves(level: Wide) -> tuple[Wide, Wide]:
+    """The first and the second of every pair of nodes."""
+    return level.at(np.s_[:, 0::2]), level.at(np.s_[:, 1::2])
 
 
 def _wide_product(a: Wide, b: Wide) -> Wide:
@@ -248,8 +256,8 @@ def _wide_product(a: Wide, b: Wide) -> Wide:
     shape = (*a.m.shape[:2], 2 * d + 1)
     top = np.full(shape, 2 * ZERO, dtype=np.int64)
     for i in range(d + 1):
-        part = top[..., i : i + d + 1]
-        np.maximum(part, a.e[..., i : i + 1] + b.e, out=part)
+        shifted = top[..., i : i + d + 1]
+        np.maximum(shifted, a.e[..., i : i + 1] + b.e, out=shifted)
     total = np.zeros(shape)
     for i in range(d + 1):
         part = slice(i, i + d + 1)

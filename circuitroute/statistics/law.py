@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuitroute._tensors import batched, traced, transformed
-from circuitroute.engines.subset.naive import tree_up
+from circuitroute._tensors import batchable, batched, traced, transformed
 from circuitroute.engines.logspace import is_zero
+from circuitroute.engines.subset.naive import tree_up
 from circuitroute.statistics import counting
 
 Given: TypeAlias = Literal["logits", "probs"]
@@ -78,14 +78,18 @@ class _LogPmf(torch.autograd.Function):
         return result
 
     @staticmethod
+    @batchable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         values, result = ctx.saved_tensors
         given: Given = ctx.given
-        if torch.is_grad_enabled():  # to be differentiated again
-            again = _plain(values, given)
-            # What is impossible has no gradient, and one would be NaN.
-            possible = torch.where(again.isinf(), 0.0, again)
-            (found,) = torch.autograd.grad(possible, values, upstream, create_graph=True)
+        recorded = torch.is_grad_enabled()
+        if recorded or batched():  # to be differentiated again, or many at once
+            with torch.enable_grad():
+                values = values if values.requires_grad else values.detach().requires_grad_()
+                again = _plain(values, given)
+                # What is impossible has no gradient, and one would be NaN.
+                possible = torch.where(again.isinf(), 0.0, again)
+                (found,) = torch.autograd.grad(possible, values, upstream, create_graph=recorded)
             return found, None
         coins = _coins(values, given)
         weights = torch.where(result.isinf(), 0.0, upstream)
@@ -99,8 +103,8 @@ class _LogPmf(torch.autograd.Function):
 
 
 def _at_ends(probs: Tensor, log_pmf: Tensor, weights: Tensor) -> Tensor:
-    """The one-sided derivatives at probabilities of 0 and 1, where the law without the coin is known: it is the law itself,
-    one count lower for a coin that is certain.
+    """The one-sided derivatives at probabilities of 0 and 1, where the law without the coin is known: it is the law
+    itself, one count lower for a coin that is certain.
 
     d log P_j / dp = P_{j-1} / P_j - 1 at 0, and 1 - P_{j+1} / P_j at 1, for the counts that are possible.
     """

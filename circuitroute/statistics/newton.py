@@ -165,14 +165,12 @@ def _inverse_variances(targets: Targets, m: Tensor) -> Tensor:
 
 
 def _or_else(x: Tensor, r: Tensor, other: Tensor) -> Tensor:
-    """A step, if it goes down. Where products are rounding alone it need not; the preconditioner knows the way then, and
-    line search how far."""
+    """A step, if it goes down. Where products are rounding alone it need not; the preconditioner knows the way then,
+    and line search how far."""
     return torch.where((x * r).sum(-1, keepdim=True) > 0, x, other)
 
 
-def _operators(
-    targets: Targets, theta: Tensor
-) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+def _operators(targets: Targets, theta: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """The product with C, and the inverse of its preconditioner."""
     with torch.inference_mode(False), torch.enable_grad():
         logits = theta.detach().clone().requires_grad_()

@@ -59,7 +59,9 @@ class PoissonBinomial(Distribution):
     ) -> None:
         if (logits is None) == (probs is None):
             found = "neither" if logits is None else "both"
-            raise ValueError(f"PoissonBinomial takes exactly one of logits and probs, and got {found}: give one")
+            raise ValueError(
+                f"PoissonBinomial takes exactly one of logits and probs, and got {found}: give one tensor [..., N]"
+            )
         self._given: Given = "logits" if probs is None else "probs"
         self._parameter = _as_parameter(self._given, probs if logits is None else logits)
         checked = validating(validate_args, self._parameter)
@@ -93,7 +95,7 @@ class PoissonBinomial(Distribution):
         """The shape of logits and probs."""
         return self._parameter.shape
 
-    @constraints.dependent_property(is_discrete=True, event_dim=0)  # type: ignore[untyped-decorator]
+    @constraints.dependent_property(is_discrete=True, event_dim=0)
     def support(self) -> constraints.Constraint:
         """The integers 0..N."""
         return constraints.integer_interval(0, self.num_trials)
@@ -176,7 +178,9 @@ class PoissonBinomial(Distribution):
         value = self._as_value(value, counts=False)
         outside = ~((value >= 0) & (value <= 1))
         if self._validate_args and bool(outside.any()):
-            raise ValueError(f"value={float(value[outside][0])} in {rows_text(outside)}: quantiles are of numbers in [0, 1]")
+            raise ValueError(
+                f"value={float(value[outside][0])} in {rows_text(outside)}: quantiles are of numbers in [0, 1]"
+            )
         with torch.no_grad():
             possible = self._log_pmf() > -math.inf
             first = possible.long().argmax(-1)

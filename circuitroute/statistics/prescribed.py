@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from circuitroute._tensors import batched, transformed, traced, without_autocast
+from circuitroute._tensors import batched, traced, transformed, without_autocast
 from circuitroute._validate import as_real
 from circuitroute.compilation import compile
 from circuitroute.constraints import Constraint
@@ -36,22 +36,22 @@ def logits_for_marginals(marginals: Tensor, constraint: Constraint | Circuit) ->
     ``Exactly(k)``, the conditional Poisson design of survey sampling.
 
     Args:
-        marginals: [..., N], any floating dtype; probabilities. Exactly 0 forbids a variable, exactly 1 forces it. Solved
-            in float64, whatever the dtype. Sums that the constraint fixes, such as k for ``Exactly(k)``, may be off by
-            rounding: by 1e-9 in float64 and 1e-5 in float32 (2e-3 and 2e-2 in float16 and bfloat16), relative where the
-            sum is above 1; what is off is taken off.
+        marginals: [..., N] probabilities, any floating dtype. Exactly 0 forbids a variable, exactly 1 forces it.
+            Solved in float64, whatever the dtype. Sums that the constraint fixes, such as k for ``Exactly(k)``, may be
+            off by rounding, which is taken off: by 1e-9 in float64 and 1e-5 in float32 (2e-3 and 2e-2 in float16 and
+            bfloat16), relative where the sum is above 1.
         constraint: what is allowed, or a circuit over N variables.
 
     Returns:
         [..., N] float32, or float64 for float64: -inf where the target is 0, +inf where it is 1, and finite elsewhere.
         Where logits are not determined, of all solutions the one of the smallest norm: for ``Exactly(k)`` the finite
-        logits of a row sum to 0; for groups of fixed size those of each group do. Differentiable any number of times, by
-        the implicit function theorem; gradients have no part along what the constraint fixes, and are 0 at 0 and 1.
+        logits of a row sum to 0; for groups of fixed size those of each group do. Twice differentiable, by the
+        implicit function theorem; gradients have no part along what the constraint fixes, and are 0 at 0 and 1.
 
     Raises:
         TypeError: marginals that are not a floating-point tensor.
-        ValueError: rows that no distribution of the family has, named, with the reason: NaN or outside [0, 1]; a sum that
-            the constraint does not have; a target outside of, or on the boundary of, what it allows on average.
+        ValueError: rows that no distribution of the family has, named, with the reason: NaN or outside [0, 1]; a sum
+            that the constraint does not have; a target outside of, or on the boundary of, what it allows on average.
         CircuitRouteError: the constraint does not compile, see :func:`circuitroute.compile`.
     """
     marginals = as_real("marginals", marginals, floating=True)
@@ -63,6 +63,11 @@ def logits_for_marginals(marginals: Tensor, constraint: Constraint | Circuit) ->
         raise NotImplementedError(
             "logits_for_marginals looks at the marginals' values, which torch.func, torch.compile and tensors without "
             "numbers do not have: call it outside; gradients and second derivatives are those of torch.autograd"
+        )
+    if isinstance(constraint, Circuit) and constraint.n != marginals.shape[-1]:
+        raise ValueError(
+            f"marginals have shape {tuple(marginals.shape)}: the last dimension must be that of {constraint!r}, "
+            f"n={constraint.n}"
         )
     circuit = compile(constraint, marginals.shape[-1])
     check_entries(marginals.detach())
@@ -83,12 +88,14 @@ def _unreached(targets: Targets, theta: Tensor, missing: Tensor, settled: Tensor
     """The error of rows that Newton does not settle."""
     first = int((~settled).nonzero()[0])
     order = theta[first].abs().argsort(descending=True, stable=True)[:SHOWN].tolist()
-    largest = ", ".join(f"{i} (target {float(targets.target[first, i]):.6g}, logit {float(theta[first, i]):.3g})" for i in order)
+    largest = ", ".join(
+        f"{i} (target {float(targets.target[first, i]):.6g}, logit {float(theta[first, i]):.3g})" for i in order
+    )
     return ValueError(
         f"marginals in {named_rows(names, ~settled)}: the logits grow without end, and miss the target by "
-        f"{float(missing[first].abs().max()):.3g} (tolerance {newton.RESIDUAL:g}): it lies outside of, or on the boundary "
-        f"of, what {targets.circuit.constraint!r} allows on average. Move it towards marginals of that constraint, such as "
-        f"those at logits of 0; largest logits: {largest}"
+        f"{float(missing[first].abs().max()):.3g} (tolerance {newton.RESIDUAL:g}): it lies outside of, or on the "
+        f"boundary of, what {targets.circuit.constraint!r} allows on average. Move it towards marginals of that "
+        f"constraint, such as those at logits of 0; largest logits: {largest}"
     )
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from circuitroute.circuit import Compiled
+from circuitroute.inference.distribution import SubsetDistribution
 from circuitroute.inference.evidence import rows_text, unsatisfiable_rows
 from circuitroute.inference.hull import fixed_directions, readable
 
@@ -33,8 +34,8 @@ class Targets:
         circuit: over N variables.
         target: [T, N] float64, rounding taken off.
         row: [T, N] float64, the evidence: 0 where a variable is free, else infinite.
-        single: [T] bool, rows whose free variables always have the same number, for count constraints; such rows know no
-            other fixed direction.
+        single: [T] bool, rows whose free variables always have the same number, for count constraints; such rows have
+            no other fixed direction.
         basis: [N, r] float64, the fixed directions, for all other circuits; the same in all rows. None for count
             constraints.
         constant: [T, N] bool, free variables that the constraint leaves no choice; their logit is 0.
@@ -102,8 +103,8 @@ def targets_of(circuit: Compiled, target: Tensor, dtype: torch.dtype, names: Ten
     lost = unsatisfiable_rows(circuit, row, None, finite=False)
     if bool(lost.any()):
         raise ValueError(
-            f"marginals in {named_rows(names, lost)}: no subset that {circuit.constraint!r} allows has all variables whose "
-            "target is 1 and none whose target is 0"
+            f"marginals in {named_rows(names, lost)}: no subset that {circuit.constraint!r} allows has all variables "
+            "whose target is 1 and none whose target is 0"
         )
     if circuit.counts is None:
         patterns, which = row.unique(dim=0, return_inverse=True)
@@ -149,9 +150,9 @@ def _counted(
     if bool(wrong.any()):
         first = int(wrong.nonzero()[0])
         raise ValueError(
-            f"marginals in {named_rows(names, wrong)} sum to {float(total[first]):.10g}: that must lie strictly between "
-            f"{int(low[first])} and {int(high[first])}, the sizes that {circuit.constraint!r} allows; for all subsets of "
-            "the size at an end take Exactly"
+            f"marginals in {named_rows(names, wrong)} sum to {float(total[first]):.10g}: that must lie strictly "
+            f"between {int(low[first])} and {int(high[first])}, the sizes that {circuit.constraint!r} allows; for all "
+            "subsets of the size at an end take Exactly"
         )
     # All or none of the free variables: they have one marginal, which is no closed form's business.
     parts = []
@@ -196,9 +197,8 @@ def _general(circuit: Compiled, target: Tensor, row: Tensor, dtype: torch.dtype,
     """Rows with the same evidence."""
     basis, still = fixed_directions(circuit, row[0])
     free = torch.isfinite(row)
-    start = circuit(row, validate_args=False)  # type: ignore[operator]  # a Circuit, which can be called
     with torch.no_grad():
-        always = start.marginals
+        always = SubsetDistribution(circuit, row, validate_args=False).marginals
     constant = free & still
     total = target.sum(-1).clamp(min=1)
     _check_constant(circuit, target, constant, always, ROUNDING[dtype] * total, names)
@@ -209,8 +209,8 @@ def _general(circuit: Compiled, target: Tensor, row: Tensor, dtype: torch.dtype,
         if bool(wrong.any()):
             first = int(wrong.nonzero()[0])
             raise ValueError(
-                f"marginals in {named_rows(names, wrong)}: {_sum_text(direction)} {float(wanted[first]):.10g}, and every "
-                f"subset that {circuit.constraint!r} allows has {float(fixed[first]):.6g} there (tolerance "
+                f"marginals in {named_rows(names, wrong)}: {_sum_text(direction)} {float(wanted[first]):.10g}, and "
+                f"every subset that {circuit.constraint!r} allows has {float(fixed[first]):.6g} there (tolerance "
                 f"{float(slack[first]):.0e})"
             )
     agreed = target - ((target - always) @ basis) @ basis.t()

@@ -44,7 +44,8 @@ class Wide(NamedTuple):
         k = np.rint(x / math.log(2))
         return Wide.of(np.exp((x - k * LN2_HIGH) - k * LN2_LOW), k.astype(np.int64))
 
-    def __getitem__(self, index: Any) -> Wide:  # type: ignore[override]  # by element, not by field
+    def at(self, index: Any) -> Wide:
+        """Some of the numbers, as arrays are indexed."""
         return Wide(self.m[index], self.e[index])
 
     def log(self) -> Array:
