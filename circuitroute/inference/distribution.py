@@ -30,6 +30,7 @@ from circuitroute.engines.autograd import derivative
 from circuitroute.engines.choice import counting_engine
 from circuitroute.engines.logspace import log_coin_flips, nan_rows
 from circuitroute.engines.subset.mode import mode as subset_mode
+from circuitroute.inference import pairs
 from circuitroute.inference.evidence import condition_logits, rows_text
 from circuitroute.inference.rows import Rows
 from circuitroute.inference.temperature import as_temperature, fits_batch
@@ -258,9 +259,11 @@ class SubsetDistribution(Distribution):
         :mod:`circuitroute.inference.pairs`. Differentiable as ``covariance_matrix`` is.
         """
         m = self.marginals
-        if pairs.in_closed_form(self.circuit, self.logits):
-            inference = self._infer()
-            return self._as_batch(pairs.joint(*self.rows.inputs(), inference.marginals))
+        if pairs.in_closed_form(self.circuit, self.logits, self.count_potential):
+            exactly = SubsetDistribution(self.circuit, self.logits.double(), validate_args=False)
+            logits, _ = exactly.rows.inputs()
+            found = pairs.joint(self.circuit, logits, exactly.inference().marginals)
+            return self._as_batch(found.to(self.logits.dtype))
         joint = self.covariance_matrix + m.unsqueeze(-1) * m.unsqueeze(-2)
         diagonal = torch.eye(self.circuit.n, dtype=torch.bool, device=m.device)
         return torch.where(diagonal, m.unsqueeze(-1), joint)
