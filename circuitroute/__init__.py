@@ -69,6 +69,8 @@ from circuitroute.routing.sequence import SequenceRouting as SequenceRouting
 from circuitroute.routing.sequence import SequenceState as SequenceState
 from circuitroute.routing.sequence import route_sequence as route_sequence
 from circuitroute.routing.soft_topk import soft_topk as soft_topk
+from circuitroute.statistics.poisson_binomial import PoissonBinomial as PoissonBinomial
+from circuitroute.statistics.prescribed import logits_for_marginals as logits_for_marginals
 
 # Public modules answer to their public names, wherever they live: `from circuitroute.replay import mismatch`.
 for _module in (balance, divergence, estimators, losses, metrics, nn, replay, schedules):

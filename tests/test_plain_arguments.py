@@ -313,6 +313,7 @@ def test_the_tables_hold_every_public_callable_with_numbers():
         "SoftRouting",
         "SubsetDistribution",
         "log_count_polynomial",
+        "logits_for_marginals",
         "register_compiler",
         "random_key",
         "route",

@@ -32,9 +32,10 @@ from circuitroute.engines.logspace import log_coin_flips, nan_rows
 from circuitroute.engines.subset.mode import mode as subset_mode
 from circuitroute.inference.coins import log_flips, log_satisfied
 from circuitroute.inference.evidence import as_selections, condition_logits, rows_text, unsatisfiable_rows
+from circuitroute.inference import pairs
 from circuitroute.inference.rows import Rows
 from circuitroute.inference.temperature import as_temperature, fits_batch
-from circuitroute.keys import as_key, drawn_keys, fold_in
+from circuitroute.keys import sample_keys
 
 MAX_ENUMERATED = 1 << 22
 
@@ -249,6 +250,24 @@ class SubsetDistribution(Distribution):
         empty = sweep.log_partition.detach().isnan()
         covariance = columns.reshape(-1, n, n).masked_fill(empty[:, None, None], math.nan)
         return self._as_batch(covariance)
+
+    @property
+    def joint_marginals(self) -> Tensor:
+        """[..., N, N] P(i in S and j in S), the marginals on the diagonal: joint inclusion probabilities.
+
+        The covariance plus the outer product of the marginals, one sweep per variable. Of large count constraints
+        without gradients, in closed form from one sweep where logits are far enough apart; see
+        :mod:`circuitroute.inference.pairs`. Differentiable as ``covariance_matrix`` is.
+        """
+        m = self.marginals
+        if pairs.in_closed_form(self.circuit, self.logits, self.count_potential):
+            exactly = SubsetDistribution(self.circuit, self.logits.double(), validate_args=False)
+            logits, _ = exactly.rows.inputs()
+            found = pairs.joint(self.circuit, logits, exactly.inference().marginals)
+            return self._as_batch(found.to(self.logits.dtype))
+        joint = self.covariance_matrix + m.unsqueeze(-1) * m.unsqueeze(-2)
+        diagonal = torch.eye(self.circuit.n, dtype=torch.bool, device=m.device)
+        return torch.where(diagonal, m.unsqueeze(-1), joint)
 
     def entropy(self) -> Tensor:
         """[...] H = log Z - theta . m - phi . q, in nats. Differentiable."""

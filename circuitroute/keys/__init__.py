@@ -146,6 +146,39 @@ def fold_in(key: Tensor, index: Tensor) -> Tensor:
     return found
 
 
+def sample_keys(
+    key: Tensor | int | None, sample_shape: torch.Size, batch_shape: torch.Size, device: torch.device
+) -> Tensor:
+    """[samples * T] int64, a key for every row of every sample.
+
+    Args:
+        key: int64, broadcastable to sample_shape + batch_shape. A key without the sample dimensions is mixed with the
+            sample's index. None draws keys from torch's global generator.
+        sample_shape, batch_shape: of what is drawn.
+        device: where the keys are to be.
+
+    Raises:
+        TypeError: a key that is not of integers.
+        ValueError: one of a shape that does not broadcast.
+    """
+    full = sample_shape + batch_shape
+    if key is None:
+        return drawn_keys(full.numel(), device)
+    given = as_key("key", key, device)
+    try:
+        if given.dim() <= len(batch_shape):
+            given = given.expand(batch_shape)
+            if len(sample_shape):
+                index = torch.arange(sample_shape.numel(), device=device)
+                given = fold_in(given, index.reshape(sample_shape + (1,) * len(batch_shape)))
+        return given.expand(full).reshape(-1)
+    except RuntimeError:
+        raise ValueError(
+            f"key has shape {tuple(given.shape)}: it must broadcast to the batch {tuple(batch_shape)} or to "
+            f"sample_shape + batch {tuple(full)}"
+        ) from None
+
+
 def uniform(key_T: Tensor, first: int, count: int, dtype: torch.dtype) -> Tensor:
     """The uniforms number ``first`` to ``first + count - 1`` of every key.
 

@@ -351,6 +351,36 @@ def _soft() -> list[Entry]:
     ]  # fmt: skip
 
 
+def _counts_of(x: Any, b: Tensor) -> cr.PoissonBinomial:
+    return cr.PoissonBinomial(logits=x)
+
+
+def _statistics() -> list[Entry]:
+    value = torch.tensor(2.0)
+    outputs: dict[str, tuple[Callable[[cr.PoissonBinomial, Tensor], Tensor], bool]] = {
+        "log_prob": (lambda d, b: d.log_prob(value.to(b.device)), True),
+        "log_pmf": (lambda d, b: d.log_pmf(), True),
+        "log_cdf": (lambda d, b: d.log_cdf(value.to(b.device)), True),
+        "entropy": (lambda d, b: d.entropy(), True),
+        "variance": (lambda d, b: d.variance, True),
+        "icdf": (lambda d, b: d.icdf((value / 3).to(b.device)), False),
+        "sample": (lambda d, b: d.sample((2,), key=key(b)), False),
+        "expand": (lambda d, b: d.expand((2, *d.batch_shape)).mean, True),
+    }
+    return [
+        *(
+            Entry(f"PoissonBinomial(logits).{name}", "logits", "real", logits,
+                  lambda x, b, output=output: output(_counts_of(x, b), b), smooth, width=None,
+                  alone=name != "sample")
+            for name, (output, smooth) in outputs.items()
+        ),
+        Entry("PoissonBinomial(probs).log_pmf", "probs", "real", lambda: 0.6 * randn(T, E).sigmoid(),
+              lambda x, b: cr.PoissonBinomial(probs=x).log_pmf(), width=None),
+        Entry("logits_for_marginals(marginals)", "marginals", "real", lambda: flat()(randn(T, E)).marginals,
+              lambda x, b: cr.logits_for_marginals(x, flat()), python=True),
+    ]  # fmt: skip
+
+
 def _worth(routing: cr.Routing) -> Tensor:
     return (routing.gates * on(routing.gates, randn(T, E, seed=9))).sum()
 
@@ -430,6 +460,7 @@ ENTRIES = {
     entry.name: entry
     for entry in (
         *_distributions(), *_arguments_of_distributions(), *_routes(), *_layers(), *_soft(), *_losses_and_metrics(),
+        *_statistics(),
         *_records(),
     )
 }  # fmt: skip

@@ -20,6 +20,7 @@ from torch import Tensor
 from circuitroute._validate import as_items, as_number, as_real
 from circuitroute.circuit import Compiled
 from circuitroute.inference.distribution import SubsetDistribution
+from circuitroute.inference.hull import fixed_directions, readable
 from circuitroute.routing.bias.solver import Part, Solution
 from circuitroute.routing.control import summed
 
@@ -134,7 +135,7 @@ class Reach:
         self._check_entries(target, mean)
         self._check_count(target)
         off = target - mean
-        for direction in _readable(self.fixed):
+        for direction in readable(self.fixed):
             wanted, always = float(direction @ target), float(direction @ mean)
             if abs(wanted - always) > ROUNDED * max(1.0, float(direction.abs().sum())):
                 raise ValueError(f"{self._sum_text(direction)} {wanted:.6g}, and no bias moves it from {always:.6g}")
@@ -221,7 +222,7 @@ def _fixed(circuit: Compiled, row: Tensor, counts: tuple[int, ...]) -> tuple[Ten
     free = torch.isfinite(row)
     unit = torch.eye(circuit.n, dtype=torch.float64, device=row.device)
     if circuit.counts is None:
-        return _fixed_by_covariance(circuit, row)
+        return fixed_directions(circuit, row)
     forced, size = int((row == math.inf).sum()), int(free.sum())
     left = {count - forced for count in counts if 0 <= count - forced <= size}
     if len(left) <= 1 and left <= {0, size}:
@@ -232,39 +233,3 @@ def _fixed(circuit: Compiled, row: Tensor, counts: tuple[int, ...]) -> tuple[Ten
         differences = torch.linalg.svd(torch.diag(free.double()) - torch.outer(ones, ones))[0][:, : size - 1]
         return torch.cat([constants, differences], 1), ~free
     return (torch.cat([constants, ones[:, None]], 1) if len(left) == 1 else constants), ~free
-
-
-def _fixed_by_covariance(circuit: Compiled, row: Tensor) -> tuple[Tensor, Tensor]:
-    """The null space of the covariance of a law of which every allowed subset has a part: of tilted uniform ones, since
-    in one alone subsets of rare sizes may have next to none."""
-    free = torch.isfinite(row)
-    scale = math.log(circuit.n + 1)
-    rows = torch.stack([torch.where(free, tilt * scale, row) for tilt in (-2.0, -1.0, 0.0, 1.0, 2.0)])
-    with torch.no_grad():
-        covariance = SubsetDistribution(circuit, rows, validate_args=False).covariance_matrix.sum(0)
-    values, vectors = torch.linalg.eigh((covariance + covariance.t()) / 2)
-    flat = values <= 1e-10 * max(float(values[-1]), 1e-300)
-    constant = covariance.diagonal() <= 1e-12
-    return vectors[:, flat], constant
-
-
-def _readable(basis: Tensor) -> list[Tensor]:
-    """The same directions with as many zeros as possible, by elimination: those of groups are their members."""
-    rows = basis.t().clone().cpu()
-    found = 0
-    for column in range(rows.shape[1]):
-        if found == len(rows):
-            break
-        pivot = found + int(rows[found:, column].abs().argmax())
-        if float(rows[pivot, column].abs()) < 1e-8:
-            continue
-        rows[[found, pivot]] = rows[[pivot, found]]
-        rows[found] = rows[found] / rows[found, column]
-        for other in range(len(rows)):
-            if other != found:
-                rows[other] -= rows[other, column] * rows[found]
-        found += 1
-    rows = torch.where(rows.abs() < 1e-8, 0.0, rows)
-    rounded = (rows * 840).round() / 840  # small fractions, as what rounding left of them
-    rows = torch.where((rows - rounded).abs() < 1e-8, rounded, rows)
-    return [row.to(basis.device) for row in rows[:found]]

@@ -1,0 +1,1 @@
+"""What statisticians ask of the circuits: logits of given inclusion probabilities, and the law of a count."""
