@@ -1,6 +1,7 @@
 """Formulas in conjunctive normal form, with what model counters add to them: weights of literals, shown variables.
 
-Legend: literals are DIMACS's, variables counted from 1 and negative where absent: the literal -3 says that x2 is absent.
+Legend: literals are DIMACS's, variables counted from 1 and negative where absent: the literal -3 says that variable 2
+is absent.
 """
 
 from __future__ import annotations
@@ -144,8 +145,8 @@ class CNF(Constraint):
         for present, absent, v in pairs:
             if min(present, absent) < 0:
                 raise ValueError(
-                    f"weights: literal {v if present < 0 else -v} has the weight {min(present, absent)}, and only weights "
-                    "from 0 have logits; circuit.weighted_count() takes any"
+                    f"weights: literal {v if present < 0 else -v} has the weight {min(present, absent)}, and only "
+                    "weights from 0 have logits; circuit.weighted_count() takes any"
                 )
             if not present and not absent:
                 raise ValueError(

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from circuitroute import Constraint, InfeasibleError, UnsupportedConstraintError
 from circuitroute.compilation import SHOWN
-from circuitroute.constraints import ActiveGroups, And, AtLeast, Count, CountIn, Logic, Not, Or, Over, shown
+from circuitroute.constraints import ActiveGroups, And, AtLeast, Count, CountIn, Not, Or, Over, shown
 from circuitroute.constraints.formula import Formula, Writer, combined
 from circuitroute.deadline import tick
 from circuitroute_compilers.lowering import count_of, flattened

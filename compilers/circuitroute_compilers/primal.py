@@ -3,19 +3,23 @@
 An order in which variables are eliminated from that graph, each joining its neighbours, gives a tree: below every
 variable stand those eliminated before it that it separates from the rest. As a vtree, the variable on the left and what
 is below it on the right, diagrams have at most 2^w nodes per variable, w being the width of the order (Darwiche 2001;
-Dechter & Mateescu 2007). Small widths come from eliminating the variable that adds the fewest edges (min-fill; Bodlaender
-& Koster 2010). Trees from halves that few edges connect (Kernighan & Lin 1970), one inside the other, are shallow.
+Dechter & Mateescu 2007). Small widths come from eliminating the variable that adds the fewest edges (min-fill;
+Bodlaender & Koster 2010). Trees from halves that few edges connect (Kernighan & Lin 1970), one inside the other, are
+shallow.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 import random
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 from circuitroute.deadline import tick
 from circuitroute_compilers.terms import Scope, variables
-from circuitroute_compilers.trees import Vtree, balanced, leaf, pair
+from circuitroute_compilers.trees import Vtree, balanced, leaf, nodes, pair
 
 # A formula over more variables than these tells little about who belongs together.
 MAX_SCOPE = 24
@@ -25,59 +29,104 @@ MAX_HALVED_VARIABLES, MAX_HALVED_EDGES = 200, 4_000
 # Equally good variables are chosen among at random, by these seeds; the order of the smallest cost is kept.
 ORDERS = 6
 
-_Graph = dict[int, set[int]]
+# Variables, and the neighbours of each.
+Graph: TypeAlias = dict[int, set[int]]
 
 
-def primal_graph(scopes: Iterable[Scope]) -> _Graph:
-    """Variable -> its neighbours, of all variables in the scopes."""
-    graph: _Graph = {}
+def primal_graph(scopes: Iterable[Scope], largest: int | None = None) -> Graph:
+    """Variable -> its neighbours, of all variables in the scopes; no scope of more than ``largest`` makes neighbours."""
+    graph: Graph = {}
     for scope in scopes:
         names = variables(scope)
         tick(1 + len(names))
         for v in names:
-            graph.setdefault(v, set()).update(names if len(names) <= MAX_SCOPE else ())
+            tick(1 + len(names) // 16)
+            graph.setdefault(v, set()).update(names if largest is None or len(names) <= largest else ())
     for v, neighbours in graph.items():
         neighbours.discard(v)
     return dict(sorted(graph.items()))
 
 
+@dataclass(frozen=True)
+class Order:
+    """An order of elimination: the variables, and for each but the roots the next one that it was a neighbour of."""
+
+    variables: list[int]
+    parent: dict[int, int]
+    context: dict[int, int]  # how many neighbours a variable had when it was eliminated
+
+
 def candidates(scopes: Sequence[Scope]) -> list[Vtree]:
-    """Trees over the variables in the scopes: by elimination, by halves, and in the order in which they are numbered."""
-    graph = primal_graph(scopes)
+    """Trees over the variables in the scopes: by elimination, and a balanced one, by halves or as they are numbered.
+
+    Of the balanced ones the one is taken whose diagrams are estimated to be smaller.
+    """
+    graph = primal_graph(scopes, MAX_SCOPE)
     if not graph:
         return []
-    found = [eliminated(graph)]
+    trees = [balanced([leaf(v) for v in graph])]
     edges = sum(map(len, graph.values())) // 2
     if len(graph) <= MAX_HALVED_VARIABLES and edges <= MAX_HALVED_EDGES:
-        found.append(halved(graph))
-    found.append(balanced([leaf(v) for v in graph]))
-    return found
+        trees.append(halved(graph))
+    shallow = min(trees, key=lambda tree: crossings(tree, scopes)) if len(trees) > 1 else trees[0]
+    return [shallow, eliminated(graph)]
+
+
+def crossings(tree: Vtree, scopes: Sequence[Scope]) -> int:
+    """An estimate of the elements of diagrams: for each block 2^(what reaches in from outside it + what its left half
+    shares with the rest), each in formulas or in variables, whichever are fewer."""
+    total = 0
+    for node in nodes(tree):
+        tick(1 + len(scopes) // 8)
+        if node.halves is not None:
+            total += 1 << _interface(node.scope, scopes)[1] + min(_interface(node.halves[0].scope, scopes))
+    return total
+
+
+def _interface(block: Scope, scopes: Sequence[Scope]) -> tuple[int, int]:
+    """What a block shares with the rest: in variables inside, and in variables outside or formulas."""
+    across = [scope for scope in scopes if scope & block and scope & ~block]
+    shared = functools.reduce(operator.or_, across, 0)
+    return (shared & block).bit_count(), min((shared & ~block).bit_count(), len(across))
 
 
 # ---------------------------------------------------------------------------------------------- by elimination
 
 
-def eliminated(graph: _Graph) -> Vtree:
-    """The tree of the best among a few orders of elimination: the smallest sum of 2^(neighbours when eliminated)."""
+def eliminated(graph: Graph) -> Vtree:
+    """The tree of the best among a few orders of elimination."""
+    order = best_order(graph)
+    below: dict[int, list[Vtree]] = {v: [] for v in order.variables}
+    roots: list[Vtree] = []
+    for v in order.variables:
+        children = below.pop(v)
+        tree = pair(leaf(v), by_size(children)) if children else leaf(v)
+        (below[order.parent[v]] if v in order.parent else roots).append(tree)
+    return by_size(roots)
+
+
+def best_order(graph: Graph) -> Order:
+    """The best among a few orders of elimination: of the smallest sum of 2^(neighbours when eliminated)."""
     orders = (_order(graph, seed) for seed in range(ORDERS))
-    _, order, parent = min(orders, key=lambda found: found[0])
-    return _stacked(order, parent)
+    return min(orders, key=lambda order: sum(1 << context for context in order.context.values()))
 
 
-def _order(graph: _Graph, seed: int) -> tuple[int, list[int], dict[int, int]]:
-    """A cost, an order of elimination, and for each variable the first of its neighbours to be eliminated after it."""
+def width(scopes: Iterable[Scope]) -> int:
+    """The most neighbours of a variable when it is eliminated: the treewidth of the primal graph, or more."""
+    return max(best_order(primal_graph(scopes)).context.values(), default=0)
+
+
+def _order(graph: Graph, seed: int) -> Order:
     rest = {v: set(neighbours) for v, neighbours in graph.items()}
     draw = random.Random(seed).random
     fill = sum(map(len, rest.values())) <= 2 * MAX_FILL_EDGES
     luck = {v: draw() for v in rest}
     score = {v: _score(rest, v, fill) for v in rest}
     later: dict[int, set[int]] = {}
-    cost = 0
     while rest:
         tick(1 + len(rest) // 8)
         v = min(rest, key=lambda v: (score[v], luck[v]))
         neighbours = later[v] = rest.pop(v)
-        cost += 1 << len(neighbours)
         affected = set(neighbours)
         for a in neighbours:
             rest[a] |= neighbours
@@ -86,12 +135,12 @@ def _order(graph: _Graph, seed: int) -> tuple[int, list[int], dict[int, int]]:
             affected.update(*(rest[a] for a in neighbours))
         for a in affected:
             score[a] = _score(rest, a, fill)
-    order = list(later)
-    place = {v: i for i, v in enumerate(order)}
-    return cost, order, {v: min(some, key=place.__getitem__) for v, some in later.items() if some}
+    place = {v: i for i, v in enumerate(later)}
+    parent = {v: min(some, key=place.__getitem__) for v, some in later.items() if some}
+    return Order(list(later), parent, {v: len(some) for v, some in later.items()})
 
 
-def _score(rest: _Graph, v: int, fill: bool) -> int:
+def _score(rest: dict[int, set[int]], v: int, fill: bool) -> int:
     """How many edges eliminating a variable would add; how many neighbours it has, where that takes too long."""
     neighbours = rest[v]
     if not fill:
@@ -99,17 +148,6 @@ def _score(rest: _Graph, v: int, fill: bool) -> int:
     tick(1 + len(neighbours) // 2)
     present = sum(len(neighbours & rest[a]) for a in neighbours)
     return (len(neighbours) * (len(neighbours) - 1) - present) // 2
-
-
-def _stacked(order: Sequence[int], parent: dict[int, int]) -> Vtree:
-    """The vtree: each variable beside the trees of those that hang below it."""
-    below: dict[int, list[Vtree]] = {v: [] for v in order}
-    roots: list[Vtree] = []
-    for v in order:
-        children = below.pop(v)
-        tree = pair(leaf(v), by_size(children)) if children else leaf(v)
-        (below[parent[v]] if v in parent else roots).append(tree)
-    return by_size(roots)
 
 
 def by_size(trees: Sequence[Vtree]) -> Vtree:
@@ -135,7 +173,7 @@ def _levels(trees: Sequence[Vtree]) -> Sequence[Vtree]:
 # ---------------------------------------------------------------------------------------------- by halves
 
 
-def halved(graph: _Graph) -> Vtree:
+def halved(graph: Graph) -> Vtree:
     """The tree of halves with few edges between them, halved again."""
     import networkx as nx
 

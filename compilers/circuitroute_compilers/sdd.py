@@ -1,4 +1,4 @@
-"""The compiler named "sdd": sentential decision diagrams (Darwiche 2011) by PySDD, as ``cr.compile(..., compiler="sdd")``.
+"""The compiler named "sdd": sentential decision diagrams (Darwiche 2011) by PySDD.
 
 What it takes is what is a formula: clauses, rules, counts, what is composed of them, and what the built-in compiler
 breaks into these. Each conjunct is brought in where the vtree (:mod:`.primal`) has all of its variables for the first
@@ -26,9 +26,9 @@ from circuitroute.constraints.formula import Formula
 from circuitroute.deadline import charge, note, remaining, tick
 from circuitroute.interop import sdd
 from circuitroute_compilers import sdd_process
+from circuitroute_compilers.choice import EDGES_PER_LEVEL
 from circuitroute_compilers.conjuncts import conjuncts
 from circuitroute_compilers.graph import EDGES_PER_NODE
-from circuitroute_compilers.choice import EDGES_PER_LEVEL
 from circuitroute_compilers.primal import candidates
 from circuitroute_compilers.trees import MAX_VARIABLES, Vtree, balanced, depth, leaf, nodes, pair
 
@@ -121,7 +121,7 @@ def _compiled(
         raise InfeasibleError(f"no subset of {n} variables satisfies {shown(constraint, SHOWN)}")
     if done["result"] == "too large":
         raise CircuitTooLargeError(
-            f"{what}: every SDD that was tried needs more than {elements} elements while it is made, the best one after "
+            f"{what}: every SDD that was tried needs more than {elements} elements while it is made, the best after "
             f"{done['reached']} of {len(formulas)} formulas; {_REMEDY}"
         )
 

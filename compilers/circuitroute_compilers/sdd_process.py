@@ -1,14 +1,15 @@
 """The process in which PySDD compiles: a program that imports nothing of this library, nor anything slow.
 
-libsdd is C: one of its calls may take hours, use all memory or end the process, and nothing in Python can stop it. So it
-has a process of its own, with limits that the operating system keeps. Called as ``python sdd_process.py FOLDER``, it
+libsdd is C: one of its calls may take hours, use all memory or end the process, and nothing in Python can stop it. So
+it has a process of its own, with limits that the operating system keeps. Called as ``python sdd_process.py FOLDER``, it
 reads ``job.json`` there and writes ``done.json`` and, if there is a diagram, ``0.sdd`` and ``0.vtree``.
 
 The job's formulas are steps (operator, operands), as in :mod:`circuitroute.constraints.formula`. A vtree comes with a
 program for a stack of diagrams that brings every formula in where the tree has all its variables for the first time:
 PUSH true, JOIN the two topmost, or bring formula number i into the topmost. After each step the nodes are counted, and
 the dead ones collected. The trees are tried under limits of elements that grow, so that a bad one costs little, and the
-choice depends on nothing but the job: of the trees that succeed under the smallest limit, that of the smallest diagram.
+choice depends on nothing but the job: of the trees that succeed under the smallest limit, that of the smallest diagram;
+where diagrams are large, the first that succeeds.
 """
 
 from __future__ import annotations
@@ -27,8 +28,13 @@ from typing import Any
 PUSH, JOIN = -1, -2
 # The limits on elements begin at the first, each following one being so many times as large.
 FIRST_LIMIT, FACTOR = 20_000, 10
+# Trees are compared where the first one needs at most so many elements at any time.
+COMPARED = 200_000
 # Dead elements are collected when there are more than these, and than there are live ones.
 DEAD = 50_000
+# Diagrams of up to so many elements are made smaller by moving their vtrees; seconds that never pass.
+MINIMIZED = 20_000
+FOREVER = 1e9
 
 
 class OverLimitError(Exception):
@@ -67,9 +73,10 @@ def _compiled(job: dict[str, Any], manager: Any, folder: str) -> dict[str, Any]:
     limit, reached = min(FIRST_LIMIT, job["elements"]), 0
     while True:
         best: tuple[int, Any, Any, int] | None = None
+        most = limit
         for number, program in enumerate(job["programs"]):
             made = manager(number)
-            run = _Run(made, job["formulas"], limit)
+            run = _Run(made, job["formulas"], min(limit, most))
             try:
                 root = run.root(program)
             except OverLimitError:
@@ -81,8 +88,12 @@ def _compiled(job: dict[str, Any], manager: Any, folder: str) -> dict[str, Any]:
             cost = root.size() + job["depths"][number] + (root.count() > job["nodes"]) * (1 << 60)
             if best is None or cost < best[0]:
                 best = cost, root, made, number
+            if run.most > COMPARED:
+                break
+            most = max(run.most, FIRST_LIMIT)  # what needed less leaves the next tree no more
         if best is not None:
             _, root, made, number = best
+            _minimize(made, root)
             root.save(os.fsencode(os.path.join(folder, "0.sdd")))
             made.vtree().save(os.fsencode(os.path.join(folder, "0.vtree")))
             return {"result": "diagram", "tree": number, "nodes": root.count(), "elements": root.size()}
@@ -91,12 +102,27 @@ def _compiled(job: dict[str, Any], manager: Any, folder: str) -> dict[str, Any]:
         limit = min(limit * FACTOR, job["elements"])
 
 
+def _minimize(manager: Any, root: Any) -> None:
+    """Let libsdd look for a better vtree, where that does not take long.
+
+    Its limits on time are lifted, so that the outcome depends on the diagram alone; those on growth hold.
+    """
+    if root.size() > MINIMIZED or root.is_true():
+        return
+    manager.set_vtree_search_time_limit(FOREVER)
+    manager.set_vtree_fragment_time_limit(FOREVER)
+    manager.set_vtree_operation_time_limit(FOREVER)
+    manager.set_vtree_apply_time_limit(FOREVER)
+    manager.minimize_limited()
+
+
 class _Run:
-    """One vtree's program; ``brought`` counts the formulas that were brought in."""
+    """One vtree's program; ``brought`` counts the formulas that were brought in, ``most`` the elements at any time."""
 
     def __init__(self, manager: Any, formulas: list[list[tuple[str, list[int]]]], limit: int) -> None:
         self.manager = manager
         self.brought = 0
+        self.most = 0
         self._formulas = formulas
         self._limit = limit
 
@@ -126,6 +152,7 @@ class _Run:
 
     def _look(self) -> None:
         live, dead = self.manager.live_size(), self.manager.dead_size()
+        self.most = max(self.most, live)
         if live > self._limit:
             raise OverLimitError
         if dead > live + DEAD:
