@@ -11,6 +11,7 @@ from circuitroute import engines as engines
 from circuitroute import integrations as integrations
 from circuitroute.compilation import compile as compile
 from circuitroute.compilation import register_compiler as register_compiler
+from circuitroute.constraints import CNF as CNF
 from circuitroute.constraints import ActiveGroups as ActiveGroups
 from circuitroute.constraints import AtLeast as AtLeast
 from circuitroute.constraints import AtMost as AtMost
@@ -35,6 +36,7 @@ from circuitroute.inference import divergence as divergence
 from circuitroute.inference.circuit import Circuit as Circuit
 from circuitroute.inference.distribution import SubsetDistribution as SubsetDistribution
 from circuitroute.inference.reading import load as load
+from circuitroute.inference.reading import read_cnf as read_cnf
 from circuitroute.inference.reading import read_nnf as read_nnf
 from circuitroute.inference.reading import read_sdd as read_sdd
 from circuitroute.keys import random_key as random_key

@@ -44,8 +44,9 @@ class OutOfTimeError(CircuitTooLargeError):
 class _Budget:
     """When it ends, and what to say then."""
 
-    def __init__(self, seconds: float, doing: Callable[[], str], remedy: str) -> None:
+    def __init__(self, seconds: float, doing: Callable[[], str], remedy: str, outer: _Budget | None) -> None:
         self.seconds = seconds
+        self.outer = outer
         self.start = clock()
         self.end = self.start + seconds
         self.left = 0
@@ -98,6 +99,27 @@ def tick(steps: int = 1) -> None:
             budget.look()
 
 
+def remaining() -> float:
+    """How many CPU seconds are left; infinite where there is no limit. For what bounds itself, such as a process."""
+    budget = _here.budget
+    return math.inf if budget is None else budget.end - clock()
+
+
+def charge(seconds: float) -> None:
+    """Count CPU seconds that another process or thread spent for this call.
+
+    Raises:
+        CircuitTooLargeError: the time is over.
+    """
+    budget, inner = _here.budget, _here.budget
+    while budget is not None:
+        budget.start -= seconds
+        budget.end -= seconds
+        budget = budget.outer
+    if inner is not None:
+        inner.look()
+
+
 def note(what: Callable[[], str]) -> None:
     """Say what is being done, for the message: a function that is called only if time runs out."""
     if _here.budget is not None:
@@ -146,7 +168,7 @@ def within(
         yield
         outer.note = before
         return
-    _here.budget = _Budget(seconds, doing, remedy)
+    _here.budget = _Budget(seconds, doing, remedy, outer)
     try:
         yield
     finally:

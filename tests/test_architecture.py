@@ -50,7 +50,19 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 IMPORTERS = ("import_module", "importlib.import_module", "__import__")
 
 # Slow to import, or extras that need not be installed: for the functions that use them.
-LAZY = {"matplotlib", "networkx", "numba", "pyjuice", "rich", "safetensors", "sympy", "tqdm", "transformers", "triton"}
+LAZY = {
+    "matplotlib",
+    "networkx",
+    "numba",
+    "pyjuice",
+    "pysdd",
+    "rich",
+    "safetensors",
+    "sympy",
+    "tqdm",
+    "transformers",
+    "triton",
+}
 LAZY |= {"accelerate", "deepspeed", "hypothesis", "megatron", "peft", "pytest", "torchtitan"}
 
 # Adapters that subclass what is in their stack: imported by whoever uses it, and by nothing here.
@@ -74,6 +86,7 @@ PUBLIC = [
     "Budget",
     "BudgetRouter",
     "BudgetState",
+    "CNF",
     "Circuit",
     "CircuitFileError",
     "CircuitPropertyError",
@@ -121,6 +134,7 @@ PUBLIC = [
     "metrics",
     "nn",
     "random_key",
+    "read_cnf",
     "read_nnf",
     "read_sdd",
     "register_compiler",

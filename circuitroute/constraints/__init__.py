@@ -6,7 +6,9 @@ from circuitroute.constraints.base import Not as Not
 from circuitroute.constraints.base import Or as Or
 from circuitroute.constraints.base import Over as Over
 from circuitroute.constraints.base import State as State
+from circuitroute.constraints.base import known_variables as known_variables
 from circuitroute.constraints.base import shown as shown
+from circuitroute.constraints.cnf import CNF as CNF
 from circuitroute.constraints.cost import Cost as Cost
 from circuitroute.constraints.counts import AtLeast as AtLeast
 from circuitroute.constraints.counts import AtMost as AtMost

@@ -93,6 +93,10 @@ class Constraint:
         """What the ``repr`` consists of: texts, and constraints in the place of theirs."""
         return (repr(self),)
 
+    def _known_variables(self) -> int | None:
+        """How many variables it is over, where it says so itself; see :func:`known_variables`."""
+        return None
+
 
 def shown(constraint: Constraint, most: int = MAX_TEXT) -> str:
     """The ``repr`` of a constraint, cut off after so many characters."""
@@ -251,3 +255,26 @@ class Not(_OfParts):
 
     def _pieces(self) -> Iterable[Constraint | str]:
         return "~", self.part
+
+
+def known_variables(constraint: Constraint) -> int | None:
+    """How many variables a constraint is over, where it says so, or a part of it: the most that one says.
+
+    A clause list and a list of costs do; a count, a rule and what was given a scope by ``over`` do not.
+    """
+    found: list[int] = []
+    seen: set[int] = set()
+    waiting = [constraint]
+    while waiting:
+        tick()
+        here = waiting.pop()
+        if id(here) in seen:  # parts may be shared
+            continue
+        seen.add(id(here))
+        if isinstance(here, _Composed):
+            waiting.extend(here.parts)
+        elif isinstance(here, Not):
+            waiting.append(here.part)
+        elif (known := here._known_variables()) is not None:
+            found.append(known)
+    return max(found, default=None)

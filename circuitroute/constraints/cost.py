@@ -55,5 +55,8 @@ class Cost(Constraint):
     def accepts(self, state: State) -> bool:
         return bool(int(state) >= self.at_least)  # type: ignore[call-overload]
 
+    def _known_variables(self) -> int | None:
+        return len(self.costs)
+
     def __repr__(self) -> str:
         return f"Cost({list(self.costs)!r}, at_most={self.at_most!r}, at_least={self.at_least!r})"

@@ -47,10 +47,16 @@ class Groups:
                 raise ValueError(f"{self!r}: n={n} variables do not divide into {self.groups} equal groups")
             size = n // self.groups
             return tuple(tuple(range(i, i + size)) for i in range(0, n, size))
-        covered = sum(map(len, self.groups))
-        if covered != n:
-            raise ValueError(f"{self!r} covers {covered} variables, but there are n={n}: groups must cover all of them")
+        if self.covered != n:
+            raise ValueError(
+                f"{self!r} covers {self.covered} variables, but there are n={n}: groups must cover all of them"
+            )
         return self.groups
+
+    @property
+    def covered(self) -> int | None:
+        """How many variables given groups cover; None of equal groups, which divide any number."""
+        return None if isinstance(self.groups, int) else sum(map(len, self.groups))
 
     def __repr__(self) -> str:
         shown = self.groups if isinstance(self.groups, int) else [list(g) for g in self.groups]
@@ -96,6 +102,9 @@ class EachGroup(Constraint):
     def _pieces(self) -> Iterable[Constraint | str]:
         return f"EachGroup({self.groups!r}, ", self.constraint, ")"
 
+    def _known_variables(self) -> int | None:
+        return self.groups.covered
+
     def __repr__(self) -> str:
         return shown(self)
 
@@ -126,6 +135,9 @@ class ActiveGroups(Constraint):
         if self.at_least > self.groups.count:
             raise ValueError(f"at_least={self.at_least}: there are only {self.groups.count} groups")
 
+    def _known_variables(self) -> int | None:
+        return self.groups.covered
+
     def __repr__(self) -> str:
         return f"ActiveGroups({self.groups!r}, at_most={self.at_most!r}, at_least={self.at_least!r})"
 
@@ -152,6 +164,9 @@ class LayerBudget(Constraint):
         for name in ("per_layer", "total"):
             if not isinstance(getattr(self, name), Count):
                 raise TypeError(f"{name}={getattr(self, name)!r}: expected a count such as cr.AtMost(128)")
+
+    def _known_variables(self) -> int | None:
+        return self.layers * self.experts
 
     def __repr__(self) -> str:
         return (

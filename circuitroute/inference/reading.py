@@ -1,12 +1,14 @@
-"""Circuits from files: what a parser of :mod:`circuitroute.interop` returns, made into a :class:`Circuit`."""
+"""Circuits and constraints from files: what a parser of :mod:`circuitroute.interop` returns, made into a
+:class:`Circuit`; clauses, which :func:`circuitroute.compile` does that to, as they are."""
 
 from __future__ import annotations
 
 import os
 
+from circuitroute.constraints import CNF
 from circuitroute.deadline import DEFAULT_SECONDS, within
 from circuitroute.inference.circuit import Circuit
-from circuitroute.interop import nnf, sdd, storage
+from circuitroute.interop import cnf, nnf, sdd, storage
 
 _REMEDY = "write a smaller circuit, whose or-nodes decide variables"
 
@@ -30,6 +32,36 @@ def load(path: str | os.PathLike[str], max_seconds: float | None = DEFAULT_SECON
     """
     with within(max_seconds, lambda: f"loading and verifying {os.fspath(path)}", "save a smaller circuit"):
         return Circuit(*storage.read(path))
+
+
+def read_cnf(path: str | os.PathLike[str], max_seconds: float | None = DEFAULT_SECONDS) -> CNF:
+    """Read clauses in the DIMACS format, and what model counters add to them, as a constraint to compile.
+
+    ``circuit = cr.compile(cr.read_cnf(path))``. Comments may stand anywhere, clauses go over lines as they like, the
+    last 0 may be missing and a line ``%`` ends the file (SATLIB). Understood beyond clauses:
+
+    - ``c p weight LITERAL WEIGHT 0``, ``c p show VARIABLES... 0`` and ``c t TRACK``, the model counting competition's
+      since 2021, and ``c ind VARIABLES... 0``, which other counters write for ``c p show``;
+    - ``w LITERAL WEIGHT`` after ``p cnf``, ``p wcnf`` or ``p wpcnf``, and ``vp VARIABLES... 0`` after ``p pcnf`` or
+      ``p wpcnf``, the competition's of 2020. As in Cachet's files, of a variable whose positive literal alone has such
+      a weight w the other has 1 - w, and w = -1 gives both the weight 1.
+
+    Weights are kept exactly, as fractions.
+
+    Args:
+        path: the file.
+        max_seconds: how long reading may take, in CPU seconds of this thread; None for no limit.
+
+    Returns:
+        The constraint over the file's variables, 1 becoming 0; see :class:`circuitroute.CNF`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CircuitFileError: the file is malformed, or of another kind; names path, line, what was found and expected.
+        CircuitTooLargeError: reading takes more than ``max_seconds`` seconds.
+    """
+    with within(max_seconds, lambda: f"reading {os.fspath(path)}", "give fewer clauses"):
+        return cnf.read(path)
 
 
 def read_nnf(

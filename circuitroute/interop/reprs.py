@@ -21,6 +21,7 @@ _CLASSES: dict[str, Callable[..., Any]] = {
         "AtLeast",
         "AtMost",
         "Between",
+        "CNF",
         "Cost",
         "CountIn",
         "EachGroup",
@@ -58,8 +59,12 @@ def _value(node: ast.expr) -> Any:
     match node:
         case ast.Constant(value=value) if value is None or type(value) in (int, str):
             return value
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=value)) if type(value) is int:
+            return -value
         case ast.List(elts=parts):
             return [_value(part) for part in parts]
+        case ast.Dict(keys=keys, values=values):
+            return {_value(_given(key)): _value(value) for key, value in zip(keys, values, strict=True)}
         case ast.Set(elts=parts):
             return {_value(part) for part in parts}
         case ast.UnaryOp(op=ast.Invert(), operand=operand):
@@ -72,6 +77,12 @@ def _value(node: ast.expr) -> Any:
         case ast.Call(func=ast.Attribute(value=inner, attr="over"), args=[indices], keywords=[]):
             return _constraint(inner).over(_value(indices))
     raise ValueError(f"{ast.dump(node)[:80]} is not part of a constraint")
+
+
+def _given(key: ast.expr | None) -> ast.expr:
+    if key is None:
+        raise ValueError("** is not part of a constraint")
+    return key
 
 
 def _keyword(keyword: ast.keyword) -> str:

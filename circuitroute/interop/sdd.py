@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from circuitroute._validate import int_at_least
-from circuitroute.circuit import Parts
+from circuitroute.circuit import Graph, Parts
 from circuitroute.circuit.verify.properties import check
 from circuitroute.deadline import tick
 from circuitroute.errors import CircuitFileError, InfeasibleError
@@ -43,12 +43,25 @@ def read(path: str | os.PathLike[str], vtree: str | os.PathLike[str], max_nodes:
     """The parts of the circuit in an SDD, made smooth and verified; see :func:`circuitroute.read_sdd`."""
     max_nodes = int_at_least("max_nodes", max_nodes, 1)
     file, tree_file = TextFile(path), TextFile(vtree, "vtree")
-    reader, value = _read_nodes(file, _read_vtree(tree_file), max_nodes)
-    if value is None:
-        raise InfeasibleError(f"{file.path}: the circuit is false, no subset satisfies it")
-    graph, origin = reader.builder.finish(reader.lifted(value, reader.tree.root), -1)
+    graph, origin = _smooth(file, tree_file, max_nodes, str(file.path))
     check(graph, lambda i: f"node {origin[i]} of {file.path}")
     return Parts(graph, Imported("sdd", hashlib.sha256(file.data + tree_file.data).hexdigest()))
+
+
+def graph(path: str | os.PathLike[str], vtree: str | os.PathLike[str], max_nodes: int, source: str) -> Graph:
+    """The graph of an SDD that a compiler just made, smooth; not verified, since compilers' own are not either.
+
+    ``source`` is what messages call it.
+    """
+    return _smooth(TextFile(path), TextFile(vtree, "vtree"), max_nodes, source)[0]
+
+
+def _smooth(file: TextFile, tree_file: TextFile, max_nodes: int, source: str) -> tuple[Graph, list[int]]:
+    """The graph of an SDD, smooth along its vtree, and the number that each of its nodes has in the file."""
+    reader, value = _read_nodes(file, _read_vtree(tree_file), max_nodes, source)
+    if value is None:
+        raise InfeasibleError(f"{source}: the circuit is false, no subset satisfies it")
+    return reader.builder.finish(reader.lifted(value, reader.tree.root), -1)
 
 
 # ---------------------------------------------------------------------------------------------- the vtree
@@ -149,12 +162,12 @@ def _number_leaves(tree: _Vtree) -> None:
 # ---------------------------------------------------------------------------------------------- the diagram
 
 
-def _read_nodes(file: TextFile, tree: _Vtree, max_nodes: int) -> tuple[_Reader, _Value]:
+def _read_nodes(file: TextFile, tree: _Vtree, max_nodes: int, source: str) -> tuple[_Reader, _Value]:
     """The value of the last node, by the numbering of vtree nodes that fits; see the head of this file."""
     positions = tree.in_order()
     refused: list[CircuitFileError] = []
     for numbered in (positions,) if positions == tree else (positions, tree):
-        reader = _Reader(file, numbered, Builder(tree.variables, max_nodes, str(file.path)))
+        reader = _Reader(file, numbered, Builder(tree.variables, max_nodes, source))
         try:
             return reader, reader.read()
         except CircuitFileError as error:

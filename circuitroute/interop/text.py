@@ -43,12 +43,12 @@ class TextFile:
         """The SHA-256 of the content, in hexadecimal."""
         return hashlib.sha256(self.data).hexdigest()
 
-    def lines(self) -> Iterator[Line]:
-        """The lines in order."""
+    def lines(self, comments: bool = False) -> Iterator[Line]:
+        """The lines in order; comments too where they are asked for."""
         for number, line in enumerate(self.data.removeprefix(BOM_UTF8).splitlines(), start=1):
             tick(1 + (len(line) >> 6))
             words = line.split()
-            if words and words[0] != b"c":
+            if words and (comments or words[0] != b"c"):
                 yield Line(number, words)
 
     def numbers(self, line: Line, expected: str, skip: int = 1) -> list[int]:
@@ -89,7 +89,7 @@ _BEGINNINGS = (
     (b"nnf ", "an NNF circuit in c2d's format (read it with cr.read_nnf)"),
     (b"sdd ", "an SDD (read it with cr.read_sdd)"),
     (b"vtree ", "a vtree (give it to cr.read_sdd, beside its SDD)"),
-    (b"p cnf", "a CNF (compile it to a circuit first, with c2d, d4 or libsdd)"),
+    (b"p cnf", "a CNF (read it with cr.read_cnf, and compile it)"),
     (b"\x1f\x8b", "a file that gzip compressed (unpack it first)"),
     (b"BZh", "a file that bzip2 compressed (unpack it first)"),
     (b"\xfd7zXZ\x00", "a file that xz compressed (unpack it first)"),

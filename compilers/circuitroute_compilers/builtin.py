@@ -13,7 +13,7 @@ The path of a constraint through this package, a module per step::
 A constraint that comes down to one count over all variables takes the same path as that count: its circuit is the
 balanced tree of truncated convolutions of counts (Poisson-binomial polynomials) and, marked with its allowed counts,
 runs on the fused ``subset`` engines. These need no graph, so that it is built when something asks for it; its size is
-known at once (``counted``).
+known at once (``counted``). Clauses that no narrow order of variables fits take another path (``clauses``).
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from circuitroute.circuit import DeferredGraph, Graph
 from circuitroute.compilation import SHOWN, Prediction
 from circuitroute.constraints import And, Cost, Count, CountIn, Logic, Over, shown
 from circuitroute.deadline import OutOfTimeError, note
-from circuitroute_compilers.choice import Choice, choose, is_foreign
+from circuitroute_compilers.choice import Choice, choose, is_foreign, seconds_to_build
+from circuitroute_compilers.clauses import decided, expected_states, wide_clauses
 from circuitroute_compilers.counted import CountSize
 from circuitroute_compilers.forecast import explosion
 from circuitroute_compilers.graph import UnhashableStateError, build_graph, most_states
@@ -45,6 +46,10 @@ MAX_BLAMED = 200
 def predict_builtin(constraint: Constraint, n: int) -> Prediction:
     """What :func:`compile_builtin` will build; see :func:`circuitroute.compilation.predict`."""
     simple = _simplest(constraint, n, only_counts(constraint, n))
+    clauses = wide_clauses(constraint, n)
+    if clauses is not None:
+        states, widest = expected_states(clauses)
+        return Prediction(widest, 2 * states, 2 * states, seconds_to_build(2 * states, 2 * states), constraint)
     predicted = _chosen(simple, n, USUAL_NODES).prediction
     return replace(predicted, culprit=constraint) if predicted.culprit == simple else predicted
 
@@ -54,6 +59,12 @@ def compile_builtin(constraint: Constraint, n: int, max_nodes: int) -> Circuit:
     """Compile a constraint over ``n`` variables; see :func:`circuitroute.compile` for the errors."""
     counts = only_counts(constraint, n)
     simple = _simplest(constraint, n, counts)
+    clauses = wide_clauses(constraint, n)
+    if clauses is not None:
+        graph = decided(clauses, n, max_nodes, f"{shown(constraint, SHOWN)} over {n} variables")
+        if graph is None:
+            raise InfeasibleError(f"no subset of {n} variables satisfies {shown(constraint, SHOWN)}")
+        return Circuit(graph, constraint)
     if counts is not None:
         size = CountSize(counts, n, Capped(CountIn(counts), counts, n).cap)
         needs = _count_needs(size, max_nodes)
@@ -142,7 +153,7 @@ def _contradiction(constraint: Constraint, n: int) -> str | None:
         if _is_impossible(And(some), n):
             named = " and ".join(map(repr, some))
             verb = "is impossible" if len(some) == 1 else "contradict each other"
-            return f"{named} {verb} over {n} variables, so {constraint!r} has no solution"
+            return f"{named} {verb} over {n} variables, so {shown(constraint, SHOWN)} has no solution"
     return None
 
 

@@ -23,7 +23,8 @@ import numpy.typing as npt
 
 from circuitroute import CircuitTooLargeError, Constraint, InfeasibleError
 from circuitroute.circuit import Graph, NodeKind
-from circuitroute.constraints import State
+from circuitroute.compilation import SHOWN
+from circuitroute.constraints import State, shown
 from circuitroute.deadline import tick
 from circuitroute_compilers.terms import FALSE, Term
 from circuitroute_compilers.trees import Vtree, nodes
@@ -45,7 +46,7 @@ def build_graph(constraint: Constraint, term: Term, tree: Vtree, max_nodes: int)
     builder = _Builder(constraint, term, tree.scope.bit_count(), max_nodes)
     builder.up(tree)
     if not builder.states[builder.blocks[-1].states]:  # whole scopes settle to TRUE or are dead
-        raise InfeasibleError(f"no subset of {builder.n} variables satisfies {constraint!r}")
+        raise InfeasibleError(f"no subset of {builder.n} variables satisfies {shown(constraint, SHOWN)}")
     builder.down()
     builder.check_size()
     return _Emitter(builder).emit()

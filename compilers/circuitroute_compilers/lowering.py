@@ -11,6 +11,7 @@ from functools import singledispatch
 from circuitroute import InfeasibleError
 from circuitroute.compilation import unsupported
 from circuitroute.constraints import (
+    CNF,
     ActiveGroups,
     And,
     AtLeast,
@@ -127,6 +128,11 @@ def _(constraint: And, scope: Indices) -> Plan:
 
 @lower.register
 def _(constraint: Logic, scope: Indices) -> Plan:
+    return lower(And([constraint]), scope)
+
+
+@lower.register
+def _(constraint: CNF, scope: Indices) -> Plan:
     return lower(And([constraint]), scope)
 
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import TypeAlias
 
 from circuitroute import Constraint, InfeasibleError
-from circuitroute.constraints import And, Count, Logic, Not, Or, Over
+from circuitroute.constraints import CNF, And, Count, Logic, Not, Or, Over
 from circuitroute.constraints.formula import Formula, Writer, combined
 from circuitroute.deadline import tick
 from circuitroute_compilers.plans import Plan, Proposition
@@ -42,6 +42,10 @@ def formula_of(constraint: Constraint, n: int) -> Formula | None:
                     f"n={largest + 1} or more"
                 )
             return formula
+        case CNF():
+            if constraint.n > n:
+                raise ValueError(f"n={n}: the CNF has {constraint.n} variables; leave out n or give a larger one")
+            return constraint.formula
         case Over(constraint=inner, indices=indices):
             check_indices(constraint, n)
             found = formula_of(inner, len(indices))
