@@ -33,7 +33,7 @@ from circuitroute.engines.subset.mode import mode as subset_mode
 from circuitroute.inference.evidence import condition_logits, rows_text
 from circuitroute.inference.rows import Rows
 from circuitroute.inference.temperature import as_temperature, fits_batch
-from circuitroute.keys import as_key, drawn_keys, fold_in
+from circuitroute.keys import row_keys
 
 MAX_ENUMERATED = 1 << 22
 
@@ -312,23 +312,7 @@ class SubsetDistribution(Distribution):
 
     def _keys(self, shape: Size, key: Tensor | int | None) -> Tensor:
         """[samples * T] int64."""
-        full = shape + self._batch_shape
-        device = self.logits.device
-        if key is None:
-            return drawn_keys(full.numel(), device)
-        given = as_key("key", key, device)
-        try:
-            if given.dim() <= len(self._batch_shape):
-                given = given.expand(self._batch_shape)
-                if len(shape):
-                    index = torch.arange(shape.numel(), device=device).reshape(shape + (1,) * len(self._batch_shape))
-                    given = fold_in(given, index)
-            return given.expand(full).reshape(-1)
-        except RuntimeError:
-            raise ValueError(
-                f"key has shape {tuple(given.shape)}: it must broadcast to the batch {tuple(self._batch_shape)} or to "
-                f"sample_shape + batch {tuple(full)}"
-            ) from None
+        return row_keys(key, shape, self._batch_shape, self.logits.device)
 
     def _float_mask(self, mask_TN: Tensor, shape: Size) -> Tensor:
         mask = mask_TN.to(self.logits.dtype)
@@ -507,7 +491,7 @@ class SubsetDistribution(Distribution):
             ValueError: an index out of range, a variable both included and excluded, or (when validating) rows
                 that are left without any subset.
         """
-        logits, lost = condition_logits(self.circuit, self.logits, include, exclude)
+        logits, lost = condition_logits(self.circuit.n, self.logits, include, exclude)
         if self._validate_args and bool(lost.any()):
             raise ValueError(
                 f"include or exclude contradicts the infinite logits in {rows_text(lost)}: no subset is left"

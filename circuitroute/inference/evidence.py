@@ -55,18 +55,18 @@ def _satisfiable(circuit: Compiled, forced: Tensor, forbidden: Tensor) -> Tensor
 
 
 def condition_logits(
-    circuit: Compiled,
+    n: int,
     logits: Tensor,
     include: Tensor | Iterable[int] | None,
     exclude: Tensor | Iterable[int] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Logits with +inf at ``include`` and -inf at ``exclude``, and which rows [...] contradict their own logits.
+    """Logits [..., n] with +inf at ``include`` and -inf at ``exclude``, and which rows [...] contradict their own logits.
 
     Such rows include what the logits forbid, or exclude what they force; their logits become NaN. So do those of rows
     that include what they exclude, where that cannot be seen and refused.
     """
-    chosen = _as_selection("include", include, circuit.n, logits.device)
-    banned = _as_selection("exclude", exclude, circuit.n, logits.device)
+    chosen = _as_selection("include", include, n, logits.device)
+    banned = _as_selection("exclude", exclude, n, logits.device)
     unseen = batched() or traced(logits, chosen, banned)  # whose values cannot be branched on
     if not unseen and bool((chosen & banned).any()):
         both = (chosen & banned).nonzero()[:, -1].unique().tolist()

@@ -139,6 +139,35 @@ def drawn_keys(tokens: int, device: torch.device) -> Tensor:
     return torch.randint(-(1 << 63), (1 << 63) - 1, (tokens,), dtype=torch.int64, device=device)
 
 
+def row_keys(
+    key: Tensor | int | None, sample_shape: torch.Size, batch_shape: torch.Size, device: torch.device
+) -> Tensor:
+    """[samples * T] int64 keys of samples of shape sample_shape + batch_shape.
+
+    A key without the sample dimensions is mixed with the sample's index; None draws keys from torch's global generator.
+
+    Raises:
+        TypeError: ``key`` is neither an integer nor an integer tensor.
+        ValueError: it does not broadcast.
+    """
+    full = sample_shape + batch_shape
+    if key is None:
+        return drawn_keys(full.numel(), device)
+    given = as_key("key", key, device)
+    try:
+        if given.dim() <= len(batch_shape):
+            given = given.expand(batch_shape)
+            if len(sample_shape):
+                index = torch.arange(sample_shape.numel(), device=device)
+                given = fold_in(given, index.reshape(sample_shape + (1,) * len(batch_shape)))
+        return given.expand(full).reshape(-1)
+    except RuntimeError:
+        raise ValueError(
+            f"key has shape {tuple(given.shape)}: it must broadcast to the batch {tuple(batch_shape)} or to "
+            f"sample_shape + batch {tuple(full)}"
+        ) from None
+
+
 def fold_in(key: Tensor, index: Tensor) -> Tensor:
     """The keys of several draws from one key: both int64, broadcast together."""
     found = _fold(key, index)
