@@ -60,7 +60,7 @@ def condition_logits(
     include: Tensor | Iterable[int] | None,
     exclude: Tensor | Iterable[int] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Logits [..., n] with +inf at ``include`` and -inf at ``exclude``, and which rows [...] contradict their own logits.
+    """Logits [..., n], +inf at ``include`` and -inf at ``exclude``, and which rows [...] contradict their own logits.
 
     Such rows include what the logits forbid, or exclude what they force; their logits become NaN. So do those of rows
     that include what they exclude, where that cannot be seen and refused.

@@ -1,1 +1,1 @@
-"""Learned distributions over subsets: probabilistic circuits with trainable weights, and their products with constraints."""
+"""Learned distributions over subsets: probabilistic circuits with trainable weights, times constraints."""

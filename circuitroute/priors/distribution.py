@@ -127,9 +127,9 @@ class PriorDistribution(Distribution):
         def moved(shift_TN: Tensor) -> Tensor:
             return self._marginals(torch.where(decided, self._rows_TN, self._rows_TN + shift_TN))
 
-        _, back = torch.func.vjp(moved, torch.zeros_like(self._rows_TN, dtype=torch.float64))
+        pulled: Any = torch.func.vjp(moved, torch.zeros_like(self._rows_TN, dtype=torch.float64))
         directions = torch.eye(n, dtype=torch.float64, device=self._rows_TN.device)
-        columns = [back(direction.expand(len(self._rows_TN), -1))[0] for direction in directions]
+        columns = [pulled[1](direction.expand(len(self._rows_TN), -1))[0] for direction in directions]
         return self._given(self._marked(self._log_root(self._literals()), torch.stack(columns, -1)))
 
     def entropy(self) -> Tensor:

@@ -9,7 +9,6 @@ Legend: T masks, N variables.
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor
 

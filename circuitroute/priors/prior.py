@@ -180,11 +180,11 @@ class SubsetPrior(nn.Module):
         Raises:
             ValueError: an index out of range, a mask of another size, or a variable both included and excluded.
         """
-        return self().condition(include, exclude)
+        return self.forward().condition(include, exclude)
 
     def sample(self, sample_shape: Iterable[int] = (), key: Tensor | int | None = None) -> Tensor:
         """[*sample_shape, N] masks of exactly 0 and 1; see :meth:`PriorDistribution.sample`."""
-        return self().sample(Size(sample_shape), key)
+        return self.forward().sample(Size(sample_shape), key)
 
     def em_step(
         self, masks: Tensor, step_size: float = 1.0, smoothing: float = 0.0, weights: Tensor | None = None

@@ -27,10 +27,12 @@ from circuitroute.engines.tables import Tables
 from circuitroute.errors import CircuitTooLargeError
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
-# What a state is made of: of a leaf the literals it allows (1 absent, 2 present), else pairs of the halves' states.
-Content: TypeAlias = "int | tuple[tuple[int, int], ...]"
+# What a state is made of: pairs of the halves' states; of a leaf one pair, whether it may be (absent, present).
+Content: TypeAlias = tuple[tuple[int, int], ...]
 
-EITHER = 3
+ABSENT: Content = ((1, 0),)
+PRESENT: Content = ((0, 1),)
+EITHER: Content = ((1, 1),)
 # Pairs of all vtree nodes together.
 MAX_PAIRS = 1 << 24
 # What a message shows of a constraint whose text may be long.
@@ -52,11 +54,11 @@ class States:
     def __init__(self, vtree: Vtree, contents: list[list[Content]]) -> None:
         self.vtree = vtree
         self.counts = tuple(len(some) for some in contents)
-        self.num_pairs = sum(len(pairs) for some in contents[vtree.n :] for pairs in some)  # type: ignore[arg-type]
+        self.num_pairs = sum(len(pairs) for some in contents[vtree.n :] for pairs in some)
         arrays: dict[str, npt.NDArray[np.int64] | npt.NDArray[np.bool_]] = {}
         for v, some in enumerate(contents):
             if v < vtree.n:
-                arrays[f"allows{v}"] = np.array([[c & 1, c >> 1] for c in some], dtype=np.bool_)  # type: ignore[operator]
+                arrays[f"allows{v}"] = np.array([content[0] for content in some], dtype=np.bool_)
             else:
                 arrays |= {f"{name}{v}": array for name, array in _pairs(some).items()}
         self.tables = Tables(arrays)
@@ -64,7 +66,7 @@ class States:
 
 def _pairs(contents: list[Content]) -> dict[str, IntArray]:
     """The arrays of one inner node."""
-    flat = [(a, b, owner) for owner, pairs in enumerate(contents) for a, b in pairs]  # type: ignore[union-attr]
+    flat = [(a, b, owner) for owner, pairs in enumerate(contents) for a, b in pairs]
     left, right, owner = np.array(flat, dtype=np.int64).reshape(-1, 3).T.copy()
     sizes = np.bincount(owner, minlength=len(contents))
     padded = np.full((len(contents), int(sizes.max())), -1, dtype=np.int64)
@@ -101,16 +103,14 @@ def states_of(circuit: Compiled, vtree: Vtree) -> States:
 @functools.lru_cache(maxsize=64)
 def everything(vtree: Vtree) -> States:
     """No constraint: one state everywhere."""
-    return States(vtree, [[EITHER] if v < vtree.n else [((0, 0),)] for v in range(vtree.num_nodes)])
+    return States(vtree, [[EITHER if v < vtree.n else ((0, 0),)] for v in range(vtree.num_nodes)])
 
 
 def _counting(counts: tuple[int, ...], vtree: Vtree) -> States:
-    """A count constraint, which goes along any vtree: the states of a node are the counts that its variables can have."""
+    """A count constraint, along any vtree: the states of a node are the counts that its variables can have."""
     layout = _Contents(vtree)
     most = counts[-1]
-    by_count: list[list[int]] = []
-    for v in range(vtree.n):
-        by_count.append([layout.number(v, 1), *([layout.number(v, 2)] if most else [])])
+    by_count = [[layout.number(v, ABSENT), *([layout.number(v, PRESENT)] if most else [])] for v in range(vtree.n)]
     for v, (left, right) in enumerate(vtree.halves, start=vtree.n):
         a, b = by_count[left], by_count[right]
         wanted = counts if v == vtree.num_nodes - 1 else range(min(most, len(a) + len(b) - 2) + 1)
@@ -119,7 +119,7 @@ def _counting(counts: tuple[int, ...], vtree: Vtree) -> States:
             ways = [[pair for some in ways for pair in some]]
         by_count.append([layout.number(v, tuple(some)) for some in ways])
     if vtree.n == 1:
-        return layout.below(layout.number(0, sum(1 << count for count in counts)))
+        return layout.below(layout.number(0, ((int(0 in counts), int(1 in counts)),)))
     return layout.below(by_count[-1][0])
 
 
@@ -131,21 +131,20 @@ class _Contents:
         self._numbers: list[dict[Content, int]] = [{} for _ in range(vtree.num_nodes)]
         self._contents: list[list[Content]] = [[] for _ in range(vtree.num_nodes)]
         self._pairs = 0
-        self.either: list[int] = []  # of every vtree node the state that allows everything
-        for v in range(vtree.num_nodes):
-            halves = vtree.halves[v - vtree.n] if v >= vtree.n else ()
-            self.either.append(self.number(v, (tuple(self.either[half] for half in halves),) if halves else EITHER))  # type: ignore[arg-type]
+        # Of every vtree node the state that allows everything.
+        self.either = [self.number(v, EITHER) for v in range(vtree.n)]
+        for v, (left, right) in enumerate(vtree.halves, start=vtree.n):
+            self.either.append(self.number(v, ((self.either[left], self.either[right]),)))
 
     def number(self, v: int, content: Content) -> int:
         """The number of a state of vtree node v, new or met before."""
-        if not isinstance(content, int):
-            content = tuple(sorted(set(content)))
+        content = tuple(sorted(set(content)))
         known = self._numbers[v].get(content)
         if known is None:
             known = self._numbers[v][content] = len(self._contents[v])
             self._contents[v].append(content)
-            self._pairs += 1 if isinstance(content, int) else len(content)
-            tick(1 if isinstance(content, int) else 1 + len(content) // 4)
+            self._pairs += len(content)
+            tick(1 + len(content) // 4)
             if self._pairs > MAX_PAIRS:
                 raise CircuitTooLargeError(f"the circuit has more than {MAX_PAIRS} pairs of states along the vtree")
         return known
@@ -172,7 +171,7 @@ class _Contents:
         for v in range(last, -1, -1):
             for state in used[v]:
                 content = self._contents[v][state]
-                if isinstance(content, int):
+                if v < n:
                     chosen[v].append(content)
                     continue
                 tick(1 + len(content) // 4)
@@ -212,16 +211,14 @@ class _Layout(_Contents):
         if not scope:
             return -1
         if graph.kind[node] != NodeKind.SUM:
-            return self.number(int(graph.variable[node]), 2 if graph.kind[node] == NodeKind.PRESENT else 1)
+            return self.number(int(graph.variable[node]), PRESENT if graph.kind[node] == NodeKind.PRESENT else ABSENT)
         v = self._place(scope)
-        literals, pairs = 0, []
+        pairs: list[tuple[int, int]] = []
         for e in range(int(graph.first[node]), int(graph.first[node + 1])):
-            content = self._element(node, int(graph.left[e]), int(graph.right[e]), v)
-            if isinstance(content, int):
-                literals |= content
-            else:
-                pairs += content
-        return self.number(v, tuple(pairs) if v >= self.vtree.n else literals)
+            pairs += self._element(node, int(graph.left[e]), int(graph.right[e]), v)
+        if v < self.vtree.n:  # one literal again, since a sum of both would be true whatever the variable is
+            pairs = pairs[:1]
+        return self.number(v, tuple(pairs))
 
     def _element(self, node: int, a: int, b: int, v: int) -> Content:
         """What a product adds to a state of vtree node v."""
@@ -246,7 +243,7 @@ class _Layout(_Contents):
                 )
         raise ValueError(
             f"constraint: the circuit of {self._name} does not respect the prior's vtree, which splits "
-            f"{names(self.vtree.scopes[left])} from {names(self.vtree.scopes[right])}: its node {node} multiplies factors "
-            f"over {names(self._essential[a])} and over {names(self._essential[b])}; make the prior on the circuit's own, "
-            "SubsetPrior(n, vtree=Vtree.of_circuit(circuit))"
+            f"{names(self.vtree.scopes[left])} from {names(self.vtree.scopes[right])}: its node {node} multiplies "
+            f"factors over {names(self._essential[a])} and over {names(self._essential[b])}; make the prior on the "
+            "circuit's own, SubsetPrior(n, vtree=Vtree.of_circuit(circuit))"
         )

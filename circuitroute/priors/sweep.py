@@ -52,7 +52,7 @@ class Weights(NamedTuple):
 
 
 def literals(logits_TN: Tensor) -> Tensor:
-    """[T, N, 2] log-weights (absent, present) = (0, theta) in float64; infinite logits are evidence, and weigh nothing."""
+    """[T, N, 2] log-weights (absent, present) = (0, theta), float64; infinite logits are evidence, and weigh 0."""
     theta = logits_TN.double()
     absent = torch.where(theta == math.inf, -math.inf, torch.zeros_like(theta))
     present = torch.where(theta == math.inf, torch.zeros_like(theta), theta)
