@@ -16,7 +16,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from circuitroute._validate import as_int, as_items, index_tuple, int_at_least
+from torch import Tensor
+
+from circuitroute._validate import as_int, as_items, as_mask, index_tuple, int_at_least
+from circuitroute.circuit.clustering import clustered
 from circuitroute.circuit.compiled import Compiled
 from circuitroute.circuit.separation import Halves, recovered
 
@@ -25,7 +28,7 @@ from circuitroute.circuit.separation import Halves, recovered
 class Vtree:
     """A binary tree over the variables 0 to n - 1; immutable and hashable.
 
-    Made by :meth:`balanced`, :meth:`linear`, :meth:`of_nested` or :meth:`of_circuit`, or of its parts.
+    Made by :meth:`balanced`, :meth:`linear`, :meth:`clustered`, :meth:`of_nested`, :meth:`of_circuit`, or of its parts.
 
     Args:
         n: number of variables.
@@ -119,6 +122,23 @@ class Vtree:
             CircuitTooLargeError: finding it takes too long.
         """
         return Vtree(circuit.n, recovered(circuit.graph))
+
+    @staticmethod
+    def clustered(masks: Tensor) -> Vtree:
+        """A vtree for data: variables that say much about one another meet low in the tree.
+
+        Args:
+            masks: [..., N] observed subsets, bool or 0/1.
+
+        Raises:
+            TypeError, ValueError: they are no masks, there are none, or they are over no variable.
+        """
+        selected = as_mask("masks", masks, masks.shape[-1] if isinstance(masks, Tensor) and masks.dim() else 1)
+        n = int_at_least("the last dimension of masks", selected.shape[-1], 1)
+        rows = selected.reshape(-1, n).cpu().numpy()
+        if not len(rows):
+            raise ValueError(f"masks has shape {tuple(masks.shape)}: give at least one mask")
+        return Vtree.of_nested(clustered(rows))
 
     @property
     def num_nodes(self) -> int:
