@@ -25,15 +25,15 @@ from circuitroute.inference.evidence import condition_logits, rows_text
 from circuitroute.keys import row_keys
 from circuitroute.priors import sweep
 from circuitroute.priors.states import States, everything
-from circuitroute.priors.sweep import Weights
+from circuitroute.priors.sweep import Parameters, Weights
 
 
 class PriorDistribution(Distribution):
     """p(S) ~ prior(S) exp(sum of the logits of S), over the subsets a circuit allows.
 
-    Made by :class:`circuitroute.SubsetPrior`: by calling one, or by its ``constrained``. The prior's weights are those
-    of that moment. Results are exact, and functions of the logits and of the prior's parameters: differentiable, to any
-    order. Computed in float64, given in the dtype of logits and parameters (float32 at least).
+    Made by :class:`circuitroute.SubsetPrior`: by calling one, or by its ``constrained``. Results are exact, and
+    functions of the logits and of the prior's parameters, which it shares: differentiable, to any order. They are
+    computed in float64 and given in the dtype of logits and parameters, float32 at least.
 
     Three things have no exact form with latent states: the entropy, the mode, and divergences. :meth:`entropy` and
     :attr:`mode` say what to take instead.
@@ -43,10 +43,15 @@ class PriorDistribution(Distribution):
     has_rsample = True
 
     def __init__(
-        self, weights: Weights, states: States, circuit: Compiled | None, logits: Tensor, validate_args: bool | None
+        self,
+        parameters: Parameters,
+        states: States,
+        circuit: Compiled | None,
+        logits: Tensor,
+        validate_args: bool | None,
     ) -> None:
         self.circuit, self.logits = circuit, logits
-        self._weights, self._states = weights, states
+        self._parameters, self._states = parameters, states
         self._rows_TN = logits.reshape(-1, logits.shape[-1])
         self._nan = self._rows_TN.isnan().any(-1)
         checked = validating(validate_args, logits)
@@ -77,7 +82,7 @@ class PriorDistribution(Distribution):
 
     def _log_root(self, literals_TN2: Tensor) -> Tensor:
         with without_autocast(literals_TN2):
-            return sweep.log_root(self._states, literals_TN2, self._weights)
+            return sweep.log_root(self._states, literals_TN2, self._parameters.weights())
 
     def _marked(self, log_root_T: Tensor, values: Tensor) -> Tensor:
         """NaN in rows that held some, or that nothing satisfies."""
@@ -164,7 +169,7 @@ class PriorDistribution(Distribution):
         """
         with torch.no_grad():
             literals_TN2 = self._literals()
-            masks, best = sweep.most_probable(self._states, literals_TN2, self._weights)
+            masks, best = sweep.most_probable(self._states, literals_TN2, self._parameters.weights())
             log_root = self._log_root(literals_TN2)
             return self._masks(masks, log_root, Size()), self._given(self._marked(log_root, best - log_root))
 
@@ -184,7 +189,7 @@ class PriorDistribution(Distribution):
             keys = row_keys(key, shape, self._batch_shape, self.logits.device)
             rows = torch.arange(len(self._rows_TN), device=self.logits.device).repeat(shape.numel())
             literals_TN2 = self._literals()
-            masks = sweep.sample(self._states, literals_TN2, self._weights, rows, keys)
+            masks = sweep.sample(self._states, literals_TN2, self._parameters.weights(), rows, keys)
             return self._masks(masks, self._log_root(literals_TN2), shape)
 
     def _masks(self, masks_RN: Tensor, log_root_T: Tensor, shape: Size) -> Tensor:
@@ -222,7 +227,7 @@ class PriorDistribution(Distribution):
                 raise ValueError(f"value does not satisfy {self.circuit.constraint!r} in {rows_text(~allowed)}")
         excluded = (selected & (self.logits == -math.inf)) | (~selected & (self.logits == math.inf))
         linear = torch.where(selected, finite(self.logits).double(), 0.0).sum(-1)
-        prior = log_prior(self._weights, self._states.vtree, selected)
+        prior = log_prior(self._parameters.weights(), self._states.vtree, selected)
         log_prob = prior + linear - self._log_partition()
         possible = allowed & ~excluded.any(-1)
         return torch.where(possible | log_prob.isnan(), log_prob, -math.inf).to(self.logits.dtype)
@@ -259,18 +264,18 @@ class PriorDistribution(Distribution):
             raise ValueError(
                 f"include or exclude contradicts the infinite logits in {rows_text(lost)}: no subset is left"
             )
-        return PriorDistribution(self._weights, self._states, self.circuit, logits, self._validate_args)
+        return PriorDistribution(self._parameters, self._states, self.circuit, logits, self._validate_args)
 
     def expand(self, batch_shape: Iterable[int], _instance: Any = None) -> PriorDistribution:
         """The same distribution with a larger batch shape, sharing memory."""
         logits = self.logits.expand(*Size(batch_shape), self._rows_TN.shape[1])
-        new = PriorDistribution(self._weights, self._states, self.circuit, logits, False)
+        new = PriorDistribution(self._parameters, self._states, self.circuit, logits, False)
         new._validate_args = self._validate_args
         return new
 
     def __repr__(self) -> str:
         constraint = "" if self.circuit is None else f"{self.circuit.constraint!r}, "
-        n, S = self._weights.coins.shape[:2]
+        n, S = self._parameters.coins.shape
         return f"PriorDistribution({constraint}n={n}, latent={S}, batch={tuple(self._batch_shape)})"
 
 

@@ -23,7 +23,7 @@ from circuitroute.keys import random_key, uniform
 from circuitroute.priors import expectation, latent_tree
 from circuitroute.priors.distribution import PriorDistribution, log_prior
 from circuitroute.priors.states import everything, states_of
-from circuitroute.priors.sweep import Weights
+from circuitroute.priors.sweep import Parameters, Weights
 
 
 class SubsetPrior(nn.Module):
@@ -98,12 +98,10 @@ class SubsetPrior(nn.Module):
 
     def log_weights(self) -> Weights:
         """Log-probabilities of the latent tree in float64, as functions of the parameters."""
-        coins = self.coin_logits.double()
-        return Weights(
-            self.root_logits.double().log_softmax(-1),
-            self.mixture_logits.double().log_softmax(-1),
-            torch.stack([nn.functional.logsigmoid(-coins), nn.functional.logsigmoid(coins)], -1),
-        )
+        return self._free().weights()
+
+    def _free(self) -> Parameters:
+        return Parameters(self.root_logits, self.mixture_logits, self.coin_logits)
 
     def forward(self, logits: Tensor | None = None, validate_args: bool | None = None) -> PriorDistribution:
         """The prior as a distribution, tilted by logits: p(S) ~ prior(S) exp(sum of the logits of S).
@@ -149,7 +147,7 @@ class SubsetPrior(nn.Module):
             given = as_logits(logits, self.n)
             given = given.to(torch.promote_types(given.dtype, dtype))
         states = everything(self.vtree) if circuit is None else states_of(circuit, self.vtree)
-        return PriorDistribution(self.log_weights(), states, circuit, given, validate_args)
+        return PriorDistribution(self._free(), states, circuit, given, validate_args)
 
     def log_prob(self, mask: Tensor) -> Tensor:
         """[...] log prior(S) of masks [..., N], bool or 0/1; differentiable in the parameters.

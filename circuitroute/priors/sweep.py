@@ -23,6 +23,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from circuitroute._tensors import cannot_look
 from circuitroute.keys import uniform
@@ -49,6 +50,29 @@ class Weights(NamedTuple):
     def all_pairs(self) -> bool:
         """Whether mixtures are of all pairs of latent states."""
         return len(self.coins) > 1 and len(self.root) != self.coins.shape[1]
+
+
+class Parameters(NamedTuple):
+    """Unnormalised log-weights, of any floating dtype: what a prior learns.
+
+    Attributes:
+        root: [K].
+        mixtures: [N - 2, S, K].
+        coins: [N, S] log-odds.
+    """
+
+    root: Tensor
+    mixtures: Tensor
+    coins: Tensor
+
+    def weights(self) -> Weights:
+        """Log-probabilities, as functions of the parameters."""
+        coins = self.coins.double()
+        return Weights(
+            self.root.double().log_softmax(-1),
+            self.mixtures.double().log_softmax(-1),
+            torch.stack([F.logsigmoid(-coins), F.logsigmoid(coins)], -1),
+        )
 
 
 def literals(logits_TN: Tensor) -> Tensor:
