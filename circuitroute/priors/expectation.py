@@ -21,15 +21,17 @@ from circuitroute.priors.sweep import Weights
 MAX_VALUES = 1 << 24
 
 
+@torch.inference_mode(False)
 @torch.enable_grad()
 def flows(weights: Weights, vtree: Vtree, selected_TN: Tensor, counted_T: Tensor) -> tuple[Tensor, Weights]:
     """([], counts): the mean log-likelihood, and the expected counts of all weights, summed over weighted masks.
 
     A mask that occurs often is looked at once.
     """
-    rows, which = torch.unique(selected_TN, dim=0, return_inverse=True)
-    counts = counted_T.new_zeros(len(rows)).index_add(0, which, counted_T)
-    free = Weights(*(each.detach().requires_grad_() for each in weights))
+    # Clones, since tensors that were made in inference mode have no gradient.
+    rows, which = torch.unique(selected_TN.clone(), dim=0, return_inverse=True)
+    counts = torch.zeros(len(rows), dtype=counted_T.dtype, device=rows.device).index_add(0, which, counted_T.clone())
+    free = Weights(*(each.detach().clone().requires_grad_() for each in weights))
     total = counts.new_zeros(())
     found = [torch.zeros_like(each) for each in free]
     most = max(1, MAX_VALUES // (2 * selected_TN.shape[1] * (len(weights.root) + weights.coins[0].numel())))

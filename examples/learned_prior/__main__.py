@@ -1,9 +1,9 @@
 """Measure, or show what was measured.
 
-    cd examples
-    python -m learned_prior --rows rows/learned-prior.jsonl      # about ten CPU minutes
-    python -m learned_prior --table rows/learned-prior.jsonl
-    python -m learned_prior --table rows/learned-prior.jsonl --picture ../docs/images/learned-priors.svg
+cd examples
+python -m learned_prior --rows rows/learned-prior.jsonl      # about ten CPU minutes
+python -m learned_prior --table rows/learned-prior.jsonl
+python -m learned_prior --table rows/learned-prior.jsonl --picture ../docs/images/learned-priors.svg
 """
 
 from __future__ import annotations

@@ -99,7 +99,8 @@ def _curves(layer: int, seed: int, one: Decisions, circuit: cr.Circuit) -> Itera
         train_prior(one.fit, method, CURVE_STEPS, watch, states=CURVE_STATES, seed=seed)
         setting = {"rate": RATE, "step_size": STEP_SIZE, "batch": BATCH}
         yield from (
-            {"part": "curves", "layer": layer, "method": method, "states": CURVE_STATES, **setting, **row} for row in found
+            {"part": "curves", "layer": layer, "method": method, "states": CURVE_STATES, **setting, **row}
+            for row in found
         )
 
 
