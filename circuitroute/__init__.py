@@ -9,6 +9,7 @@ import sys as _sys
 from circuitroute import compilation as compilation
 from circuitroute import engines as engines
 from circuitroute import integrations as integrations
+from circuitroute.circuit.vtree import Vtree as Vtree
 from circuitroute.compilation import compile as compile
 from circuitroute.compilation import register_compiler as register_compiler
 from circuitroute.constraints import CNF as CNF
@@ -53,6 +54,8 @@ from circuitroute.layers.routers import ExactKRouter as ExactKRouter
 from circuitroute.layers.routers import Router as Router
 from circuitroute.layers.routers import TopKRouter as TopKRouter
 from circuitroute.layers.soft_router import SoftTopKRouter as SoftTopKRouter
+from circuitroute.priors.distribution import PriorDistribution as PriorDistribution
+from circuitroute.priors.prior import SubsetPrior as SubsetPrior
 from circuitroute.routing import balance as balance
 from circuitroute.routing import estimators as estimators
 from circuitroute.routing import losses as losses

@@ -187,6 +187,11 @@ OBJECTS = {
         cr.Exactly(i(2)), i(8), in_features=i(4), components=i(3), bias=b(True), validate_args=b(False)
     ),
     "LayerAllocation": lambda x, i, b, w: cr.LayerAllocation(i(3), x(6.0), x(0.5), x(4.0)),
+    "SubsetPrior": lambda x, i, b, w: cr.SubsetPrior(
+        i(4), i(2), vtree=cr.Vtree.linear([i(2), 0, i(3), 1]), layers=w("tucker"), seed=i(3)
+    ),
+    "Vtree": lambda x, i, b, w: cr.Vtree(i(2), [(0, 1)]),
+    "Vtree of pairs": lambda x, i, b, w: cr.Vtree.of_nested(((i(2), 0), (1, i(3)))),
     "CountController": lambda x, i, b, w: cr.CountController(x(2.5), gain=x(0.25)),
     "LossFree": lambda x, i, b, w: cr.balance.LossFree(i(4), x(0.25), target=[x(0.5)] * 4, centre=b(True)),
     "Quantile": lambda x, i, b, w: cr.balance.Quantile(i(4), [x(0.5)] * 4, rate=x(0.5), centre=b(True)),
@@ -311,6 +316,7 @@ def test_the_tables_hold_every_public_callable_with_numbers():
         "Routing",
         "SequenceState",  # likewise, of route_sequence()
         "SoftRouting",
+        "PriorDistribution",
         "SubsetDistribution",
         "log_count_polynomial",
         "logits_for_marginals",
@@ -380,6 +386,9 @@ CALLS = {
             lambda routing: (routing.gates * torch.arange(8)).sum(), LOGITS, FIXED, rounds=i(4), seed=i(3), key=0
         ).correlation
     ),
+    "em_step": lambda x, i: _prior().em_step(LOGITS > 0, step_size=x(0.5), smoothing=x(0.25)).item(),
+    "prior's sample": lambda x, i: _prior().sample((i(2),), key=i(3)).tolist(),
+    "prior's include": lambda x, i: _prior().marginals(include=[i(2)], exclude=[i(3)]).tolist(),
     "summary": lambda x, i: cr.metrics.summary(_routing(), budget=i(8)),
     "calibrate_temperature": lambda x, i: _exact().calibrate_temperature(torch.ones(2, 4), agreement=x(0.75)),
     "of_indices with weights": lambda x, i: (
@@ -404,6 +413,10 @@ def _record(tokens):
 def _soft():
     torch.manual_seed(0)
     return cr.SoftTopKRouter(4, 8, 2.5, cap_factor=1.0)
+
+
+def _prior():
+    return cr.SubsetPrior(8, 2)
 
 
 def _exact():

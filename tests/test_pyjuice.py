@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,23 @@ def quiet_import() -> None:
 # ---------------------------------------------------------------------------------------------- the declaration
 
 
-def interpret(root: Any, inputs_TN2: Tensor) -> Tensor:
+def given_inputs(nodes: Any, inputs_T2: Tensor) -> Tensor:
+    """[T, 2] of the distribution External: what is given per sample."""
+    return inputs_T2
+
+
+def coins(nodes: Any, inputs_T2: Tensor) -> Tensor:
+    """[T, S] of the distribution Bernoulli, whose parameters are the probabilities of 1."""
+    present = nodes.get_params().double()
+    return (inputs_T2.exp()[:, :1] * (1 - present) + inputs_T2.exp()[:, 1:] * present).log()
+
+
+def interpret(root: Any, inputs_TN2: Tensor, leaf: Callable[[Any, Tensor], Tensor] = given_inputs) -> Tensor:
     """[T] the log-value of declared PyJuice nodes, as its documentation defines them; float64."""
     values: dict[Any, Tensor] = {}
     for nodes in root:  # children first
         if nodes.is_input():
-            values[nodes] = inputs_TN2[:, nodes.scope.to_list()[0]].double()
+            values[nodes] = leaf(nodes, inputs_TN2[:, nodes.scope.to_list()[0]].double())
         elif nodes.is_prod():
             values[nodes] = torch.stack(
                 [values[child][:, nodes.edge_ids[:, j]] for j, child in enumerate(nodes.chs)]
@@ -131,6 +143,44 @@ def test_soft_evidence() -> None:
     assert soft_evidence(logits.double()).dtype == torch.float32
 
 
+def learned(n: int, states: int, layers: str = "cp") -> tuple[cr.SubsetPrior, Tensor]:
+    """A prior after a step of training, and the masks it was trained on."""
+    prior = cr.SubsetPrior(n, states, layers=layers, seed=n)
+    masks = torch.rand(16, n, generator=torch.Generator().manual_seed(0)) < 0.4
+    prior.em_step(masks, smoothing=0.5)
+    return prior, masks
+
+
+PRIORS = pytest.mark.parametrize(
+    ("n", "states", "layers"), [(5, 3, "cp"), (4, 2, "tucker"), (3, 1, "cp"), (1, 3, "cp")]
+)
+
+
+@installed
+@PRIORS
+def test_a_learned_prior_is_declared_with_its_weights(n: int, states: int, layers: str) -> None:
+    """Values of whole masks and of partial ones, and the weights themselves, node by node."""
+    prior, masks = learned(n, states, layers)
+    root = prior.to_pyjuice()
+    seen = torch.stack([(~masks).log(), masks.log()], -1)
+    torch.testing.assert_close(interpret(root, seen, coins).float(), prior.log_prob(masks), rtol=1e-5, atol=1e-5)
+    partial = seen.clone()
+    partial[:, 0] = 0.0  # the first variable is not observed
+    chosen, rest = masks.clone(), ~masks
+    chosen[:, 0], rest[:, 0] = False, False
+    expected = prior.log_evidence(include=chosen, exclude=rest)
+    torch.testing.assert_close(interpret(root, partial, coins).float(), expected, rtol=1e-5, atol=1e-5)
+    weights = prior.log_weights()
+    sums = [nodes.get_params() for nodes in root if nodes.is_sum()]
+    mixtures = [*weights.mixtures, weights.root[None]]
+    assert len(sums) == len(mixtures) == max(1, n - 1)
+    for mixture in mixtures:  # vectors come in an order of PyJuice's own
+        expected = mixture.exp().flatten().float()
+        alike = [one.flatten() for one in sums if one.numel() == expected.numel()]
+        assert any(torch.allclose(one, expected, atol=1e-6) for one in alike)
+    torch.testing.assert_close(weight_sums(root), torch.ones_like(weight_sums(root)))
+
+
 @installed
 def test_weights_too_small_for_float32_are_refused() -> None:
     with pytest.raises(ValueError, match=r"Exactly\(128\) over 256 variables: an element has .*float32 weights end at"):
@@ -139,8 +189,10 @@ def test_weights_too_small_for_float32_are_refused() -> None:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyjuice", None)
-    with pytest.raises(ImportError, match=r"pip install 'circuitroute\[pyjuice\]'"):
+    with pytest.raises(ImportError, match=r"circuit.to_pyjuice needs .*pip install 'circuitroute\[pyjuice\]'"):
         cr.compile(cr.Exactly(2), 5).to_pyjuice()
+    with pytest.raises(ImportError, match=r"prior.to_pyjuice needs .*pip install 'circuitroute\[pyjuice\]'"):
+        cr.SubsetPrior(2, 2).to_pyjuice()
 
 
 # ---------------------------------------------------------------------------------------------- the engine
@@ -297,7 +349,37 @@ class Kernels(PyjuiceLayered):
             self._compiled[device] = program
         return self._compiled[device]
 
-report = {}
+# A learned prior: values, and a step of PyJuice's own expectation maximisation from its own flows.
+from pyjuice.layer import input_layer
+
+class OnTheHost:  # torch for a module that believes it is on a GPU: what it makes is made here
+    def __getattr__(self, name):
+        return getattr(torch, name)
+    def zeros(self, *args, device=None, **options):
+        return torch.zeros(*args, **options)
+    def tensor(self, *args, device=None, **options):
+        return torch.tensor(*args, **options)
+
+def steps(n, states, layers):
+    prior = cr.SubsetPrior(n, states, layers=layers, seed=3)
+    masks = torch.rand(8, n, generator=torch.Generator().manual_seed(0)) < 0.4
+    program = pyjuice.compile(prior.to_pyjuice(), disable_gpu_compilation=True, verbose=False)
+    for layer in program.input_layer_group:
+        layer.device = types.SimpleNamespace(type="cuda", index=0)
+    means = []
+    for _ in range(2):
+        torch.testing.assert_close(program(masks)[:, 0], prior.log_prob(masks), rtol=1e-5, atol=1e-5)
+        program.backward(masks, flows_memory=0.0, compute_param_flows=True)
+        program.mini_batch_em(step_size=0.5, pseudocount=0.0)
+        means.append(prior.em_step(masks, step_size=0.5).item())
+    torch.testing.assert_close(program(masks)[:, 0], prior.log_prob(masks), rtol=1e-5, atol=1e-5)
+    return [*means, prior.log_prob(masks).mean().item()]
+
+host, input_layer.torch = input_layer.torch, OnTheHost()
+learned = [steps(*options) for options in [(4, 4, "cp"), (3, 2, "tucker"), (3, 1, "cp")]]
+input_layer.torch = host
+
+report = {"learned": learned}
 for constraint, n in [
     (cr.AtMost(1).over([0, 2]), 4),
     (cr.Cost([3, 1, 2, 2], at_most=4), 4),
@@ -321,6 +403,8 @@ def test_the_kernels_under_tritons_interpreter() -> None:
     done = subprocess.run([sys.executable, "-c", KERNELS], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
+    for means in report.pop("learned"):
+        assert means[0] < means[1] < means[2]  # the steps, which both take alike, are steps that learn
     assert list(report.values()) == [[False] * 4, [False] * 4, [False, False, True, False]]
 
 

@@ -30,9 +30,9 @@ from circuitroute.engines.autograd import derivative
 from circuitroute.engines.choice import counting_engine
 from circuitroute.engines.logspace import log_coin_flips, nan_rows
 from circuitroute.engines.subset.mode import mode as subset_mode
+from circuitroute.inference import pairs
 from circuitroute.inference.coins import log_flips, log_satisfied
 from circuitroute.inference.evidence import as_selections, condition_logits, rows_text, unsatisfiable_rows
-from circuitroute.inference import pairs
 from circuitroute.inference.rows import Rows
 from circuitroute.inference.temperature import as_temperature, fits_batch
 from circuitroute.keys import sample_keys
@@ -511,7 +511,7 @@ class SubsetDistribution(Distribution):
             ValueError: an index out of range, a variable both included and excluded, or (when validating) rows
                 that are left without any subset.
         """
-        logits, lost = condition_logits(self.circuit, self.logits, include, exclude)
+        logits, lost = condition_logits(self.circuit.n, self.logits, include, exclude)
         if self._validate_args and bool(lost.any()):
             raise ValueError(
                 f"include or exclude contradicts the infinite logits in {rows_text(lost)}: no subset is left"
@@ -578,30 +578,6 @@ def satisfies(circuit: Compiled, selected: Tensor) -> Tensor:
         found: Tensor = transforms.satisfies(circuit, selected)
         return found
     return ops.satisfies(circuit, selected) if traced(selected) else boolean.satisfies(circuit, selected)
-
-
-def sample_keys(key: Tensor | int | None, shape: Size, batch_shape: Size, device: torch.device) -> Tensor:
-    """[samples * T] int64, the key of every sample of every row; drawn where none is given.
-
-    Raises:
-        TypeError, ValueError: see :meth:`SubsetDistribution.sample`.
-    """
-    full = shape + batch_shape
-    if key is None:
-        return drawn_keys(full.numel(), device)
-    given = as_key("key", key, device)
-    try:
-        if given.dim() <= len(batch_shape):
-            given = given.expand(batch_shape)
-            if len(shape):
-                index = torch.arange(shape.numel(), device=device).reshape(shape + (1,) * len(batch_shape))
-                given = fold_in(given, index)
-        return given.expand(full).reshape(-1)
-    except RuntimeError:
-        raise ValueError(
-            f"key has shape {tuple(given.shape)}: it must broadcast to the batch {tuple(batch_shape)} or to "
-            f"sample_shape + batch {tuple(full)}"
-        ) from None
 
 
 def validating(validate_args: bool | None, *values: object) -> bool:

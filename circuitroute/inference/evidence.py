@@ -55,17 +55,17 @@ def _satisfiable(circuit: Compiled, forced: Tensor, forbidden: Tensor) -> Tensor
 
 
 def condition_logits(
-    circuit: Compiled,
+    n: int,
     logits: Tensor,
     include: Tensor | Iterable[int] | None,
     exclude: Tensor | Iterable[int] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Logits with +inf at ``include`` and -inf at ``exclude``, and which rows [...] contradict their own logits.
+    """Logits [..., n], +inf at ``include`` and -inf at ``exclude``, and which rows [...] contradict their own logits.
 
     Such rows include what the logits forbid, or exclude what they force; their logits become NaN. So do those of rows
     that include what they exclude, where that cannot be seen and refused.
     """
-    chosen, banned = as_selections(circuit.n, include, exclude, logits.device)
+    chosen, banned = as_selections(n, include, exclude, logits.device)
     result = torch.where(chosen, math.inf, torch.where(banned, -math.inf, logits))
     lost = ((chosen & (logits == -math.inf)) | (banned & ((logits == math.inf) | chosen))).any(-1)
     return torch.where(lost.unsqueeze(-1), math.nan, result), lost

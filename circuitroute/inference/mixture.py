@@ -18,9 +18,9 @@ from torch import Size, Tensor
 from torch.distributions import Categorical, MixtureSameFamily
 
 from circuitroute._validate import as_mask
-from circuitroute.inference.distribution import AllowedSubsets, SubsetDistribution, sample_keys, satisfies, validating
+from circuitroute.inference.distribution import AllowedSubsets, SubsetDistribution, satisfies, validating
 from circuitroute.inference.evidence import as_selections, rows_text
-from circuitroute.keys import fold_in, uniform
+from circuitroute.keys import fold_in, sample_keys, uniform
 
 # What the key of a sample is folded with for the choice of its component, so that the two are independent.
 _CHOICE = 0x636F6D70

@@ -48,7 +48,7 @@ class Rows:
         Raises:
             TypeError, ValueError: see :class:`circuitroute.SubsetDistribution`.
         """
-        logits = _as_logits(logits, circuit.n)
+        logits = as_logits(logits, circuit.n)
         batch_shape = logits.shape[:-1]
         if count_potential is not None:
             count_potential = _as_potential(count_potential, circuit, logits)
@@ -165,7 +165,7 @@ def _allowed(counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
 # ---------------------------------------------------------------------------------------------- shapes and dtypes
 
 
-def _as_logits(logits: Tensor, n: int) -> Tensor:
+def as_logits(logits: Tensor, n: int) -> Tensor:
     """Logits [..., n] in float32, or float64 if they are; any floating dtype is taken."""
     logits = plain("logits", logits)
     if not logits.dtype.is_floating_point:

@@ -45,7 +45,7 @@ def to_pyjuice(graph: Graph, name: str) -> Any:
         ImportError: PyJuice is not installed.
         ValueError: some weight is too small for PyJuice's float32.
     """
-    pyjuice = _pyjuice()
+    pyjuice = imported("circuit.to_pyjuice")
     if graph.kind[-1] != NodeKind.SUM:  # a single literal
         inputs = pyjuice.inputs(0, num_nodes=2, dist=pyjuice.distributions.External())
         return _sums(pyjuice, 1, {(inputs,): [(0, (_side(graph, -1),), 1.0)]})
@@ -59,12 +59,17 @@ def soft_evidence(logits_TN: Tensor) -> Tensor:
     return torch.stack([absent, present], -1).float()
 
 
-def _pyjuice() -> Any:
+def imported(what: str) -> Any:
+    """The package; ``what`` needs it.
+
+    Raises:
+        ImportError: PyJuice is not installed.
+    """
     try:
         import pyjuice
     except ImportError as error:
         raise ImportError(
-            f"circuit.to_pyjuice needs PyJuice ({error}): pip install 'circuitroute[pyjuice]'", name="pyjuice"
+            f"{what} needs PyJuice ({error}): pip install 'circuitroute[pyjuice]'", name="pyjuice"
         ) from error
     return pyjuice
 

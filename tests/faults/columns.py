@@ -250,7 +250,7 @@ def _(entry: Entry) -> str | None:
 
 @column("None")
 def _(entry: Entry) -> str | None:
-    if entry.argument in OPTIONAL or entry.name == "random_key(indices)":
+    if entry.argument in OPTIONAL or entry.name.startswith(("random_key(indices)", "SubsetPrior.constrained(logits)")):
         return None
     return refused(entry, None, "tensor|number|Routing|mask|decision")
 

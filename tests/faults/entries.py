@@ -120,6 +120,7 @@ _MODULES: dict[str, Callable[[], nn.Module]] = {
     "BudgetRouter": lambda: cr.BudgetRouter(H, E, 2, cr.Between(1, 3), cr.AtMost(4), per_token=True),
     "ConstraintLayer": lambda: cr.nn.ConstraintLayer(flat(), in_features=H),
     "ConstraintLayer, mixture": lambda: cr.nn.ConstraintLayer(composed(), in_features=H, components=2),
+    "SubsetPrior": lambda: cr.SubsetPrior(E, 2),
 }
 
 
@@ -340,6 +341,33 @@ def _layers() -> list[Entry]:
     ]  # fmt: skip
 
 
+def _priors() -> list[Entry]:
+    def given(x: Any, b: Tensor) -> cr.PriorDistribution:
+        found: cr.PriorDistribution = module("SubsetPrior", b).constrained(flat(), x)
+        return found
+
+    outputs: dict[str, tuple[Callable[[cr.PriorDistribution, Tensor], Tensor], bool]] = {
+        "log_partition": (lambda d, b: d.log_partition, True),
+        "marginals": (lambda d, b: d.marginals, True),
+        "log_prob": (lambda d, b: d.log_prob(mask(b)), True),
+        "sample": (lambda d, b: d.sample((2,), key=key(b)), False),
+        "max_product": (lambda d, b: d.max_product()[0], False),
+        "condition": (lambda d, b: d.condition(include=[0]).marginals, True),
+    }
+    found = [
+        Entry(f"SubsetPrior.constrained(logits).{name}", "logits", "real", logits,
+              lambda x, b, output=output: output(given(x, b), b), smooth, alone=name not in ("log_prob", "sample"))
+        for name, (output, smooth) in outputs.items()
+    ]  # fmt: skip
+    return [
+        *found,
+        Entry("SubsetPrior.log_prob(mask)", "mask", "mask", lambda: mask(logits()),
+              lambda x, b: module("SubsetPrior", b).log_prob(x).detach(), False),
+        Entry("SubsetPrior.em_step(masks)", "masks", "mask", lambda: mask(logits()),
+              lambda x, b: copy.deepcopy(module("SubsetPrior", b)).em_step(x), False, rows=False, python=True),
+    ]  # fmt: skip
+
+
 def _soft() -> list[Entry]:
     return [
         Entry("soft_topk(logits)", "logits", "real", logits, lambda x, b: cr.soft_topk(x, 2.0, 0.5), width=None,
@@ -459,8 +487,7 @@ def _records() -> list[Entry]:
 ENTRIES = {
     entry.name: entry
     for entry in (
-        *_distributions(), *_arguments_of_distributions(), *_routes(), *_layers(), *_soft(), *_losses_and_metrics(),
-        *_statistics(),
-        *_records(),
+        *_distributions(), *_arguments_of_distributions(), *_routes(), *_layers(), *_priors(), *_soft(),
+        *_losses_and_metrics(), *_statistics(), *_records(),
     )
 }  # fmt: skip

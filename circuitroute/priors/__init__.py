@@ -1,0 +1,1 @@
+"""Learned distributions over subsets: probabilistic circuits with trainable weights, times constraints."""
