@@ -9,6 +9,7 @@ whose probabilities are proportional to exp(theta' z), which all of ``ours`` sam
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,8 +68,8 @@ class IMLE:
     def __call__(self, logits: Tensor, loss: Loss, evaluations: int) -> Tensor:
         shape = (evaluations, *logits.shape)
         noise = gumbel(evaluations, logits) if self.gumbel else sum_of_gamma(shape, self.k)
-        mask: Tensor = _PerturbAndMap.apply(logits.expand_as(noise), noise, self.k, self.step, self.length)  # type:
-        ignore[no-untyped-call] return loss(mask).mean()
+        apply: Callable[..., Tensor] = _PerturbAndMap.apply
+        return loss(apply(logits.expand_as(noise), noise, self.k, self.step, self.length)).mean()
 
 
 class _PerturbAndMap(torch.autograd.Function):
