@@ -8,7 +8,7 @@ import pytest
 import torch
 from k_subset import command, gradients, l2x, pairing, vae
 from k_subset.estimators import METHODS, Method, build, peers
-from k_subset.fitting import Budget
+from k_subset.fitting import Budget, Networks, minibatches
 
 import circuitroute as cr
 
@@ -177,13 +177,14 @@ def test_recovery_rank_and_loss_of_a_perfect_explainer():
 
 
 def test_the_divergence_is_that_from_the_uniform_distribution():
-    pytest.importorskip("sklearn")
     circuit = cr.compile(cr.Exactly(vae.K), vae.N)
-    posterior = circuit(torch.randn(5, vae.N, generator=torch.Generator().manual_seed(0)))
-    uniform = circuit(torch.zeros(5, vae.N))
-    expected = torch.distributions.kl_divergence(posterior, uniform)
-    torch.testing.assert_close(vae.exact_divergence(posterior), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(vae.exact_divergence(uniform), torch.zeros(5), rtol=0, atol=1e-5)
+    logits, flat = torch.randn(5, vae.N, generator=torch.Generator().manual_seed(0)), torch.zeros(5, vae.N)
+    expected = torch.distributions.kl_divergence(circuit(logits), circuit(flat))
+    torch.testing.assert_close(vae.exact_divergence(circuit, logits), expected, rtol=1e-4, atol=1e-5)
+    usual = math.log(vae.N) - torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(vae.categorical_divergence(circuit, logits), usual)
+    for divergence in vae.DIVERGENCES.values():
+        torch.testing.assert_close(divergence(circuit, flat), torch.zeros(5), rtol=0, atol=1e-5)
 
 
 def test_digits_are_the_same_for_the_same_seed():
@@ -197,11 +198,41 @@ def test_digits_are_the_same_for_the_same_seed():
 
 def test_fits_are_functions_of_the_seed():
     def row(seed):
-        found = l2x.fit("xor", "score-simple", {}, seed, TINY)
+        (found,) = l2x.fit("xor", "mean-field", {}, [seed], TINY)
         return {key: value for key, value in found.items() if key != "cpu_seconds"}
 
     assert row(3) == row(3)
     assert row(3) != row(4)
+
+
+def test_seeds_that_are_fitted_side_by_side_are_fitted_as_alone():
+    """Of a method without noise, whose draws would depend on what else is drawn."""
+    pytest.importorskip("sklearn")
+    together = l2x.fit("orange-skin", "mean-field", {}, [3, 4], TINY) + vae.fit("mean-field", {}, [3, 4], TINY)
+    alone = [l2x.fit("orange-skin", "mean-field", {}, [seed], TINY)[0] for seed in (3, 4)]
+    alone += [vae.fit("mean-field", {}, [seed], TINY)[0] for seed in (3, 4)]
+    for one, other in zip(together, alone, strict=True):
+        for key in ("loss", "recovery") if one["table"] == "l2x" else ("kl",):  # the bound draws samples
+            assert one[key] == pytest.approx(other[key], rel=1e-3, abs=1e-5)
+
+
+def test_networks_side_by_side_are_those_of_torch():
+    found = Networks([5, 6], 3, 4, 2)
+    inputs = torch.randn(7, 2, 9, 3)
+    for place, seed in enumerate([5, 6]):
+        torch.manual_seed(seed)
+        layers = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
+        torch.testing.assert_close(found(inputs)[:, place], layers[1](layers[0](inputs[:, place]).relu()))
+    assert found(inputs[0]).shape == (2, 9, 2)
+
+
+def test_every_pass_sees_every_row_once():
+    found = list(minibatches([1, 2], 20, Budget(steps=7, batch=6)))
+    for seed in (0, 1):
+        first, second = (torch.cat([step[seed] for step in found[start : start + 3]]) for start in (0, 3))
+        assert len(first.unique()) == len(second.unique()) == 18
+        assert not torch.equal(first, second)
+    assert not torch.equal(found[0][0], found[0][1])
 
 
 # ---------------------------------------------------------------------------------------------- studies and tables
@@ -234,10 +265,10 @@ def test_every_study_runs_and_its_rows_are_shown_again(study, tmp_path, monkeypa
 
 def test_settings_are_chosen_among_those_of_the_method(monkeypatch):
     losses = {0.5: 0.2, 1.0: 0.1, 2.0: 0.3}
-    monkeypatch.setattr(l2x, "fit", lambda name, method, settings, *_: {"loss": losses[settings["temperature"]]})
+    monkeypatch.setattr(l2x, "fit", lambda name, method, settings, *_: [{"loss": losses[settings["temperature"]]}])
     assert l2x.tuned("xor", "mode", TINY) == ({"temperature": 1.0}, 3)
     assert l2x.tuned("xor", "simple", TINY) == ({}, 0)
-    monkeypatch.setattr(vae, "fit", lambda method, settings, *_: {"elbo": -losses[settings["temperature"]]})
+    monkeypatch.setattr(vae, "fit", lambda method, settings, *_: [{"elbo": -losses[settings["temperature"]]}])
     assert vae.tuned("mode", TINY) == ({"temperature": 1.0}, 3)
 
 

@@ -23,8 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a study, prints its table and writes its rows, or shows rows from before; returns the exit status."""
     options = _parser().parse_args(arguments)
     if options.study == "show":
-        rows = [json.loads(line) for path in options.rows for line in path.read_text(encoding="utf-8").splitlines()]
-        _show(rows, options.figure)
+        lines = [line for path in options.rows for line in path.read_text(encoding="utf-8").splitlines()]
+        _show([json.loads(line) for line in lines], options.figure)
         return 0
     options.out.parent.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
@@ -43,8 +43,7 @@ def _run(options: argparse.Namespace) -> Iterator[list[Row]]:
     chosen: dict[str, Any] = {} if options.methods is None else {"methods": options.methods}
     if options.study == "gradients":
         if options.quick:
-            quick = {"families": ("quadratic",), "scales": (1.0,), "seeds": gradients.SEEDS[:3]}
-            return gradients.run(**quick, **chosen, draws=QUICK_DRAWS)
+            return gradients.run(("quadratic",), scales=(1.0,), seeds=gradients.SEEDS[:3], draws=QUICK_DRAWS, **chosen)
         return gradients.run(**chosen, seeds=gradients.SEEDS[: options.seeds])
     seeds = range(1 if options.quick else options.seeds)
     if options.study == "l2x":

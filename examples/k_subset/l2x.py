@@ -4,7 +4,7 @@ The three synthetic sets of L2X (Chen et al. 2018, arXiv:1802.07814), made from 
 known, and is what is explained. The functions are those of the code its authors publish, whose constants differ from
 the paper's in the additive set.
 
-Legend: T examples, N features, S subsets per example.
+Legend: R seeds, T examples, N features, S subsets per example.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import circuitroute as cr
 
 from .estimators import METHODS, build
 from .estimators.registry import Settings
-from .fitting import Budget, minimise, network, one_thread
+from .fitting import Budget, Networks, minibatches, minimise, one_thread, rows_of
 
 Row = dict[str, Any]
 
@@ -70,50 +70,53 @@ def run(
     fit with a seed of its own."""
     for name in names:
         for method in methods:
-            settings, fits = tuned(name, method, budget) if tune else (METHODS[method].few[0], 0)
-            yield [{**fit(name, method, settings, seed, budget), "tuning_fits": fits} for seed in seeds]
+            settings, tries = tuned(name, method, budget) if tune else (METHODS[method].few[0], 0)
+            yield [{**row, "settings_tried": tries} for row in fit(name, method, settings, seeds, budget)]
 
 
 def tuned(name: str, method: str, budget: Budget) -> tuple[Settings, int]:
-    """The settings with the least held-out loss, and how many fits it took to find them."""
+    """The settings with the least held-out loss, and among how many they were found."""
     grid = METHODS[method].few
     if len(grid) == 1:
         return grid[0], 0
-    losses = [fit(name, method, settings, TUNING_SEED, budget)["loss"] for settings in grid]
+    losses = [fit(name, method, settings, [TUNING_SEED], budget)[0]["loss"] for settings in grid]
     return grid[losses.index(min(losses))], len(grid)
 
 
 @one_thread()
-def fit(name: str, method: str, settings: Settings, seed: int, budget: Budget) -> Row:
-    """Explainer and predictor, trained together and measured on examples that neither has seen."""
-    task, train, test = TASKS[name], make_data(name, TRAIN, 2 * seed), make_data(name, HELD_OUT, 2 * seed + 1)
-    torch.manual_seed(seed)
-    explainer, predictor = network(N, WIDTH, WIDTH, N), network(N, WIDTH, WIDTH, 1)
-    circuit = cr.compile(cr.Exactly(task.k), N)
+def fit(name: str, method: str, settings: Settings, seeds: Sequence[int], budget: Budget) -> list[Row]:
+    """Explainers and predictors, trained together and measured on examples that neither has seen: a row for each
+    seed."""
+    k = TASKS[name].k
+    features, probability = _stacked(name, TRAIN, [2 * seed for seed in seeds])
+    explainer, predictor = Networks(seeds, N, WIDTH, WIDTH, N), Networks(seeds, N, WIDTH, WIDTH, 1)
+    circuit = cr.compile(cr.Exactly(k), N)
     estimator = build(method, circuit, settings)
 
     def loss(indices: Tensor) -> Tensor:
-        features, probability = train.features[indices], train.probability[indices]
+        seen, truth = rows_of(features, indices), rows_of(probability, indices)
 
         def cost(mask: Tensor) -> Tensor:
-            return cross_entropy(predictor(mask * features)[..., 0], probability)
+            prediction = predictor(mask.unflatten(1, truth.shape) * seen)[..., 0]
+            return cross_entropy(prediction, truth).flatten(1)
 
-        return estimator(explainer(features), cost, budget.evaluations)
+        return estimator(explainer(seen).flatten(0, 1), cost, budget.evaluations)
 
-    seconds = minimise([*explainer.parameters(), *predictor.parameters()], TRAIN, loss, budget)
+    seconds = minimise([explainer, predictor], loss, minibatches(seeds, TRAIN, budget), budget)
+    features, probability = _stacked(name, HELD_OUT, [2 * seed + 1 for seed in seeds])
     with torch.no_grad():
-        logits = explainer(test.features)
+        logits = explainer(features)
         mask = circuit(logits).mode
-        prediction = predictor(mask * test.features)[..., 0]
-    return {
-        "table": "l2x",
-        "set": name,
-        "method": method,
-        "seed": seed,
-        "settings": settings,
-        **measures(logits, mask, prediction, test.probability, task.k),
-        "cpu_seconds": seconds,
-    }
+        prediction = predictor(mask * features)[..., 0]
+    head = {"table": "l2x", "set": name, "method": method, "settings": settings, "cpu_seconds": seconds / len(seeds)}
+    found = zip(seeds, logits, mask, prediction, probability, strict=True)
+    return [{**head, "seed": seed, **measures(*values, k)} for seed, *values in found]
+
+
+def _stacked(name: str, rows: int, seeds: Sequence[int]) -> Data:
+    """[R, T, N] and [R, T], a set for each seed."""
+    sets = [make_data(name, rows, seed) for seed in seeds]
+    return Data(torch.stack([data.features for data in sets]), torch.stack([data.probability for data in sets]))
 
 
 def cross_entropy(logit: Tensor, probability: Tensor) -> Tensor:

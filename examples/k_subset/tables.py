@@ -62,8 +62,9 @@ def _paper_table(rows: Sequence[Row]) -> str:
 
 
 def _error_table(title: str, rows: Sequence[Row], keys: tuple[str, str]) -> str:
-    order = [list(gradients.FAMILIES).index, float]
-    columns = sorted({tuple(row[key] for key in keys) for row in rows}, key=lambda c: (order[0](c[0]), c[1]))
+    families = list(gradients.FAMILIES)
+    found_columns = {(row[keys[0]], row[keys[1]]) for row in rows}
+    columns = sorted(found_columns, key=lambda column: (families.index(column[0]), column[1]))
     lines = []
     for name, found in by_method(rows).items():
         cells = []
