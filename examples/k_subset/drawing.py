@@ -38,6 +38,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         for tick, name in zip(axes.get_yticklabels(), reversed(groups), strict=True):
             tick.set_color(OURS if METHODS[name].ours else THEIRS)
         axes.set(xscale="log", xlabel="1 - cosine with the exact gradient")
+        axes.set_xticks([0.02, 0.05, 0.1, 0.2, 0.5, 1.0], ["0.02", "0.05", "0.1", "0.2", "0.5", "1"])
+        axes.minorticks_off()
         axes.grid(axis="x", alpha=0.3)
         budgets = sorted({row["evaluations"] for row in found})
         for budget in budgets:

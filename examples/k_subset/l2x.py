@@ -89,7 +89,8 @@ def fit(name: str, method: str, settings: Settings, seeds: Sequence[int], budget
     seed."""
     k = TASKS[name].k
     features, probability = _stacked(name, TRAIN, [2 * seed for seed in seeds])
-    explainer, predictor = Networks(seeds, N, WIDTH, WIDTH, N), Networks(seeds, N, WIDTH, WIDTH, 1)
+    explainer = Networks(seeds, N, WIDTH, WIDTH, N)
+    predictor = Networks([1000 + seed for seed in seeds], N, WIDTH, WIDTH, 1)  # not the explainer's own weights
     circuit = cr.compile(cr.Exactly(k), N)
     estimator = build(method, circuit, settings)
 

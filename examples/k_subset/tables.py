@@ -11,6 +11,8 @@ from .pairing import Spread, best_peer, by_method, paired
 
 Row = dict[str, Any]
 
+BUDGET = gradients.BUDGET_OF_SCALES
+
 # Read off the figure of bias, variance and average error in Ahmed et al. 2023, as it is in the notebook that they
 # publish (UCLA-StarAI/SIMPLE, tractable_dist/k-subset_distribution.ipynb): bias, variance, error, error_spread.
 PUBLISHED = {
@@ -41,9 +43,11 @@ def _gradient_tables(rows: Sequence[Row]) -> Iterator[str]:
         yield _paper_table(once)
     at_one = [row for row in rows if row["scale"] == 1.0]
     yield _error_table("Error at scale 1, by loss and evaluations", at_one, ("family", "evaluations"))
-    scaled = [row for row in rows if row["evaluations"] == 4 and row["family"] != "linear"]
+    scaled = [row for row in rows if row["evaluations"] == BUDGET and row["family"] != "linear"]
     if len({row["scale"] for row in scaled}) > 1:
-        yield _error_table("Error at 4 evaluations, by loss and scale of the logits", scaled, ("family", "scale"))
+        yield _error_table(
+            f"Error at {BUDGET} evaluations, by loss and scale of the logits", scaled, ("family", "scale")
+        )
 
 
 def _paper_table(rows: Sequence[Row]) -> str:
