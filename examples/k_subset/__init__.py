@@ -1,0 +1,1 @@
+"""Learning with k-subsets: gradient estimators side by side, exact ones and relaxations, on three tasks."""
