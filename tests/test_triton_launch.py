@@ -20,8 +20,9 @@ pytestmark = pytest.mark.skipif(stub_cuda.compiler() is None, reason="the stub d
 
 ROOT = Path(__file__).resolve().parent.parent
 # In lanes, in one lane with one count alone, in memory; what the kernels read as it is.
-SMALL = ("6:2:float32", "1:1:bfloat16:exactly", "21:17:float32")
+SMALL = ("3:2:float32", "1:1:bfloat16:exactly", "21:17:float32")
 LARGE = (
+    "6:2:float32",
     "1:1:bfloat16",
     "11:1:float16:exactly",
     "64:8:float32",
