@@ -333,6 +333,7 @@ FRESH = """
 import importlib.metadata, json, sys, warnings
 import numpy, torch
 sys.modules["numba"] = None
+sys.modules.pop("sympy", None)  # which torch may have loaded
 before = set(sys.modules)
 warnings.simplefilter("error")
 # As if nothing were installed, whether or not it is.
@@ -341,13 +342,17 @@ import circuitroute as cr
 after_import = set(sys.modules)
 routing = cr.route(torch.zeros(3, 6), cr.compile(cr.Exactly(2), 6), key=1)
 router = cr.Router(4, 6, cr.AtMost(1).over([0, 2]))
+cr.compile(cr.Logic("x0 >> x1"), 3)
 compilers = sys.modules["circuitroute_compilers"]
+after_use = set(sys.modules)
+import circuitroute.cli.main
 print(json.dumps({
     "library": cr.__file__,
     "compilers": compilers.__file__,
     "counts": routing.counts.tolist() + [int(router(torch.zeros(1, 4)).mask[0, [0, 2]].sum() <= 1)],
     "imported": sorted({name.split(".")[0] for name in after_import - before}),
-    "lazy": sorted({name.split(".")[0] for name in set(sys.modules) - before}),
+    "lazy": sorted({name.split(".")[0] for name in after_use - before}),
+    "command": sorted({name.split(".")[0] for name in set(sys.modules) - before}),
 }))
 """
 
@@ -383,4 +388,9 @@ def test_importing_the_library_loads_no_compiler_and_no_extra(fresh: dict[str, A
 
 
 def test_routing_needs_no_extra_either(fresh: dict[str, Any]) -> None:
+    """Nor does a formula that is text need sympy."""
     assert not set(fresh["lazy"]) & LAZY
+
+
+def test_the_command_line_loads_no_extra(fresh: dict[str, Any]) -> None:
+    assert not set(fresh["command"]) & LAZY

@@ -160,12 +160,3 @@ def test_a_missing_extra_is_named(
     monkeypatch.setitem(sys.modules, "rich", None)  # what import does for a module that is not there
     assert main(["demo", "--out", str(tmp_path / "out")]) == 1
     assert "pip install 'circuitroute[demo]'" in capsys.readouterr().err
-
-
-def test_import_leaves_the_extras_alone() -> None:
-    program = (
-        "import sys, circuitroute, circuitroute.cli.main\n"
-        "print(sorted({'matplotlib', 'rich', 'safetensors'} & sys.modules.keys()))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

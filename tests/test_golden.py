@@ -16,8 +16,9 @@ from circuitroute.engines.subset.triton.engine import installed
 from tests.golden import values
 
 GOLDEN = json.loads(values.DECISIONS.read_text(encoding="utf-8"))
-# The interpreter that stands in for a GPU is slow: two circuits say as much.
+# The interpreter that stands in for a GPU is slow: two circuits say as much, and the larger one is for the slow run.
 INTERPRETED = ("Exactly(2)", "Between(4, 8)")
+LONG = ("Between(4, 8)", "triton")
 EXACT = ("sample", "samples", "mode", "with_potential")
 
 
@@ -29,7 +30,11 @@ def engines_of(text, n, dtype):
 
 
 CASES = [
-    pytest.param(text, n, spread, dtype, engine, id=f"{text}-{n}-{dtype}-{engine}")
+    pytest.param(
+        *(text, n, spread, dtype, engine),
+        id=f"{text}-{n}-{dtype}-{engine}",
+        marks=[pytest.mark.slow] if (text, engine) == LONG else [],
+    )
     for text, n, spread in values.CIRCUITS
     for dtype in values.DTYPES
     for engine in engines_of(text, n, dtype)

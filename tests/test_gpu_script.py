@@ -22,16 +22,16 @@ def rows(folder):
 
 
 def test_all_parts_run(tmp_path):
-    few = {"DEVICE": "cpu", "SMOKE": "6:2:1", "SIZES": "4:1-2", "WIDE": "4:1-2", "JOBS": "1"}
+    few = {"DEVICE": "cpu", "SMOKE": "3:2:1", "SIZES": "2:1-2", "WIDE": "2:1-2", "JOBS": "1"}
     environment = {**os.environ, **few, "OUT": str(tmp_path), "PYTHON": sys.executable}
     script = ["bash", str(ROOT / "benchmarks" / "gpu.sh")]
     done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = rows(tmp_path)
     assert [row["title"] for row in found if row["part"] == "check" and row["right"]] == [
-        "smoke 6:2:1",
-        "wide n=4 counts=1..2 T=4",
-        "wide n=4 counts=1..2 T=4, ordinary",
+        "smoke 3:2:1",
+        "wide n=2 counts=1..2 T=4",
+        "wide n=2 counts=1..2 T=4, ordinary",
     ]
     timed = {row["call"]: row["graph_us"] for row in found if row["part"] == "time"}
     assert set(timed) >= {"forward", "sample", "backward", "topk_step", "route_step"}

@@ -103,9 +103,26 @@ def nested(draw, n, depth=3):
     return draw(simple(n))
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+def nested_examples(many):
+    return settings(
+        max_examples=many, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
+    )
+
+
+@nested_examples(120)
 @given(st.data())
 def test_nested_constraints_against_all_worlds(data):
+    against_all_worlds(data)
+
+
+@pytest.mark.slow
+@nested_examples(1000)
+@given(st.data())
+def test_many_more_nested_constraints_against_all_worlds(data):
+    against_all_worlds(data)
+
+
+def against_all_worlds(data):
     n = data.draw(st.integers(1, MAX_N))
     constraint = data.draw(nested(n))
     worlds = enumerate_worlds(n)

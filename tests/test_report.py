@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 from html import unescape
 from html.parser import HTMLParser
@@ -27,10 +26,7 @@ from circuitroute.cli.report.figures import RC
 from circuitroute.cli.report.page import MARK
 from circuitroute.cli.report.series import MOST_POINTS, curves_of, quantities_of
 from circuitroute.routing.runs import RunRecord, Step, read_run
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-FLAGS += " --disable-component-update --disable-sync --enable-logging=stderr"
+from tests.browser import CHROMIUM, FLAGS
 
 
 class Page(HTMLParser):

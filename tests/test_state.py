@@ -502,22 +502,26 @@ def test_a_copied_decision_is_without_its_graph() -> None:
 
 def answer(given: Any, results: Any) -> None:
     """In a process that has compiled nothing yet."""
-    module, schedule, routing = given
-    results.put([x.numpy() for x in (*decisions(module), *of_schedule(schedule), routing.gates)])
+    modules, schedule, routing = given
+    results.put([[x.numpy() for x in decisions(module)] for module in modules])
+    results.put([x.numpy() for x in (*of_schedule(schedule), routing.gates)])
 
 
-@pytest.mark.parametrize("name", ["budget router", "router, composed", "served circuit"])
-def test_another_process_decides_the_same(name: str) -> None:
-    module = changed(MODULES[name]()).requires_grad_(False)
+def test_another_process_decides_the_same() -> None:
+    names = ("budget router", "router, composed", "served circuit")
+    modules = [changed(MODULES[name]()).requires_grad_(False) for name in names]
     routing = routed(cr.DynamicKRouter(H, E, 1, 3))
     context = mp.get_context("spawn")
     results = context.SimpleQueue()
-    process = context.Process(target=answer, args=((module, cr.schedules.cosine(1, 0.1, 9), routing), results))
+    process = context.Process(target=answer, args=((modules, cr.schedules.cosine(1, 0.1, 9), routing), results))
     process.start()
-    found = [torch.from_numpy(x) for x in results.get()]
+    decided, others = results.get(), results.get()
     process.join()
     assert process.exitcode == 0
-    assert same(found, [*decisions(module), *of_schedule(cr.schedules.cosine(1, 0.1, 9)), routing.gates.detach()])
+    for name, module, found in zip(names, modules, decided, strict=True):
+        assert same([torch.from_numpy(x) for x in found], decisions(module)), name
+    expected = [*of_schedule(cr.schedules.cosine(1, 0.1, 9)), routing.gates.detach()]
+    assert same([torch.from_numpy(x) for x in others], expected)
 
 
 # ---------------------------------------------------------------------------------------------- circuits
