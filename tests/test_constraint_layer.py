@@ -156,8 +156,9 @@ def test_validation_is_the_distributions() -> None:
 def test_arguments_that_make_no_layer() -> None:
     circuit = cr.compile(cr.Exactly(3), N)
     layer, ours = cr.nn.ConstraintLayer, cr.nn.ConstraintLayer(circuit)
-    with pytest.raises(ValueError, match="n=None with constraint=Exactly"):
+    with pytest.raises(TypeError, match=r"n=None: Exactly\(3\) does not say how many variables"):
         layer(cr.Exactly(3))
+    assert layer(cr.CNF([[1, -2], [3]], n=4)).circuit.n == 4
     with pytest.raises(ValueError, match="over 6 variables"):
         layer(circuit, 7)
     with pytest.raises(cr.InfeasibleError):

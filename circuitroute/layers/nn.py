@@ -39,7 +39,7 @@ class ConstraintLayer(nn.Module):
 
     Args:
         constraint: a circuit; or a constraint over ``n`` variables, which is compiled.
-        n: N, needed where a constraint is given.
+        n: N, needed where a constraint is given that does not say it, as clauses do.
         in_features: H; the layer is given features [..., H] then. None: it is given logits.
         components: C, at least 1, for a mixture (:class:`SubsetMixture`); None for one distribution.
         bias: whether the linear maps have one; only with ``in_features``.
@@ -52,8 +52,9 @@ class ConstraintLayer(nn.Module):
         mixture: the map from features to the logits of the C components; None without either.
 
     Raises:
-        TypeError: neither a circuit nor a constraint; sizes that are no integers.
-        ValueError: a constraint without ``n``, a circuit over another number of variables, a size below 1.
+        TypeError: a constraint without ``n`` that does not say it; sizes that are no integers.
+        ValueError: a circuit over another number of variables, a size below 1.
+        UnsupportedConstraintError: neither a circuit nor a constraint.
         InfeasibleError: no subset satisfies the constraint.
     """
 
@@ -70,10 +71,6 @@ class ConstraintLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if n is None and isinstance(constraint, Circuit):
-            n = constraint.n
-        if n is None:
-            raise ValueError(f"n=None with constraint={constraint!r}: give the number of variables, or a circuit")
         self.circuit = compile_constraint(constraint, n)
         self.in_features = None if in_features is None else int_at_least("in_features", in_features, 1)
         self.components = None if components is None else int_at_least("components", components, 1)
