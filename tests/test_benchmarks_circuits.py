@@ -93,7 +93,6 @@ def test_what_cannot_run_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UnavailableError, match=r"implies: its float32 underflows in 1 of 2 rows"):
         found["klay:real"].build(low)
     assert not found["klay:compiled"].by_default
-    klay._circuit.cache_clear()
     monkeypatch.setitem(sys.modules, "klay", None)
     with pytest.raises(UnavailableError, match="pip install klaycircuits"):
         klay._circuit(path)

@@ -98,19 +98,20 @@ def _forward(case: CircuitCase, log_partition: Callable[[Tensor], Tensor]) -> Fo
     return forward
 
 
+@cache
 def shape_of(path: Path) -> dict[str, Any]:
     """The row fields of KLay's own circuit: it merges equal nodes, and pads its layers."""
-    layers = _module(path, "log").layers
-    edges = sum(len(layer.ix_in) for layer in layers)
-    return {"nodes": _circuit(path).nb_nodes(), "edges": edges, "depth": len(layers)}
+    circuit = _circuit(path)
+    layers = circuit.to_torch_module(compile=False).layers
+    return {"nodes": circuit.nb_nodes(), "edges": sum(len(layer.ix_in) for layer in layers), "depth": len(layers)}
 
 
 @cache
 def _module(path: Path, semiring: str, compiled: bool = False) -> Any:
+    # Of a circuit of its own: each further module of a circuit has one more layer, for its root.
     return _circuit(path).to_torch_module(semiring=semiring, compile=compiled)
 
 
-@cache
 def _circuit(path: Path) -> Any:
     try:
         import klay
