@@ -110,6 +110,11 @@ def test_copies_states_and_files_give_the_same(components: int | None) -> None:
     for same in again:
         assert torch.equal(same(features).marginals, expected)
     assert copy.deepcopy(layer).circuit is layer.circuit
+    skipped = nn.utils.skip_init(
+        cr.nn.ConstraintLayer, CONSTRAINTS["composed"], N, in_features=H, components=components
+    )
+    skipped.load_state_dict(layer.state_dict())
+    assert torch.equal(skipped(features).marginals, expected)
 
 
 @pytest.mark.parametrize("components", [None, C])

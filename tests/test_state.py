@@ -73,6 +73,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "soft router": lambda: cr.SoftTopKRouter(H, E, 2.5, torch.tensor(0.5, device="cpu"), threshold=0.3),
     "soft router, learned alpha": lambda: cr.SoftTopKRouter.softmoe(H, E, 2.5, 1.5, learned(0.7)),
     "stacked experts": lambda: cr.MoE(cr.TopKRouter(H, E, 2), cr.StackedExperts(E, H, 4)),
+    "constraint layer": lambda: cr.nn.ConstraintLayer(COMPOSED, E, in_features=H, components=2, bias=False),
     "allocation": lambda: cr.LayerAllocation(4, 9.5, maximum=4),
     "served count": lambda: serving.routing_function(cr.Between(1, 3), E, bias=torch.linspace(-1, 1, E, device="cpu")),
     "served sample": lambda: serving.routing_function(IMPLIED, E, sample=True, head=1, temperature=2.0),
@@ -103,6 +104,13 @@ def _decisions(module: Any) -> list[Tensor]:
         logits = torch.randn(T, E, generator=torch.Generator().manual_seed(3), device="cpu")
         keys = {name: torch.arange(T, device="cpu") for name in module.keyed}
         return list(module(hidden, logits, 4, True, **keys))
+    if isinstance(module, cr.nn.ConstraintLayer):
+        distribution = module(hidden)
+        return [
+            distribution.marginals,
+            distribution.mode,
+            distribution.sample(key=keys_of().reshape(hidden.shape[:-1])),
+        ]
     if isinstance(module, cr.MoE):
         return [module(hidden, key=keys_of())[0]]
     if isinstance(module, cr.BudgetRouter):

@@ -50,10 +50,10 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             axes.barh(place, fmean(exact), color=color, alpha=0.35)
             axes.plot(exact, [place] * len(exact), "o", color=color, markersize=4)
             broken = 100 * fmean(row["violations"] for row in own)
-            said = f"{broken:.0f}% break the rules" if broken else "0 break the rules"
-            axes.text(1.5, place, said, va="center", fontsize=9)
+            said = f"{broken:.0f}% break rules" if broken else "0 break rules"
+            axes.text(max(exact) + 2.5, place, said, va="center", fontsize=9)
         axes.set_yticks(range(len(methods)), methods, fontsize=9)
-        axes.set(title=task, xlim=(0, 100))
+        axes.set(title=task, xlim=(0, 84))
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.3)
     panels[-1].set_xlabel("rows predicted exactly right, %")

@@ -178,6 +178,7 @@ def state_dicts() -> dict[str, dict[str, list[int]]]:
         "LayerAllocation": cr.LayerAllocation(4, 12),
         "BudgetRouter": budget,
         "Budget": plain.without_routers(),
+        "ConstraintLayer": cr.nn.ConstraintLayer(cr.Exactly(2), 6, in_features=4, components=3),
         "MoE": cr.MoE(cr.ExactKRouter(4, 2, 1), [torch.nn.Linear(4, 4) for _ in range(2)]),
     }
     return {
