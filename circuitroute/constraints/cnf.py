@@ -94,7 +94,8 @@ class CNF(Constraint):
                 tick(1 + len(clause))
                 for literal in clause:
                     _check_literal(f"clauses[{i}]", literal, n)
-            object.__setattr__(self, "clauses", tuple(dict.fromkeys(filter(None.__ne__, map(_simplified, given)))))
+            kept = [simple for clause in given if (simple := _simplified(clause)) is not None]
+            object.__setattr__(self, "clauses", tuple(dict.fromkeys(kept)))
             object.__setattr__(self, "n", n)
             object.__setattr__(self, "weighted", _weights(weights, n))
             object.__setattr__(self, "show", None if show is None else _shown(show, n))
