@@ -117,6 +117,7 @@ def test_what_looks_like_a_repr_is_not_evaluated():
         (([[1]], None, {1: "1/0", -1: 1}), ValueError, r"weights\[1\]='1/0'"),
         (([[1]], None, {1: math.inf, -1: 1}), ValueError, r"weights\[1\]=inf: weights must be finite"),
         (([[1]], None, {1: Decimal("nan"), -1: 1}), ValueError, "weights must be finite"),
+        (([[1]], None, {1: True, -1: 1}), TypeError, r"weights\[1\]=True: expected a number, got a bool"),
         (([[1]], None, {1: None, -1: 1}), TypeError, r"weights\[1\]=None: expected a number"),
         (([[1]], None, [1, 2]), TypeError, r"weights=\[1, 2\]: expected a mapping"),
         (([[1]], None, None, [2]), ValueError, "show: there is no variable 2"),
@@ -139,6 +140,9 @@ def test_weights_are_exact():
         3: Fraction(-1, 2),
         -3: Fraction(2),
     }
+    integers = cr.CNF([], 1, {1: np.int64(2**62), -1: torch.tensor(3)})
+    assert cr.compile(integers, 1).weighted_count() == 2**62 + 3
+    assert {type(part) for weight in integers.weights.values() for part in (weight.numerator,)} == {int}
 
 
 # ---------------------------------------------------------------------------------------------- compiling

@@ -128,8 +128,7 @@ def test_clauses_that_were_tampered_with(tmp_path, data):
     (tmp_path / "a.cnf").write_bytes(data)
     try:
         cnf = cr.read_cnf(tmp_path / "a.cnf")
-    except cr.CircuitFileError as error:
-        assert str(tmp_path / "a.cnf") in str(error)
+    except cr.CircuitFileError:
         return
     assert eval(repr(cnf), vars(cr).copy()) == cnf
     if 1 <= cnf.n <= 8:

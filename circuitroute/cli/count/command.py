@@ -23,7 +23,7 @@ class Answer(NamedTuple):
 
     kind: str
     satisfiable: bool
-    count: Fraction
+    number: Fraction
     about: str
 
 
