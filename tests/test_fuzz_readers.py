@@ -115,6 +115,26 @@ def test_sdd_files_that_were_tampered_with(tmp_path, data, vtree):
     read_or_refuse(lambda: cr.read_sdd(tmp_path / "a.sdd", tmp_path / "a.vtree", max_nodes=2_000))
 
 
+CLAUSES = [
+    "p cnf 3 2\n1 -2 0\n2 3 0\n",
+    "c t pwmc\nc p weight 1 0.3 0\np cnf 4 3\nc p weight -1 7e-1 0\nc p show 1 2 0\n1 -2\n0 3 4 0 -1 -4 0\n%\n0\n",
+    "p wpcnf 5 2\nvp 1 3 0\nw 1 1/3\nw -1 2/3 0\nw 2 -1\n1 2 0\n-5 0\n",
+]
+
+
+@FUZZ
+@given(data=st.one_of(mutations(CLAUSES), st.binary(max_size=200)))
+def test_clauses_that_were_tampered_with(tmp_path, data):
+    (tmp_path / "a.cnf").write_bytes(data)
+    try:
+        cnf = cr.read_cnf(tmp_path / "a.cnf")
+    except cr.CircuitFileError:
+        return
+    assert eval(repr(cnf), vars(cr).copy()) == cnf
+    if 1 <= cnf.n <= 8:
+        read_or_refuse(lambda: cr.compile(cnf, max_nodes=2_000))
+
+
 @FUZZ
 @given(data=st.binary(max_size=200))
 def test_binary_junk(tmp_path, data):

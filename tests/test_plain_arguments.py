@@ -65,6 +65,8 @@ CONSTRAINTS = {
     "EachGroup": lambda i: cr.EachGroup(cr.Groups(i(2)), cr.Exactly(i(2))),
     "ActiveGroups": lambda i: cr.ActiveGroups(cr.Groups(i(4)), at_most=i(3), at_least=i(2)),
     "LayerBudget": lambda i: cr.LayerBudget(i(2), i(4), cr.AtMost(i(2)), cr.Exactly(i(3))),
+    "CNF": lambda i: cr.CNF([[i(2), -3], [i(3)]], n=i(4), show=[i(2), 1]),
+    "over of clauses": lambda i: cr.CNF([[i(2), -3]]).over([i(3), i(2), 0]),
     "over of a count": lambda i: cr.Exactly(i(2)).over([i(3), i(2)]),
     "over of costs": lambda i: cr.Cost([1, 2], at_most=i(2)).over([i(3), i(2)]),
     "over of over": lambda i: cr.Cost([1, 2], at_most=2).over([1, 0]).over([i(3), i(2)]),
@@ -312,6 +314,7 @@ def test_the_tables_hold_every_public_callable_with_numbers():
     tried = {name.split()[0] for name in (*CONSTRAINTS, *OBJECTS)} | {"compile", "read_nnf", "read_sdd", "variables"}
     keeps_none = {
         "load",  # a budget of seconds, of the call alone
+        "read_cnf",  # likewise
         "BudgetState",  # a plain tuple that begin() makes
         "Routing",
         "SequenceState",  # likewise, of route_sequence()

@@ -11,9 +11,11 @@ structured circuits: the memory an evaluation needs is one value per node, never
 from __future__ import annotations
 
 import enum
+import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -267,6 +269,30 @@ def model_count(graph: Graph, max_seconds: float | None = DEFAULT_SECONDS) -> in
     with within(max_seconds, lambda: f"counting the subsets of {graph.num_nodes} nodes", "count a smaller circuit"):
         ones = np.ones(graph.num_nodes, dtype=object)
         return int(graph.fold(ones, np.multiply, np.add)[-1])
+
+
+def weighted_count(graph: Graph, weights: Mapping[int, Fraction]) -> Fraction:
+    """The sum over all satisfying assignments of the products of their literals' weights, exactly.
+
+    ``weights`` maps literals, v + 1 where variable v is present and -v - 1 where it is absent, to weights; the others
+    have the weight 1. As in :func:`model_count`; both weights of a variable are brought to one denominator, which every
+    assignment has once, so that only integers are added and multiplied.
+
+    Raises:
+        CircuitTooLargeError: the numbers of all nodes take more than half a gibibyte.
+    """
+    leaves = np.ones(graph.num_nodes, dtype=object)
+    whole = {}
+    denominator = 1
+    for v in {abs(literal) for literal in weights}:
+        present, absent = weights.get(v, Fraction(1)), weights.get(-v, Fraction(1))
+        common = math.lcm(present.denominator, absent.denominator)
+        whole[v], whole[-v] = int(present * common), int(absent * common)
+        denominator *= common
+    for kind, sign in ((NodeKind.PRESENT, 1), (NodeKind.ABSENT, -1)):
+        for node in np.flatnonzero(graph.kind == kind).tolist():
+            leaves[node] = whole.get(sign * (int(graph.variable[node]) + 1), 1)
+    return Fraction(int(graph.fold(leaves, np.multiply, np.add)[-1]), denominator)
 
 
 def count_ranges(graph: Graph) -> tuple[IntArray, IntArray]:

@@ -1,4 +1,4 @@
-"""The command line: `circuitroute demo`, `circuitroute explain`, `circuitroute bench` and `circuitroute report`."""
+"""The command line: `circuitroute demo`, `explain`, `bench`, `count` and `report`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ from typing import Any
 
 import circuitroute as cr
 from circuitroute.cli import checkout
+from circuitroute.cli.count import command as count
 from circuitroute.cli.explain import command as explain
 from circuitroute.cli.report import command as report
 
 # Each adds subcommands, whose parsers set `run`: (options, command line) -> exit code.
-COMMANDS: tuple[Callable[[Any], None], ...] = (checkout.add_parsers, explain.add_parser, report.add_parser)
+COMMANDS: tuple[Callable[[Any], None], ...] = (
+    checkout.add_parsers,
+    explain.add_parser,
+    count.add_parser,
+    report.add_parser,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

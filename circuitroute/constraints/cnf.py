@@ -94,7 +94,8 @@ class CNF(Constraint):
                 tick(1 + len(clause))
                 for literal in clause:
                     _check_literal(f"clauses[{i}]", literal, n)
-            object.__setattr__(self, "clauses", tuple(dict.fromkeys(filter(None.__ne__, map(_simplified, given)))))
+            kept = [simple for clause in given if (simple := _simplified(clause)) is not None]
+            object.__setattr__(self, "clauses", tuple(dict.fromkeys(kept)))
             object.__setattr__(self, "n", n)
             object.__setattr__(self, "weighted", _weights(weights, n))
             object.__setattr__(self, "show", None if show is None else _shown(show, n))
@@ -249,10 +250,10 @@ def _as_weight(literal: int, weight: object) -> Fraction:
         if found is None:
             raise ValueError(f"{name}={weight!r}: expected a number such as 0.3, 1e-3 or 1/3")
         return found
-    if isinstance(weight, (Rational, Decimal)) and not isinstance(weight, bool):
-        if isinstance(weight, Decimal) and not weight.is_finite():
-            raise ValueError(f"{name}={weight!r}: weights must be finite")
+    if isinstance(weight, Decimal) and weight.is_finite():
         return Fraction(weight)
+    if not isinstance(weight, bool) and isinstance(weight, Rational):
+        return Fraction(int(weight.numerator), int(weight.denominator))
     number = as_number(name, weight)
     if not math.isfinite(number):
         raise ValueError(f"{name}={weight!r}: weights must be finite")

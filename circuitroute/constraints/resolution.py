@@ -47,8 +47,8 @@ def eliminated(
         for literal in clause:
             at[literal].discard(clause)
 
-    for clause in clauses:
-        add(frozenset(clause))
+    for given in clauses:
+        add(frozenset(given))
     waiting = {v for literal in at if hidden(v := abs(literal))}
     while waiting:
         tick(len(waiting))

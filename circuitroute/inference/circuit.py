@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from torch import Tensor
 from circuitroute import engines
 from circuitroute._validate import as_int, as_mask, plain_word
 from circuitroute.circuit import Graph, compiled
-from circuitroute.circuit.graph import count_range, model_count
+from circuitroute.circuit.graph import count_range, model_count, weighted_count
 from circuitroute.circuit.verify.properties import check, widest
-from circuitroute.constraints import Constraint, shown
+from circuitroute.constraints import CNF, Constraint, shown
+from circuitroute.constraints.cnf import Number
 from circuitroute.deadline import DEFAULT_SECONDS, as_seconds, within
 from circuitroute.errors import InfeasibleError
 from circuitroute.inference.distribution import SubsetDistribution, satisfies
@@ -155,6 +157,34 @@ class Circuit:
                 self._known_count = model_count(self._graph)
         as_seconds(max_seconds)
         return self._known_count
+
+    def weighted_count(
+        self, weights: Mapping[int, Number] | None = None, max_seconds: float | None = DEFAULT_SECONDS
+    ) -> Fraction:
+        """The exact weighted model count: the sum over the allowed subsets of the products of their literals' weights.
+
+        Args:
+            weights: for literals, v + 1 where variable v is selected and -(v + 1) where it is not, their weights, as
+                :class:`circuitroute.CNF` takes them: any numbers, zero and negative ones too. Variables without weights
+                have 1 for both literals. None: those of the constraint, which is a :class:`circuitroute.CNF`.
+            max_seconds: how long counting may take, in CPU seconds of this thread; None for no limit.
+
+        Returns:
+            A fraction; its logarithm is ``circuit(cnf.logits).log_partition + cnf.log_constant``, where it has one.
+
+        Raises:
+            CircuitTooLargeError: it takes longer, or numbers that do not fit in memory.
+            TypeError: no weights, and a constraint that is not a CNF; weights that are not numbers.
+            ValueError: a literal of no variable, or the weight of one literal of a variable without the other's.
+        """
+        known = self._constraint.weights if weights is None and isinstance(self._constraint, CNF) else None
+        if weights is None and known is None:
+            raise TypeError(
+                f"weights=None: {shown(self._constraint, SHOWN)} has no weights of its own; give weights, such as "
+                "{1: '0.3', -1: '0.7'}"
+            )
+        with self._budget(max_seconds, "counting the weighted subsets of"):
+            return weighted_count(self._graph, CNF([], self.n, weights).weights if known is None else known)
 
     def _budget(self, max_seconds: float | None, what: str) -> AbstractContextManager[None]:
         return within(

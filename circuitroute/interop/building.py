@@ -36,6 +36,7 @@ class Builder:
         source: the name of what is read, for messages.
 
     Attributes:
+        source: the name, as it was given.
         scope: the variables below each node, as bit sets.
         origin: for each node the foreign node it was made for, -1 where smoothing made it.
     """
@@ -47,7 +48,7 @@ class Builder:
         self.scope: list[int] = []
         self.origin: list[int] = []
         self._max_nodes = max_nodes
-        self._source = source
+        self.source = source
         self._kind: list[int] = []
         self._variable: list[int] = []
         self._elements: list[Sequence[Pair]] = []
@@ -71,7 +72,7 @@ class Builder:
         self._edges += len(elements)
         if len(self._kind) > self._max_nodes or self._edges > EDGES_PER_NODE * self._max_nodes:
             raise CircuitTooLargeError(
-                f"{self._source} needs more than max_nodes={self._max_nodes} nodes or {EDGES_PER_NODE} times as many "
+                f"{self.source} needs more than max_nodes={self._max_nodes} nodes or {EDGES_PER_NODE} times as many "
                 f"products, once it is smooth over {self.n} variables; raise max_nodes"
             )
         return len(self._kind) - 1

@@ -18,9 +18,9 @@ from circuitroute import CircuitTooLargeError, Constraint
 from circuitroute.circuit import Graph
 from circuitroute.constraints import CNF
 from circuitroute.constraints.formula import Formula
-from circuitroute.deadline import note, tick
+from circuitroute.deadline import OutOfTimeError, note, tick
 from circuitroute.interop.building import Builder
-from circuitroute_compilers.primal import Order, best_order, primal_graph, width
+from circuitroute_compilers.primal import Order, best_order, primal_graph
 from circuitroute_compilers.rules import formula_of
 from circuitroute_compilers.terms import variables
 from circuitroute_compilers.trees import MAX_DECOMPOSED_VARIABLES
@@ -29,10 +29,18 @@ from circuitroute_compilers.trees import MAX_DECOMPOSED_VARIABLES
 STATES_PER_NODE, LEAST_STATES = 4, 200_000
 # Up to so many variables, and to so many neighbours in an order of elimination, trees of states are the better way.
 FEW_VARIABLES, NARROW = 20, 6
-REMEDY = 'compile it with compiler="sdd" (the extra sdd), whose diagrams are often smaller, raise max_nodes'
+REMEDY = 'compile with compiler="sdd" (the extra sdd), whose diagrams are often smaller'
 
 
-def wide_clauses(constraint: Constraint, n: int) -> list[tuple[int, ...]] | None:
+@dataclass(frozen=True)
+class Clauses:
+    """Clauses, whose literals count from 1, and the order in which their variables are eliminated."""
+
+    clauses: Sequence[Sequence[int]]
+    order: Order
+
+
+def wide_clauses(constraint: Constraint, n: int) -> Clauses | None:
     """The clauses of a constraint that is nothing else, if there are many variables and no order of them is narrow;
     None of any other, for which a tree of states is the better way: it is shallow, and small where the order is narrow.
 
@@ -49,8 +57,12 @@ def wide_clauses(constraint: Constraint, n: int) -> list[tuple[int, ...]] | None
             return None
         known.append(clause)
     scopes = _scopes(known)
-    narrow = len(formula.variables) <= MAX_DECOMPOSED_VARIABLES and width(scopes) <= NARROW
-    return None if narrow or _cut(scopes, formula.variables) <= NARROW else known
+    if _cut(scopes, formula.variables) <= NARROW:
+        return None
+    note(lambda: f"looking for an order of the variables of {len(known)} clauses; {REMEDY}")
+    order = best_order(primal_graph(scopes))
+    narrow = len(formula.variables) <= MAX_DECOMPOSED_VARIABLES and max(order.context.values()) <= NARROW
+    return None if narrow else Clauses(known, order)
 
 
 def _clause(formula: Formula) -> tuple[int, ...] | None:
@@ -88,36 +100,32 @@ def _cut(scopes: Sequence[int], names: Sequence[int]) -> int:
     return max(number + 1 - bisect_right(ends, v) for number, v in enumerate(names))
 
 
-def decided(clauses: Sequence[Sequence[int]], n: int, max_nodes: int, what: str) -> Graph | None:
-    """The graph of clauses over ``n`` variables, which literals count from 1; None if nothing satisfies them.
+def decided(found: Clauses, n: int, max_nodes: int, what: str) -> Graph | None:
+    """The graph of clauses over ``n`` variables; None if nothing satisfies them.
 
     Raises:
         CircuitTooLargeError: more nodes than allowed; ``what`` names the clauses.
     """
-    if () in clauses:
-        return None
-    note(lambda: f"deciding the variables of {len(clauses)} clauses; {REMEDY}")
+    note(lambda: f"deciding the variables of {len(found.clauses)} clauses; {REMEDY}")
+    builder = Builder(n, max_nodes, what)
     try:
-        builder = Builder(n, max_nodes, what)
-        found = _Search(clauses, builder, max(STATES_PER_NODE * max_nodes, LEAST_STATES)).root()
-        return None if found is None else builder.finish(found, -1)[0]
-    except _TooManyStatesError as error:
-        raise CircuitTooLargeError(f"{what}: {error}; {REMEDY}") from None
+        root = _Search(found, builder, max(STATES_PER_NODE * max_nodes, LEAST_STATES)).root()
+        return None if root is None else builder.finish(root, -1)[0]
+    except OutOfTimeError:
+        raise
+    except CircuitTooLargeError as error:
+        raise CircuitTooLargeError(f"{error}; or {REMEDY}") from None
 
 
-def expected_states(clauses: Sequence[Sequence[int]]) -> tuple[int, int]:
+def expected_states(found: Clauses) -> tuple[int, int]:
     """A bound of the sets of clauses that are met, of all variables and of the one that has the most."""
-    order = best_order(primal_graph(_scopes(clauses)))
-    sizes = [1 << min(place.reach.bit_count(), order.context[place.variable]) for place in _places(clauses, order)]
+    places = _places(found.clauses, found.order)
+    sizes = [1 << min(place.reach.bit_count(), found.order.context[place.variable]) for place in places]
     return sum(sizes), max(sizes)
 
 
 def _scopes(clauses: Iterable[Sequence[int]]) -> list[int]:
     return [sum(1 << abs(literal) - 1 for literal in clause) for clause in clauses]
-
-
-class _TooManyStatesError(Exception):
-    """More sets of clauses than allowed."""
 
 
 @dataclass(frozen=True)
@@ -173,9 +181,9 @@ _State = tuple[int, int]
 class _Search:
     """Meets the states from the roots down, and makes their nodes from the leaves up."""
 
-    def __init__(self, clauses: Sequence[Sequence[int]], builder: Builder, max_states: int) -> None:
-        order = best_order(primal_graph(_scopes(clauses)))
-        self._places = _places(clauses, order)
+    def __init__(self, found: Clauses, builder: Builder, max_states: int) -> None:
+        order = found.order
+        self._places = _places(found.clauses, order)
         self._roots = [i for i, place in enumerate(self._places) if place.variable not in order.parent]
         self._builder = builder
         self._max_states = max_states
@@ -208,8 +216,9 @@ class _Search:
             waiting.pop()
             self._node[state] = self._made(state[0], *map(self._product, sides))
             if len(self._node) > self._max_states:
-                raise _TooManyStatesError(
-                    f"deciding its variables meets more than {self._max_states} sets of open clauses"
+                raise CircuitTooLargeError(
+                    f"deciding the variables of clauses meets more than {self._max_states} sets of open ones, as "
+                    f"{self._builder.source} does; raise max_nodes"
                 )
         return self._node[top]
 

@@ -52,13 +52,13 @@ def _whole(constraint: Constraint, n: int) -> Formula:
             return combined("or", [_whole(part, n) for part in parts])
         case ActiveGroups():
             return _active(constraint, n)
-    parts = flattened(constraint, n)
-    if parts == [constraint]:
+    taken_apart = flattened(constraint, n)
+    if taken_apart == [constraint]:
         raise UnsupportedConstraintError(
             f"compiler='sdd' does not compile {type(constraint).__qualname__}, which is no formula: it takes clauses, "
             "rules, counts, and what is composed of them; leave out compiler for the built-in one, which takes machines"
         )
-    return combined("and", [_whole(part, n) for part in parts])
+    return combined("and", [_whole(part, n) for part in taken_apart])
 
 
 def _counted(count: Count, constraint: Constraint, indices: Iterable[int], n: int) -> Formula:

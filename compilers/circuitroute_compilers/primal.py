@@ -34,7 +34,7 @@ Graph: TypeAlias = dict[int, set[int]]
 
 
 def primal_graph(scopes: Iterable[Scope], largest: int | None = None) -> Graph:
-    """Variable -> its neighbours, of all variables in the scopes; no scope of more than ``largest`` makes neighbours."""
+    """Variable -> its neighbours, of all variables in scopes; those of more than ``largest`` make no neighbours."""
     graph: Graph = {}
     for scope in scopes:
         names = variables(scope)
@@ -109,11 +109,6 @@ def best_order(graph: Graph) -> Order:
     """The best among a few orders of elimination: of the smallest sum of 2^(neighbours when eliminated)."""
     orders = (_order(graph, seed) for seed in range(ORDERS))
     return min(orders, key=lambda order: sum(1 << context for context in order.context.values()))
-
-
-def width(scopes: Iterable[Scope]) -> int:
-    """The most neighbours of a variable when it is eliminated: the treewidth of the primal graph, or more."""
-    return max(best_order(primal_graph(scopes)).context.values(), default=0)
 
 
 def _order(graph: Graph, seed: int) -> Order:

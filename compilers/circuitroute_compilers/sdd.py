@@ -175,6 +175,6 @@ def _program(tree: Vtree, formulas: Sequence[Formula]) -> list[int]:
             node = above[id(every[node])]
         here[node].append(i)
     steps: list[int] = []
-    for node, some in zip(every, here, strict=True):
-        steps += [sdd_process.PUSH if node.halves is None else sdd_process.JOIN, *some]
+    for block, some in zip(every, here, strict=True):
+        steps += [sdd_process.PUSH if block.halves is None else sdd_process.JOIN, *some]
     return steps
