@@ -1,7 +1,7 @@
 """Measure, or show what was measured.
 
 cd examples
-python -m learned_prior --rows rows/learned-prior.jsonl      # about ten CPU minutes
+python -m learned_prior --rows rows/learned-prior.jsonl      # about six CPU minutes
 python -m learned_prior --table rows/learned-prior.jsonl
 python -m learned_prior --table rows/learned-prior.jsonl --picture ../docs/images/learned-priors.svg
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from language_model.process import threads
 
+from .decisions import ROUTERS
 from .report import picture, tables
 from .study import rows
 
@@ -23,6 +24,7 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--routers", choices=list(ROUTERS), nargs="+", default=["exact-k-0.25"])
     parser.add_argument("--steps", type=int, default=200, help="of the demo's model")
     parser.add_argument("--batches", type=int, default=24, help="of held-out text, 1,024 tokens each")
     parser.add_argument("--rows", type=Path, help="a file of JSON lines to write")
@@ -34,7 +36,7 @@ def main() -> None:
     else:
         found = []
         with threads(1):  # the circuits are too small to gain from more, and the numbers do not depend on the cores
-            for row in rows(options.seeds, options.steps, options.batches):
+            for row in rows(options.seeds, options.routers, options.steps, options.batches):
                 found.append(row)
                 print(f"{len(found)}: {row['router']}, seed {row['seed']}, layer {row['layer']}", file=sys.stderr)
                 if options.rows is not None:

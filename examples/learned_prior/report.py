@@ -152,9 +152,9 @@ def picture(rows: list[Row], path: Path) -> None:
             bits = list(_by_seed(group, lambda row: row["bits"]).values())
             means.append(fmean(bits))
             errors.append(stdev(bits) if len(bits) > 1 else 0.0)
-        label = "learned prior" if i == 0 else "times the constraint"
+        label = "prior" if i == 0 else "prior x constraint"
         axes.errorbar(states, means, errors, color=COLORS[i], marker=MARKERS[i], capsize=3, linewidth=2, label=label)
-    names = {"independent coins": "independent coins", BASELINE: "coins times constraint"}
+    names = {"independent coins": "coins", BASELINE: "coins x constraint"}
     for i, (name, label) in enumerate(names.items(), start=2):
         level = fmean(row["bits"] for row in own if row["model"] == name)
         axes.axhline(level, color=COLORS[i], linestyle="--", linewidth=2, label=label)
@@ -164,5 +164,6 @@ def picture(rows: list[Row], path: Path) -> None:
     axes.set_xlabel("latent states", fontsize=13)
     axes.set_ylabel("held-out bits per decision", fontsize=13)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=11)
+    axes.set_ylim(top=axes.get_ylim()[1] + 1.4)  # room for the legend above the lines
+    axes.legend(frameon=False, fontsize=11, loc="upper center", ncols=2, columnspacing=1.0, handlelength=1.5)
     figure.savefig(path, metadata={"Date": None})

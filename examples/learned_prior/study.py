@@ -29,10 +29,12 @@ ALL_LAYERS = -1
 JOINT_STATES, JOINT_STEPS = 16, 100
 
 
-def rows(seeds: Sequence[int], steps: int = TRAINING_STEPS, batches: int = BATCHES) -> Iterator[Row]:
+def rows(
+    seeds: Sequence[int], routers: Sequence[str], steps: int = TRAINING_STEPS, batches: int = BATCHES
+) -> Iterator[Row]:
     """All rows, model by model."""
     for seed in seeds:
-        for router in ROUTERS:
+        for router in routers:
             with tempfile.TemporaryDirectory() as scratch:
                 decisions = recorded(router, seed, steps, batches, Path(scratch))
             common = {"router": router, "seed": seed, "fitted": len(decisions.fit), "judged": len(decisions.test)}

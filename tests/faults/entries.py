@@ -356,7 +356,8 @@ def _priors() -> list[Entry]:
     }
     found = [
         Entry(f"SubsetPrior.constrained(logits).{name}", "logits", "real", logits,
-              lambda x, b, output=output: output(given(x, b), b), smooth, alone=name not in ("log_prob", "sample"))
+              lambda x, b, output=output: output(given(x, b), b), smooth, alone=name not in ("log_prob", "sample"),
+              python=name in ("marginals", "max_product", "condition"))  # torch.jit.trace takes no torch.func.grad
         for name, (output, smooth) in outputs.items()
     ]  # fmt: skip
     return [
