@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from k_subset import command, gradients, l2x, pairing, vae
+from k_subset import command, gradients, l2x, pairing, tables, vae
 from k_subset.estimators import METHODS, Method, build, peers
 from k_subset.fitting import Budget, Networks, minibatches
 
@@ -295,3 +295,12 @@ def test_the_figure_needs_gradients(tmp_path: Path):
 
     with pytest.raises(ValueError, match="none of the gradients"):
         draw([{"table": "vae"}], tmp_path / "figure.svg")
+
+
+def test_the_page_shows_the_tables_of_the_rows_that_are_kept():
+    root = Path(__file__).parent.parent
+    rows = (root / "examples" / "rows" / "k-subset.jsonl").read_text(encoding="utf-8").splitlines()
+    page = (root / "docs" / "k-subset-learning.md").read_text(encoding="utf-8").splitlines()
+    shown = [line for table in tables.markdown([json.loads(row) for row in rows]) for line in table.splitlines()]
+    assert len(shown) > 50
+    assert {line for line in shown if line.startswith("|")} <= set(page)
