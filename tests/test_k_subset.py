@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from k_subset import command, gradients, l2x, pairing, vae
+from k_subset import command, gradients, l2x, pairing, tables, vae
 from k_subset.estimators import METHODS, Method, build, peers
 from k_subset.fitting import Budget, Networks, minibatches
 
@@ -286,6 +286,16 @@ def test_pairs_go_by_seed_and_to_the_best_peer():
     assert (float(difference), difference.spread) == (-1.0, 0.0)
 
 
+def test_tables_without_peers_compare_with_none():
+    fits = [{"method": "score", "seed": seed, "settings": {}, "cpu_seconds": 6.0} for seed in (0, 1)]
+    bounds = {"table": "vae", "divergence": "exact", "elbo": -2.0, "reconstruction": 1.0, "kl": 1.0}
+    found = {"table": "l2x", "set": "xor", "recovery": 1.0, "median_rank": 1.5, "loss": 0.001, "accuracy": 0.5}
+    of_l2x, of_vae = tables.markdown([{**fit, **kind} for kind in (bounds, found) for fit in fits])
+    assert "minus" not in of_l2x + of_vae
+    assert of_vae.endswith("| score | ours |  | -2.00 ± 0.00 | 1.00 ± 0.00 | 1.00 ± 0.00 | 0.100 |")
+    assert of_l2x.endswith("| score | ours |  | 1.00 ± 0.00 | 1.50 ± 0.00 | 1.0 ± 0.0 | 0.500 ± 0.000 | 0.100 |")
+
+
 def test_at_most_three_settings_are_tried_where_a_try_is_a_fit():
     assert all(isinstance(method, Method) and len(method.few) <= 3 for method in METHODS.values())
 
@@ -295,3 +305,12 @@ def test_the_figure_needs_gradients(tmp_path: Path):
 
     with pytest.raises(ValueError, match="none of the gradients"):
         draw([{"table": "vae"}], tmp_path / "figure.svg")
+
+
+def test_the_page_shows_the_tables_of_the_rows_that_are_kept():
+    root = Path(__file__).parent.parent
+    rows = (root / "examples" / "rows" / "k-subset.jsonl").read_text(encoding="utf-8").splitlines()
+    page = (root / "docs" / "k-subset-learning.md").read_text(encoding="utf-8").splitlines()
+    shown = [line for table in tables.markdown([json.loads(row) for row in rows]) for line in table.splitlines()]
+    assert len(shown) > 50
+    assert {line for line in shown if line.startswith("|")} <= set(page)

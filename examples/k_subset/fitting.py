@@ -52,12 +52,11 @@ class Networks(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., R, T, sizes[0]] -> [..., R, T, sizes[-1]]"""
-        found = inputs.reshape(-1, *inputs.shape[-3:]).transpose(0, 1)  # [R, S, T, size]
-        shape = found.shape[:3]
-        found = found.flatten(1, 2)
+        stacked = inputs.reshape(-1, *inputs.shape[-3:]).transpose(0, 1)  # [R, S, T, size]
+        found = stacked.flatten(1, 2)
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             found = torch.baddbmm(bias, found.relu() if layer else found, weight)
-        return found.unflatten(1, shape[1:]).transpose(0, 1).reshape(*inputs.shape[:-1], -1)
+        return found.reshape(*stacked.shape[:3], -1).transpose(0, 1).reshape(*inputs.shape[:-1], -1)
 
 
 def _layers(seed: int, sizes: Sequence[int]) -> list[nn.Linear]:

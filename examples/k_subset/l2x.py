@@ -110,8 +110,10 @@ def fit(name: str, method: str, settings: Settings, seeds: Sequence[int], budget
         mask = circuit(logits).mode
         prediction = predictor(mask * features)[..., 0]
     head = {"table": "l2x", "set": name, "method": method, "settings": settings, "cpu_seconds": seconds / len(seeds)}
-    found = zip(seeds, logits, mask, prediction, probability, strict=True)
-    return [{**head, "seed": seed, **measures(*values, k)} for seed, *values in found]
+    return [
+        {**head, "seed": seed, **measures(logits[at], mask[at], prediction[at], probability[at], k)}
+        for at, seed in enumerate(seeds)
+    ]
 
 
 def _stacked(name: str, rows: int, seeds: Sequence[int]) -> Data:
