@@ -62,7 +62,7 @@ def formulas(n):
     return st.recursive(leaves, grown, max_leaves=14)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_formulas_against_all_worlds(data):
     n = data.draw(st.integers(1, MAX_N))
@@ -83,7 +83,7 @@ def test_formulas_against_all_worlds(data):
     np.testing.assert_allclose(dist.marginals, truth.marginals, atol=1e-9)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_every_way_to_say_a_formula_is_read_back(data):
     n = data.draw(st.integers(1, MAX_N))
