@@ -23,6 +23,14 @@ if "RAISES" in os.environ:
 
 VALIDATES = Distribution._validate_args
 
+# Files with tests of half a minute: begun last, one of them would be waited for by an idle process at the end.
+FIRST = ("test_triton_launch", "test_gpu_script", "test_study")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where several processes run tests, those that take longest begin first."""
+    items.sort(key=lambda item: item.path.stem not in FIRST)
+
 
 @pytest.fixture(autouse=True)
 def default_validation() -> None:
