@@ -89,7 +89,13 @@ def test_rows_are_complete(tmp_path: Path, name: str, capsys: pytest.CaptureFixt
         assert row["max_abs_error"] is None or row["max_abs_error"] < 5e-6
 
 
-LAYERED = ["circuitroute:torch", "circuitroute:torch with sample", "circuitroute:naive", "klay", "klay:exactly 8"]
+LAYERED = [
+    "circuitroute:numba",
+    "circuitroute:numba with sample",
+    "circuitroute:torch",
+    "circuitroute:torch with sample",
+]
+LAYERED += ["circuitroute:naive", "klay", "klay:exactly 8"]
 
 
 @pytest.mark.parametrize("constraint", ["groups", "layers"])

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import circuitroute as cr
-from circuitroute.engines.layered import NaiveLayered, TorchLayered, evaluated
+from circuitroute.engines.layered import NaiveLayered, evaluated
 from circuitroute.engines.layered.torch.unrolled import UnrolledMode
 from circuitroute.integrations.serving import export, routing_function
+from tests.test_engines_layered import FAST
 
 x = cr.variables(10)
 INTERLEAVED = cr.Groups([[0, 4], [2, 6], [1, 3], [5, 7]])
@@ -78,9 +79,10 @@ def test_every_engine_of_composed_circuits(constraint, n):
     # Also of the graph as it was declared, whose nodes may have no definite counts.
     for graph in (evaluated(circuit.graph), circuit.graph):
         assert torch.equal(NaiveLayered(graph).mode(logits), expected)
-        assert torch.equal(TorchLayered(graph, circuit.max_count).mode(logits), expected)
+        for kind in FAST.values():
+            assert torch.equal(kind(graph, circuit.max_count).mode(logits), expected)
         assert torch.equal(UnrolledMode(graph)(logits), expected)
-    for engine in ("torch", "naive"):
+    for engine in (*FAST, "naive"):
         found = circuit.with_engine(engine)(logits, validate_args=False)
         assert torch.equal(found.mode_mask(), expected)
         assert torch.equal(found.mode.nan_to_num() == 1, expected)
@@ -103,7 +105,11 @@ def test_many_variables(n):
             assert circuit.op == "layered"
             assert circuit.model_count() == cr.compile(count, n).model_count()
             graph = evaluated(circuit.graph)
-            for mode in (NaiveLayered(graph).mode, TorchLayered(graph, 4).mode, UnrolledMode(graph)):
+            for mode in (
+                NaiveLayered(graph).mode,
+                *(kind(graph, 4).mode for kind in FAST.values()),
+                UnrolledMode(graph),
+            ):
                 assert torch.equal(mode(logits), expected)
 
 

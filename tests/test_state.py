@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import circuitroute as cr
 from circuitroute import compilation
-from circuitroute.engines.layered import NaiveLayered, TorchLayered, evaluated
+from circuitroute.engines.layered import NaiveLayered, NumbaLayered, TorchLayered, evaluated
 from circuitroute.engines.tables import Tables, lasting
 from circuitroute.integrations import serving
 from circuitroute.integrations.hosted import Decider
@@ -323,11 +323,10 @@ def test_logits_of_the_cpu_under_another_default_device(rule: cr.Constraint, eng
     assert same(there, found(circuit))
 
 
-@pytest.mark.parametrize("kind", ["torch", "naive"])
-def test_what_is_made_in_inference_mode_serves_training(kind: str) -> None:
+@pytest.mark.parametrize("kind", [TorchLayered, NumbaLayered, NaiveLayered])
+def test_what_is_made_in_inference_mode_serves_training(kind: Any) -> None:
     circuit = cr.compile(IMPLIED, E)
-    graph = evaluated(circuit.graph)
-    engine: Any = TorchLayered(graph, circuit.max_count) if kind == "torch" else NaiveLayered(graph)
+    engine = kind(evaluated(circuit.graph), circuit.max_count)
     logits = torch.randn(T, E, dtype=torch.float64)
     with torch.inference_mode():
         first = engine.infer(logits, None).marginals.clone()

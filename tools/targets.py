@@ -12,6 +12,7 @@ _NUMBA = "circuitroute/engines/subset/numba"
 _TRITON = "circuitroute/engines/subset/triton"
 _STEP_NUMBA = "tests/test_step_numba.py"
 _ENGINE_NUMBA = ["tests/test_numba_narrow.py", "tests/test_engines_numba.py", *_QUICK]
+_LAYERED_NUMBA = ["tests/test_engines_layered_numba.py", *_QUICK]
 _STEP_TRITON = "tests/test_step_triton.py"
 _ENGINE_TRITON = ["tests/test_engines_triton.py", *_QUICK]
 _ENGINES = ["tests/test_engines_subset.py"]
@@ -56,6 +57,8 @@ TESTS: dict[str, list[str]] = {
     "circuitroute/integrations/serving/*.py": ["tests/integrations", "-k", "serving and not serving_export"],
     "circuitroute/engines/subset/*.py": [*_ENGINES, "tests/test_distribution.py"],
     "circuitroute/engines/subset/torch/*.py": [*_ENGINES, "tests/test_tree_order.py", "tests/test_distribution.py"],
+    "circuitroute/engines/layered/flat.py": _LAYERED_NUMBA,
+    "circuitroute/engines/layered/numba/*.py": [*_LAYERED_NUMBA, "tests/test_engines_layered.py"],
     f"{_TRITON}/sampling.py": [*_ENGINE_TRITON, _STEP_TRITON],
     f"{_TRITON}/shift.py": [*_ENGINE_TRITON, _STEP_TRITON],
     f"{_TRITON}/[dws]*.py": [_STEP_TRITON, *_QUICK],  # decision, weights, step

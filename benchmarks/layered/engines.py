@@ -37,21 +37,28 @@ def _build(engine: str) -> Callable[[LayeredCase], Forward]:
     return build
 
 
-@provider("layered", "circuitroute:torch with sample", engine="torch")
-def build_with_sample(case: LayeredCase) -> Forward:
+def _build_with_sample(engine: str) -> Callable[[LayeredCase], Forward]:
     """The same sweep with an exact sample."""
-    circuit = _circuit(case, "torch")
-    key_T = cr.random_key(case.seed, torch.arange(case.tokens, device=case.device))
 
-    def forward(logits_TN: Tensor) -> Outputs:
-        dist = circuit(logits_TN)
-        mask = dist.sample_in_sweep(key_T)
-        log_partition_T = dist.log_partition
-        return Outputs(log_partition_T, {"log_partition": log_partition_T, "mask": mask})
+    def build(case: LayeredCase) -> Forward:
+        circuit = _circuit(case, engine)
+        key_T = cr.random_key(case.seed, torch.arange(case.tokens, device=case.device))
 
-    return forward
+        def forward(logits_TN: Tensor) -> Outputs:
+            dist = circuit(logits_TN)
+            mask = dist.sample_in_sweep(key_T)
+            log_partition_T = dist.log_partition
+            return Outputs(log_partition_T, {"log_partition": log_partition_T, "mask": mask})
+
+        return forward
+
+    return build
 
 
+# The engines that run by themselves; the naive one is there to be obviously right, and runs when asked for.
+PREFERRED = ("numba", "torch")
+
+for _engine in PREFERRED:
+    provider("layered", f"circuitroute:{_engine} with sample", engine=_engine)(_build_with_sample(_engine))
 for _engine in ENGINES["layered"]:
-    # The naive engine is there to be obviously right: it runs when asked for.
-    provider("layered", f"circuitroute:{_engine}", engine=_engine, by_default=_engine == "torch")(_build(_engine))
+    provider("layered", f"circuitroute:{_engine}", engine=_engine, by_default=_engine in PREFERRED)(_build(_engine))

@@ -58,9 +58,9 @@ class NumbaLayered(TorchLayered):
         probs = logits.new_empty(0, 0) if found.count_probs is None else found.count_probs
         lines = (found.log_partition, found.log_root, found.shift, found.fallback, found.uncertain)
         outputs = (tuple(map(array, lines)), *map(array, (found.marginals, probs, mask)))
-        given = (circuit.arrays, flat.counts is not None, array(logits), circuit.limits(logits.dtype), array(key))
-        held = (2 if moments else 1) * flat.rows
-        in_threads(_kernels().forward, array(logits), held, (*given, *outputs), flat.rows)
+        logits_TN, held = array(logits), (2 if moments else 1) * flat.rows
+        given = (circuit.arrays, flat.counts is not None, logits_TN, circuit.limits(logits.dtype), array(key))
+        in_threads(_kernels().forward, logits_TN, held, (*given, *outputs), flat.rows)
         return found
 
     def derivative(
@@ -73,9 +73,10 @@ class NumbaLayered(TorchLayered):
         dq = None if not self.gives_counts else torch.empty(T, J, dtype=logits.dtype, device="cpu")
         none = logits.new_empty(0, 0)
         v = none if dq is None or v_TJ is None else v_TJ
-        given = (circuit.arrays, array(logits), circuit.limits(logits.dtype))
+        logits_TN = array(logits)
+        given = (circuit.arrays, logits_TN, circuit.limits(logits.dtype))
         tensors = (shift_T, u_TN, v, dm, none if dq is None else dq)
-        in_threads(_kernels().derivative, array(logits), 4 * flat.rows, (*given, *map(array, tensors)), flat.rows)
+        in_threads(_kernels().derivative, logits_TN, 4 * flat.rows, (*given, *map(array, tensors)), flat.rows)
         return dm, dq
 
     @torch.no_grad()
