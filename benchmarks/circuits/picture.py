@@ -31,6 +31,7 @@ def circuits_figure(rows: Sequence[Row]) -> Any:
         if points:
             axes.scatter(*zip(*points, strict=True), s=60, marker=marker, color=COLORS[i], label=label, zorder=2)
     axes.set_yticks(range(len(found)), [_short(case[OURS]["constraint"]) for case in found], fontsize=LETTERS)
+    axes.margins(y=0.08)
     axes.invert_yaxis()
     ticks = [0.3, 1, 3, 10, 30, 100, 300, 1000, 3000]
     axes.set_xticks(ticks, [f"{tick:,g}" for tick in ticks], fontsize=LETTERS)
