@@ -49,6 +49,13 @@ def quiet_import() -> None:
             importlib.import_module("pyjuice")
 
 
+def test_what_installs_the_tests_installs_it() -> None:
+    """So that none of what is below is skipped where ``make test`` runs, but what needs a GPU."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    wanted = project.split("\ntest = [", 1)[1].split("\n]", 1)[0]
+    assert "circuitroute[pyjuice]; sys_platform == 'linux'" in wanted
+
+
 # ---------------------------------------------------------------------------------------------- the declaration
 
 

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 
+from circuitroute._tensors import untraced
 from circuitroute.circuit.compiled import Compiled
 from circuitroute.circuit.graph import Graph, NodeKind
 from circuitroute.circuit.separation import essential, names
@@ -77,6 +78,7 @@ def _pairs(contents: list[Content]) -> dict[str, IntArray]:
 _kept: WeakKeyDictionary[Compiled, dict[Vtree, States]] = WeakKeyDictionary()
 
 
+@untraced  # type: ignore[untyped-decorator]
 def states_of(circuit: Compiled, vtree: Vtree) -> States:
     """The states of a circuit along a vtree; found once.
 
@@ -100,6 +102,7 @@ def states_of(circuit: Compiled, vtree: Vtree) -> States:
     return known[vtree]
 
 
+@untraced  # type: ignore[untyped-decorator]
 @functools.lru_cache(maxsize=64)
 def everything(vtree: Vtree) -> States:
     """No constraint: one state everywhere."""

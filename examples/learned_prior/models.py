@@ -67,23 +67,25 @@ def _counted(masks_TN: Tensor) -> Callable[[Tensor], Tensor]:
 def _tilted(masks_TN: Tensor, circuit: cr.Circuit) -> Callable[[Tensor], Tensor]:
     """The exponential family on the allowed subsets: logits, and a potential of the count where there is a choice."""
     logits = torch.zeros(circuit.n, dtype=torch.float64, requires_grad=True)
-    free: list[Tensor] = [logits]
+    potential: Tensor | None = None
     if circuit.counts is not None and len(circuit.counts) > 1:
-        free.append(torch.zeros(circuit.max_count + 1, dtype=torch.float64, requires_grad=True))
+        potential = torch.zeros(circuit.max_count + 1, dtype=torch.float64, requires_grad=True)
     rows, counts = torch.unique(masks_TN, dim=0, return_counts=True)
     weights = counts.double() / counts.sum()
+    free = [logits] if potential is None else [logits, potential]
     solver = torch.optim.LBFGS(free, max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         solver.zero_grad()
         # A thousandth of a square keeps an expert that is never chosen from running off to minus infinity.
-        value = -(circuit(*free).log_prob(rows) * weights).sum() + 1e-3 / len(masks_TN) * logits.square().sum()
-        value.backward()
+        fit = -(circuit(logits, potential).log_prob(rows) * weights).sum()
+        value: Tensor = fit + 1e-3 / len(masks_TN) * logits.square().sum()
+        torch.autograd.backward(value)
         return value
 
     solver.step(loss)
-    found = [parameter.detach() for parameter in free]
-    return lambda masks: circuit(*found).log_prob(masks)
+    found = circuit(logits.detach(), None if potential is None else potential.detach())
+    return found.log_prob
 
 
 class Trained(NamedTuple):
