@@ -263,6 +263,15 @@ def test_every_study_runs_and_its_rows_are_shown_again(study, tmp_path, monkeypa
         assert (tmp_path / "figure.svg").read_text(encoding="utf-8").count("score-simple") >= 1
 
 
+def test_subsets_are_enumerated_where_there_are_few():
+    assert {name: "exact" in l2x.usual_methods(name) for name in l2x.TASKS} == {
+        "xor": True,
+        "orange-skin": False,
+        "additive": False,
+    }
+    assert "sfess" not in l2x.usual_methods("xor")
+
+
 def test_settings_are_chosen_among_those_of_the_method(monkeypatch):
     losses = {0.5: 0.2, 1.0: 0.1, 2.0: 0.3}
     monkeypatch.setattr(l2x, "fit", lambda name, method, settings, *_: [{"loss": losses[settings["temperature"]]}])
