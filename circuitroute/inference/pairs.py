@@ -9,8 +9,8 @@ times what the others but both contribute. So for every constraint on counts
     m_ij = (m_i w_j - m_j w_i) / (w_j - w_i) = m_i - (m_j - m_i) / (e^(theta_j - theta_i) - 1)
 
 (Chen, Dempster & Liu 1994). The difference in it loses what theta_j - theta_i is short of 1. Pairs that are ``NEAR``
-are computed by leaving two coins out of the product instead, without loss: c_m = q r_m + p r_{m-1} is solved upward for r
-where p < q, where errors decay, and downward where p > q.
+are computed by leaving two coins out of the product instead, without loss: c_m = q r_m + p r_{m-1} is solved upward
+for r where p < q, where errors decay, and downward where p > q.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def _without_two(circuit: Compiled, theta: Tensor, m: Tensor, i: Tensor, j: Tens
     shift = _shift(theta, float(m.sum()))
     p, q = torch.sigmoid(theta - shift), torch.sigmoid(shift - theta)
     c = _product(p, q)
-    # The weight of a count: what the shift of its coins took off it. Where it is beyond e^600 the coefficient is as much
-    # below all others.
+    # The weight of a count: what the shift of its coins took off it. Where it is beyond e^600 the coefficient is as
+    # much below all others.
     largest = max(shift * count + _log(float(c[count])) for count in counts)
     wanted = {count: math.exp(min(shift * count - largest, 600.0)) for count in counts}
     total = sum(wanted[count] * float(c[count]) for count in counts)
