@@ -408,6 +408,18 @@ def test_time_is_bounded(compiler):
     assert not compilation._busy
 
 
+def test_time_is_bounded_while_variables_are_decided():
+    with pytest.raises(cr.CircuitTooLargeError, match="deciding the variables of 120 clauses; compile with compiler="):
+        cr.compile(cr.CNF(random_clauses(60, 2, 0), 60), max_seconds=1)
+
+
+def test_formulas_are_bounded_before_they_are_complete(monkeypatch):
+    monkeypatch.setattr(sdd_process, "DEAD", 0)
+    run = sdd_process._Run(pysdd.SddManager(var_count=4), [], 0)
+    with pytest.raises(sdd_process.OverLimitError):
+        run._formula(cr.Logic(X[0] ^ X[1] ^ X[2] ^ X[3]).formula.steps)
+
+
 def test_nodes_are_bounded():
     cnf = cr.CNF(random_clauses(26, 2, 0), 26)
     for compiler in COMPILERS:

@@ -16,10 +16,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from circuitroute import Circuit, CircuitTooLargeError, Constraint, InfeasibleError, register_compiler
+from circuitroute._validate import present
 from circuitroute.compilation import SHOWN
 from circuitroute.constraints import shown
 from circuitroute.constraints.formula import Formula
@@ -131,16 +133,15 @@ def _run(place: Path, seconds: float, memory: int, what: str) -> dict[str, Any]:
     # Where the system has no timer that ends a process, its time is that of the clock on the wall.
     timeout = None if hasattr(signal, "setitimer") or math.isinf(seconds) else seconds
     command = [sys.executable, sdd_process.__file__, str(place)]
-    try:
+    ended: subprocess.CompletedProcess[bytes] | None = None
+    with suppress(subprocess.TimeoutExpired):
         ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout, check=False)
-    except subprocess.TimeoutExpired:
-        charge(seconds + 1e-3)
-        raise
+    if ended is None or ended.returncode == -getattr(signal, "SIGPROF", math.inf):
+        charge(seconds + 1e-3)  # which says that the time is over
+    ended = present(ended, "a process that took too long is out of time")
     if ended.returncode == 0:
         done: dict[str, Any] = json.loads(Path(place, "done.json").read_text(encoding="ascii"))
         return done
-    if ended.returncode == -getattr(signal, "SIGPROF", 0):
-        charge(seconds + 1e-3)  # which raises
     said = " ".join(ended.stderr.decode("utf-8", "replace").split())[-200:]
     raise CircuitTooLargeError(
         f"{what}: PySDD ended with code {ended.returncode} ({said or 'it said nothing'}), as it does where its memory, "
