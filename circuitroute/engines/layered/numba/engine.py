@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from circuitroute.circuit.counting import split_by_count
 from circuitroute.circuit.graph import Graph, NodeKind
 from circuitroute.engines.compiled import array, in_threads
 from circuitroute.engines.layered.flat import Flat, flatten
@@ -47,6 +48,10 @@ class NumbaLayered(TorchLayered):
         """For samples, too."""
         same = self._drawn is self._graph
         return self._moving if same else _Compiled(flatten(self._drawn, self._max_count))
+
+    @cached_property
+    def _counter(self) -> NumbaLayered:
+        return NumbaLayered(split_by_count(self._drawn), self._max_count)
 
     def sweep(self, rows: Inputs, key_T: Tensor | None, moments: bool) -> Sweep:
         """See :class:`circuitroute.engines.sweep.SweepEngine`."""

@@ -90,4 +90,4 @@ class TorchLayered(SweepEngine):
 
     @cached_property
     def _counter(self) -> TorchLayered:
-        return type(self)(split_by_count(self._drawn), self._max_count)
+        return TorchLayered(split_by_count(self._drawn), self._max_count)
