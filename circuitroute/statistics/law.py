@@ -21,6 +21,7 @@ from circuitroute._tensors import batchable, batched, traced, transformed
 from circuitroute.engines.logspace import is_zero
 from circuitroute.engines.subset.naive import tree_up
 from circuitroute.statistics import counting
+from circuitroute.statistics.wide import scaled
 
 Given: TypeAlias = Literal["logits", "probs"]
 
@@ -94,7 +95,7 @@ class _LogPmf(torch.autograd.Function):
         coins = _coins(values, given)
         weights = torch.where(result.isinf(), 0.0, upstream)
         by_q, by_p = counting.log_gradients(coins, weights.cpu().numpy())
-        p, q = (np.ldexp(x.m, np.maximum(x.e, -1100).astype(np.int32)) for x in (coins.p, coins.q))
+        p, q = (scaled(x.m, x.e).astype(np.float64) for x in (coins.p, coins.q))
         if given == "logits":
             return torch.from_numpy(by_p * q - by_q * p).to(values), None
         with np.errstate(divide="ignore", invalid="ignore"):

@@ -17,7 +17,7 @@ Array = NDArray[Any]
 
 ZERO = -(1 << 40)  # the exponent of 0: below all others, and far from the end of int64
 LN2_HIGH = 0.6931471803691238  # its leading 33 bits: exact products with exponents
-LN2_LOW = 1.9082149292705877e-10
+LN2_LOW = np.log(np.longdouble(2)) - np.longdouble(LN2_HIGH)  # the rest, to as many as a long double has
 UNDERFLOW = -1100  # 2 to that is 0
 
 
@@ -42,7 +42,8 @@ class Wide(NamedTuple):
     def exp(x: Array) -> Wide:
         """e^x."""
         k = np.rint(x / math.log(2))
-        return Wide.of(np.exp((x - k * LN2_HIGH) - k * LN2_LOW), k.astype(np.int64))
+        rest = np.exp((x - k * LN2_HIGH) - k * LN2_LOW)
+        return Wide.of(rest, k.astype(np.int64))
 
     def at(self, index: Any) -> Wide:
         """Some of the numbers, as arrays are indexed."""
