@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from statistics import fmean
 from xml.etree import ElementTree
 
 import pytest
@@ -10,8 +11,13 @@ import pytest
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'circuitroute[plot]'")
 
 from gallery.command import IMAGES, ROOT, main
+from gallery.draw import STUDIED, TIMED
 
-CARDS = {"balance", "budget", "cost", "dynamic-k", "learning", "report"}
+from benchmarks.circuits.table import cases, times
+from benchmarks.rows import read
+
+BEYOND = {"circuits", "cnf", "k-subset", "logic", "priors", "survey"}
+CARDS = {"balance", "budget", "cost", "dynamic-k", "learning", "report"} | BEYOND
 
 
 def drawn(folder: Path) -> set[str]:
@@ -26,8 +32,29 @@ def test_the_front_page_shows_the_cards_that_are_drawn(tmp_path: Path) -> None:
     assert drawn(IMAGES) == CARDS
     front = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     assert set(re.findall(r"images/card-([\w-]+)\.svg", front)) == CARDS
+    assert set(re.findall(r"images/([\w-]+)\.svg", front)) == {f"card-{name}" for name in CARDS}
     sizes = [ElementTree.parse(path).getroot().get("viewBox") for path in (*tmp_path.iterdir(), *IMAGES.glob("card-*"))]
     assert set(sizes) == {"0 0 288 180"}  # points; the letters of a wider one would be smaller on a telephone
+
+
+def test_the_front_page_promises_what_the_rows_say() -> None:
+    front = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    timed = [case for key, case in cases(read(TIMED / "cpu-circuits.jsonl")).items() if key[:2] == ("spl", 256)]
+    klay = [times(case, "klay") or 0.0 for case in timed]
+    assert len(klay) == 8
+    assert f"KLay's best way takes {min(klay):.1f} to {max(klay):.0f} times as long" in front
+    survey = [row for row in read(TIMED / "cpu-survey.jsonl") if row["op"] == "survey"]
+    r = [row["ratio"] for row in survey if row["n"] == 1000]
+    assert front.count(f"{min(r):.1f} to {max(r):.0f} times as long") == 2
+    assert all(row["outcome"].startswith("R ") for row in survey if row["n"] == 10000)
+    paths = [row for row in read(STUDIED / "logic-layers.jsonl") if row["task"] == "paths"]
+    broken = {
+        method: 100 * fmean(row["violations"] for row in paths if row["method"] == method)
+        for method in ("sigmoid", "sigmoid + semantic loss", "ConstraintLayer")
+    }
+    said = "{:.0f} times in 100, with semantic loss {:.0f} times".format(*broken.values())
+    assert said in front
+    assert broken["ConstraintLayer"] == 0
 
 
 @pytest.mark.slow

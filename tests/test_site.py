@@ -157,6 +157,18 @@ function stickingOut(page) {
   }).slice(0, 3).map(e => e.outerHTML.slice(0, 120));
 }
 
+// Is a part of a picture not seen: is it out of shape, or does it reach out of its card or of a box within?
+function cut(picture) {
+  const box = picture.getBoundingClientRect(), card = picture.closest("li");
+  if (Math.abs(box.height / box.width - picture.naturalHeight / picture.naturalWidth) > 0.01) return true;
+  for (let p = picture.parentElement; ; p = p.parentElement) {
+    const around = p.getBoundingClientRect();
+    const beyond = [around.left - box.left, around.top - box.top, box.right - around.right, box.bottom - around.bottom];
+    if (Math.max(...beyond) > 0.5) return true;
+    if (p === card) return false;
+  }
+}
+
 function measured() {
   const view = frame.contentWindow, page = frame.contentDocument, root = page.documentElement;
   const pictures = [...page.images], gallery = [...page.querySelectorAll(".gallery img")];
@@ -170,6 +182,7 @@ function measured() {
       .filter(name => !name.startsWith(location.origin) && !name.startsWith("data:")),
     columns: grid && view.getComputedStyle(grid).gridTemplateColumns.split(" ").length,
     gallery: gallery.map(i => [i.getAttribute("src"), i.getBoundingClientRect().width]),
+    cut: gallery.filter(cut).map(i => i.getAttribute("alt")),
   };
 }
 
@@ -193,6 +206,11 @@ run().catch(error => ({ failed: String(error) })).then(
 BROKEN = """<!DOCTYPE html><meta charset="utf-8"><link rel="icon" href="data:,"><article>
 <p style="width: 900px">too wide</p><div style="overflow-x: auto"><p style="width: 900px">in a box</p></div>
 <img src="none.svg" alt="none"><img src="https://example.org/none.png" alt="elsewhere"></article>
+<div class="gallery"><ul style="width: 300px">
+<li><img src="images/card-cost.svg" alt="whole" style="display: block; width: 100%"></li>
+<li><p style="height: 90px; overflow: hidden"><img src="images/card-cost.svg" alt="cut" style="width: 100%"></p></li>
+<li style="height: 90px"><img src="images/card-cost.svg" alt="out of its card" style="width: 100%"></li>
+<li><img src="images/card-cost.svg" alt="cropped" style="width: 100%; height: 90px; object-fit: cover"></li></ul></div>
 <script>console.warn("broken.html complains")</script>"""
 
 
@@ -290,6 +308,7 @@ def test_a_browser_has_nothing_to_complain_about_but_the_broken_page(seen: Seen)
     assert narrow["document"] > NARROW
     assert len(wide["unloaded"]) == 2
     assert wide["elsewhere"] == ["https://example.org/none.png"]
+    assert wide["cut"] == narrow["cut"] == ["cut", "out of its card", "cropped"]
 
 
 def letters_of(picture: Path) -> float:
@@ -305,6 +324,7 @@ def test_the_gallery_is_read_on_a_telephone_and_seen_at_a_glance_on_a_desk(seen:
     wide, narrow = seen.pages["index.html"]
     assert wide["columns"] >= 3
     assert narrow["columns"] == 1
-    assert len(narrow["gallery"]) == len(wide["gallery"]) >= 6
+    assert len(narrow["gallery"]) == len(wide["gallery"]) >= 12
+    assert wide["cut"] == narrow["cut"] == []
     for name, width in narrow["gallery"] + wide["gallery"]:
         assert letters_of(site / name) * width >= LETTERS, f"{name} is {width} pixels wide"

@@ -1,4 +1,7 @@
-"""The pictures of the front page's cards, to be read on a telephone, from rows, a log and a page's table."""
+"""The pictures of the front page's cards, to be read on a telephone, from rows, a log and a page's table.
+
+Those of the pages beyond routing are in `beyond`.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,12 @@ from benchmarks.plots import families, save
 from benchmarks.rows import read
 from circuitroute.plots import COLORS, new_figure
 
+from . import beyond
 from .command import ROOT
 from .measure import MEAN
 
 Row = dict[str, Any]
+STUDIED, TIMED = ROOT / "examples" / "rows", ROOT / "benchmarks" / "rows"  # rows of pages of their own
 WIDTH, HEIGHT = 4.0, 2.5  # inches; 384 pixels wide at its own size, and a card is hardly narrower
 RC = {
     "font.size": 9,
@@ -45,8 +50,14 @@ def write(rows: Path, log: Path, images: Path) -> Iterator[Path]:
         "balance": lambda axes: balance(axes, [row for row in found if row["op"] == "loads"]),
         "budget": lambda axes: budget(axes, [row for row in found if row["op"] == "totals"]),
         "dynamic-k": lambda axes: dynamic_k(axes, (ROOT / "docs" / "dynamic-k.md").read_text(encoding="utf-8")),
-        "cost": lambda axes: cost(axes, read(ROOT / "benchmarks" / "rows" / "cpu-subset.jsonl")),
+        "cost": lambda axes: cost(axes, read(TIMED / "cpu-subset.jsonl")),
         "report": lambda axes: report(axes, steps),
+        "logic": lambda axes: beyond.logic(axes, read(STUDIED / "logic-layers.jsonl")),
+        "cnf": lambda axes: beyond.cnf(axes, read(TIMED / "cpu-cnf.jsonl")),
+        "circuits": lambda axes: beyond.circuits(axes, read(TIMED / "cpu-circuits.jsonl")),
+        "k-subset": lambda axes: beyond.k_subset(axes, read(STUDIED / "k-subset.jsonl")),
+        "survey": lambda axes: beyond.survey(axes, read(TIMED / "cpu-survey.jsonl")),
+        "priors": lambda axes: beyond.priors(axes, read(STUDIED / "learned-prior.jsonl")),
     }
     for name, draw in cards.items():
         with matplotlib.rc_context(RC):
