@@ -279,7 +279,7 @@ def test_unknown_and_unfit_engines_say_why():
     with pytest.raises(cr.EngineError, match="'pyjuice' does not run circuits of op 'subset'"):
         circuit.with_engine("pyjuice")
     with pytest.raises(cr.EngineError, match="does not run circuits of op 'layered'"):
-        cr.compile(cr.Exactly(2).over([0, 1, 2]), 6).with_engine("numba")
+        cr.compile(cr.Exactly(2).over([0, 1, 2]), 6).with_engine("triton")
     assert circuit.with_engine("naive").with_engine("torch").engine_for("cpu") == "torch"
 
 
