@@ -181,6 +181,18 @@ def test_quantiles_invert_the_cdf():
     assert ours.icdf(between).equal(counts[1:])
 
 
+def test_quantiles_invert_the_cdf_as_it_was_rounded():
+    torch.manual_seed(0)
+    ours = cr.PoissonBinomial(probs=torch.rand(5, 12))
+    counts = torch.arange(13.0)[:, None].expand(-1, 5)
+    cdf = ours.cdf(counts)
+    assert cdf.dtype == torch.float32
+    grows = torch.cat([cdf[:1] > 0, cdf[1:] > cdf[:-1]])
+    assert ours.icdf(cdf)[grows].equal(counts[grows])
+    one = cr.PoissonBinomial(probs=torch.tensor([0.5, 0.5]))
+    assert torch.func.vmap(one.icdf)(torch.tensor([0.25, 0.75, 0.5])).tolist() == [0, 1, 1]
+
+
 def test_quantiles_at_the_ends_are_possible_counts():
     ours = cr.PoissonBinomial(probs=torch.tensor([[0, 1, 0.5], [0.5, 0.5, 0.5], [1, 1, 1]], dtype=D))
     assert ours.icdf(torch.tensor(0.0)).tolist() == [1, 0, 3]

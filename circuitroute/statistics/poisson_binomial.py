@@ -153,31 +153,34 @@ class PoissonBinomial(Distribution):
 
     def log_cdf(self, value: Tensor) -> Tensor:
         """[...] log P(count <= value), of any real value. Differentiable."""
-        return self._tail(value, upper=False)
+        return self._result(*self._log_tail(value, upper=False))
 
     def log_survival(self, value: Tensor) -> Tensor:
         """[...] log P(count > value), of any real value: right where the cdf is 1 to the last digit. Differentiable."""
-        return self._tail(value, upper=True)
+        return self._result(*self._log_tail(value, upper=True))
 
     def cdf(self, value: Tensor) -> Tensor:
         """[...] P(count <= value)."""
-        return self.log_cdf(value).exp()
+        found, value = self._log_tail(value, upper=False)
+        return self._result(found.exp(), value)
 
     def survival(self, value: Tensor) -> Tensor:
         """[...] P(count > value)."""
-        return self.log_survival(value).exp()
+        found, value = self._log_tail(value, upper=True)
+        return self._result(found.exp(), value)
 
     def icdf(self, value: Tensor) -> Tensor:
-        """[...] quantiles: the smallest count whose cdf is at least ``value``.
+        """[...] quantiles: the smallest count whose :meth:`cdf` is at least ``value``.
 
-        0 and 1 give the smallest and the largest count that is possible.
+        0 and 1 give the smallest and the largest count that is possible. ``icdf(cdf(k))`` is k, in float32 too, where
+        the cdf still grows at k.
 
         Raises:
             ValueError: a shape that does not broadcast with the batch; when validating, values outside [0, 1], or NaN.
         """
         value = self._as_value(value, counts=False)
         outside = ~((value >= 0) & (value <= 1))
-        if self._validate_args and bool(outside.any()):
+        if validating(self._validate_args, value) and bool(outside.any()):
             raise ValueError(
                 f"value={float(value[outside][0])} in {rows_text(outside)}: quantiles are of numbers in [0, 1]"
             )
@@ -185,8 +188,9 @@ class PoissonBinomial(Distribution):
             possible = self._log_pmf() > -math.inf
             first = possible.long().argmax(-1)
             last = self.num_trials - possible.flip(-1).long().argmax(-1)
-            found = _search(self._cdf(), value)
-            found = torch.minimum(torch.maximum(found, first), last)
+            # As `cdf` gives it: rounded up, it would otherwise be above the very count that it is of.
+            cdf = self._cdf().to(self._parameter.dtype).to(value.dtype)
+            found = torch.minimum(torch.maximum(_search(cdf, value), first), last)
             found = torch.where(value == 1, last, found).to(torch.float64)
         return self._result(torch.where(outside, math.nan, found), value)
 
@@ -260,12 +264,13 @@ class PoissonBinomial(Distribution):
     def _cdf(self) -> Tensor:
         return self._tails()[0].exp()
 
-    def _tail(self, value: Tensor, upper: bool) -> Tensor:
+    def _log_tail(self, value: Tensor, upper: bool) -> tuple[Tensor, Tensor]:
+        """[...] the logarithm of a tail in float64, and the value that it is of."""
         value = self._as_value(value, counts=False)
         place = value.floor().clamp(-1, self.num_trials)
         found = self._at(self._tails()[upper], place.clamp(min=0))
         before = 0.0 if upper else -math.inf
-        return self._result(torch.where(place < 0, before, found), value)
+        return torch.where(place < 0, before, found), value
 
     def _as_value(self, value: Tensor, counts: bool) -> Tensor:
         """A value in float64, checked."""
@@ -276,14 +281,15 @@ class PoissonBinomial(Distribution):
             raise ValueError(
                 f"value has shape {tuple(value.shape)}: it must broadcast with the batch {tuple(self._batch_shape)}"
             ) from None
-        if self._validate_args and counts:
+        checked = validating(self._validate_args, value)
+        if checked and counts:
             wrong = ~((value >= 0) & (value <= self.num_trials) & (value == value.floor()))
             if bool(wrong.any()):
                 raise ValueError(
                     f"value={float(value[wrong][0])} in {rows_text(wrong)}: counts are integers from 0 to "
                     f"N={self.num_trials}"
                 )
-        elif self._validate_args and bool(value.isnan().any()):
+        elif checked and bool(value.isnan().any()):
             raise ValueError(f"value is NaN in {rows_text(value.isnan())}")
         return value
 
