@@ -34,7 +34,7 @@ COMPILING = (
 NO_KEYS = np.empty(0, np.int64)
 NO_MASKS = np.empty((0, 0), np.bool_)
 
-# Kernels, by name and dtype (NumPy's code), that this process has compiled or read from numba's cache.
+# Kernels, by name and dtype, that this process has compiled or read from numba's cache.
 _READY: set[tuple[str, str]] = set()
 
 _log = logging.getLogger("circuitroute")
@@ -51,6 +51,12 @@ def missing() -> str | None:
 def array(x: Tensor) -> NDArray[Any]:
     """A contiguous array that shares the tensor's memory, or has a copy where the tensor is not contiguous."""
     return (x.detach() if x.requires_grad else x).contiguous().numpy()
+
+
+@functools.cache
+def _name(dtype: np.dtype[Any]) -> str:
+    """Such as "float32", which NumPy puts together anew every time."""
+    return dtype.name
 
 
 def width() -> int:
@@ -76,7 +82,7 @@ def in_threads(
     def run(part: tuple[int, int]) -> None:
         kernel(part, *arguments)
 
-    ready = (kernel.__name__, logits_TN.dtype.str)
+    ready = (kernel.__name__, _name(logits_TN.dtype))
     if ready not in _READY:
         compile_now(kernel, run)
         _READY.add(ready)
