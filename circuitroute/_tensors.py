@@ -73,7 +73,12 @@ def transformed() -> bool:
 
 def traced(*tensors: Tensor | None) -> bool:
     """Whether what is done with these tensors is recorded rather than done, or they have no numbers."""
-    return is_compiling() or recorded(*tensors) or any(x is not None and without_numbers(x) for x in tensors)
+    if is_compiling() or recorded(*tensors):
+        return True
+    for x in tensors:  # noqa: SIM110 - asked several times per call, where a generator takes longer than the answer
+        if x is not None and without_numbers(x):
+            return True
+    return False
 
 
 def recorded(*tensors: Tensor | None) -> bool:
@@ -85,7 +90,10 @@ def recorded(*tensors: Tensor | None) -> bool:
     levels = _functorch.get_interpreter_stack()
     if levels is not None and any(level.key() == _Transform.Functionalize for level in levels):
         return True
-    return any(x is not None and torch._is_functional_tensor(x) for x in tensors)
+    for x in tensors:  # noqa: SIM110 - as above
+        if x is not None and torch._is_functional_tensor(x):
+            return True
+    return False
 
 
 def without_numbers(values: Tensor) -> bool:
@@ -123,12 +131,22 @@ def tracked(*tensors: Tensor | None) -> bool:
     """Whether results are to be functions of these: gradients or tangents are recorded, or may be."""
     if transformed():
         return True
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 def without_autocast(values: Tensor) -> AbstractContextManager[Any]:
     """What keeps the dtypes that are asked for, where ``values`` are; the meta device has no autocast."""
-    return nullcontext() if values.is_meta else torch.autocast(values.device.type, enabled=False)
+    if values.is_meta:
+        return nullcontext()
+    device = values.device.type
+    # A trace may be run under autocast later. Else there is nothing to switch off, and switching takes its time.
+    if not is_compiling() and not recorded(values) and not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def batchable(backward: Static) -> Static:

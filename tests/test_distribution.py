@@ -578,3 +578,31 @@ def test_engines_are_given_no_nan():
     assert not any(given.isnan().any() for given in rows.inputs())
     assert circuit(logits[:1], validate_args=False).rows.nan is None
     assert circuit(logits[:1], validate_args=False).rows.finite
+
+
+CONSTRAINTS_OF_FIVE = [cr.Exactly(2), cr.AtMost(1).over([0, 1, 2]) & cr.Exactly(1).over([3, 4])]
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS_OF_FIVE, ids=repr)
+def test_what_is_given_away_changes_nothing_that_is_kept(constraint):
+    dist = cr.compile(constraint, 5)(torch.randn(3, 5))
+    for moment in ("log_partition", "marginals"):
+        getattr(dist, moment).requires_grad_()
+        assert not getattr(dist, moment).requires_grad
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS_OF_FIVE, ids=repr)
+def test_logits_known_to_be_finite_have_the_gradients_of_others(constraint):
+    """A row with evidence makes the whole batch one that is not known to be finite."""
+    circuit = cr.compile(constraint, 5)
+    finite = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mixed = finite.clone()
+    mixed[2, 0] = math.inf
+    found = []
+    for rows in (finite.requires_grad_(), mixed.requires_grad_()):
+        dist = circuit(rows)
+        first = torch.autograd.grad(dist.log_partition.sum(), rows, create_graph=True)[0]
+        found.append((first, torch.autograd.grad(first.square().sum(), rows)[0]))
+    for alone, beside in zip(*found, strict=True):
+        assert torch.equal(alone[:2], beside[:2])
+        assert beside[2, 0] == 0.0

@@ -34,7 +34,7 @@ it are what reaches its count posterior.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -120,12 +120,19 @@ def naive_derivative(
     return found[0].detach(), found[1].detach() if len(leaves) > 1 else None
 
 
-def attach(engine: Engine, inference: Inference, logits_TN: Tensor, potential: Tensor | None) -> Inference:
-    """The same results as functions of logits and potential."""
-    given = (logits_TN, potential, None, Direct(engine), inference)
-    log_partition, marginals, counts, *_ = Moments.apply(*given)  # type: ignore[no-untyped-call]
-    posterior = None if inference.count_probs is None else counts
-    return replace(inference, log_partition=log_partition, marginals=marginals, count_probs=posterior)
+def attach(
+    engine: Engine, inference: Inference, logits_TN: Tensor, potential: Tensor | None, finite: bool = False
+) -> Inference:
+    """The same results as functions of logits and potential; see :meth:`circuitroute.engines.base.Engine.attach`."""
+    if transformed():
+        given = (logits_TN, potential, None, Direct(engine), inference)
+        log_partition, marginals, counts, *_ = Moments.apply(*given)  # type: ignore[no-untyped-call]
+        counts = None if inference.count_probs is None else counts
+    else:
+        known = (logits_TN, potential, Direct(engine), inference, finite)
+        log_partition, marginals, counts = Attached.apply(*known)  # type: ignore[no-untyped-call]
+    shift, log_root, mask, fallback = inference.shift, inference.log_root, inference.mask, inference.fallback
+    return Inference(log_partition, marginals, counts, shift, log_root, mask, fallback)
 
 
 def inference_of(found: Found, sampled: bool) -> Inference:
@@ -138,10 +145,16 @@ def inference_of(found: Found, sampled: bool) -> Inference:
 def parts_of(found: Inference) -> Found:
     """The parts as tensors; empty for what is not there."""
     like = found.marginals
-    counts = like.new_empty(len(like), 0) if found.count_probs is None else found.count_probs
+    counts, fallback = _as_tensors(like, found.count_probs, found.fallback)
     mask = like.new_empty(0, dtype=torch.bool) if found.mask is None else found.mask
-    fallback = like.new_zeros(len(like), dtype=torch.bool) if found.fallback is None else found.fallback
     return found.log_partition, found.marginals, counts, found.shift, found.log_root, mask, fallback
+
+
+def _as_tensors(like: Tensor, counts: Tensor | None, fallback: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Count posterior and fallback."""
+    counts = like.new_empty(len(like), 0) if counts is None else counts
+    fallback = like.new_zeros(len(like), dtype=torch.bool) if fallback is None else fallback
+    return counts, fallback
 
 
 # ---------------------------------------------------------------------------------------------- the functions
@@ -172,16 +185,8 @@ class Moments(torch.autograd.Function):
     def backward(
         ctx: Any, w_T: Tensor | None, u_TN: Tensor | None, v_TJ: Tensor | None, *_: Any
     ) -> tuple[Tensor | None, ...]:
-        """w grad F + D_1(u, v)."""
-        logits, potential, marginals, *marks = ctx.saved_tensors
-        upstream = _along(u_TN, v_TJ)
-        by_logits = by_potential = None
-        if upstream != (None, None):
-            by_logits, by_potential = derivative(ctx.source, logits, potential, marks, [upstream])
-        if w_T is not None:
-            by_logits = _plus(by_logits, _without_evidence(marginals, logits), w_T)
-            by_potential = _plus(by_potential, marks[-1], w_T)
-        return *_wanted(ctx.needs_input_grad[:2], by_logits, by_potential, potential), None, None, None
+        """See :func:`_moments_backward`."""
+        return *_moments_backward(ctx, False, w_T, u_TN, v_TJ), None, None, None
 
     @staticmethod
     @nestable
@@ -203,6 +208,52 @@ class Moments(torch.autograd.Function):
         given = (rows(logits, in_dims[0]), rows(potential, in_dims[1], shared=True), rows(key, in_dims[2]))
         found = Moments.apply(*given, source, None)  # type: ignore[no-untyped-call]
         return tuple(map(rows.apart, found)), (0,) * len(found)  # type: ignore[return-value]
+
+
+class Attached(torch.autograd.Function):
+    """(logits, potential) -> (log Z, marginals, count posterior or None), known already; of plain tensors.
+
+    :class:`Moments` without what transforms need. Torch inspects the signature of functions that provide for these at
+    each call, which takes longer than a small sweep.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_TN: Tensor, potential: Tensor | None, source: Source, known: Inference, finite: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Kept is what :class:`Moments` keeps, and whether the logits are known to be ``finite``."""
+        log_partition, marginals = known.log_partition.detach(), known.marginals.detach()
+        counts = None if known.count_probs is None else known.count_probs.detach()
+        ctx.source, ctx.finite = source, finite
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits_TN, potential, marginals, known.shift, known.fallback, counts)
+        return log_partition, marginals, counts
+
+    @staticmethod
+    @batchable
+    def backward(ctx: Any, w_T: Tensor | None, u_TN: Tensor | None, v_TJ: Tensor | None) -> tuple[Tensor | None, ...]:
+        """See :func:`_moments_backward`."""
+        return *_moments_backward(ctx, ctx.finite, w_T, u_TN, v_TJ), None, None, None
+
+
+def _moments_backward(
+    ctx: Any, finite: bool, w_T: Tensor | None, u_TN: Tensor | None, v_TJ: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """w grad F + D_1(u, v), by logits and by potential, for those that need it."""
+    logits, potential, marginals, shift, fallback, counts = ctx.saved_tensors
+    of_logits, of_potential = ctx.needs_input_grad[:2]
+    upstream = _along(u_TN, v_TJ)
+    by_logits = by_potential = None
+    if upstream != (None, None):
+        posterior, by_naive = _as_tensors(marginals, counts, fallback)
+        marks = (shift, by_naive, posterior)
+        by_logits, by_potential = derivative(ctx.source, logits, potential, marks, [upstream])
+    if w_T is not None and of_logits:
+        slope = marginals if finite else _without_evidence(marginals, logits)
+        by_logits = _plus(by_logits, slope, w_T)
+    if w_T is not None and of_potential:
+        by_potential = _plus(by_potential, counts, w_T)
+    return _wanted((of_logits, of_potential), by_logits, by_potential, potential)
 
 
 class Derivative(torch.autograd.Function):

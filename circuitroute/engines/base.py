@@ -55,10 +55,15 @@ class Engine(Protocol):
         """
         ...
 
-    def attach(self, inference: Inference, logits_TN: Tensor, potential: Tensor | None) -> Inference:
+    def attach(
+        self, inference: Inference, logits_TN: Tensor, potential: Tensor | None, finite: bool = False
+    ) -> Inference:
         """The same results as functions of logits and potential, for autograd.
 
         Each call makes graph nodes of its own, so results can be differentiated one by one.
+
+        Args:
+            finite: whether all logits are known to be finite, so that there is no evidence for gradients to leave out.
         """
         ...
 

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -28,6 +29,10 @@ COMPILING = (
     "compiling the numba kernel %r: 10 to 20 seconds, once, since numba keeps the result on disk; "
     "circuitroute.engines.warmup() does it ahead of time"
 )
+
+# What kernels are given where there is nothing to draw.
+NO_KEYS = np.empty(0, np.int64)
+NO_MASKS = np.empty((0, 0), np.bool_)
 
 # Kernels, by name and dtype, that this process has compiled or read from numba's cache.
 _READY: set[tuple[str, str]] = set()
@@ -45,7 +50,13 @@ def missing() -> str | None:
 
 def array(x: Tensor) -> NDArray[Any]:
     """A contiguous array that shares the tensor's memory, or has a copy where the tensor is not contiguous."""
-    return x.detach().contiguous().numpy()
+    return (x.detach() if x.requires_grad else x).contiguous().numpy()
+
+
+@functools.cache
+def _name(dtype: np.dtype[Any]) -> str:
+    """Such as "float32", which NumPy puts together anew every time."""
+    return dtype.name
 
 
 def width() -> int:
@@ -71,18 +82,19 @@ def in_threads(
     def run(part: tuple[int, int]) -> None:
         kernel(part, *arguments)
 
-    ready = (kernel.__name__, logits_TN.dtype.name)
+    ready = (kernel.__name__, _name(logits_TN.dtype))
     if ready not in _READY:
         compile_now(kernel, run)
         _READY.add(ready)
     T, N = logits_TN.shape
-    blocks = -(-T // width())
     worth = T * (N if work is None else work) // LOGITS_PER_THREAD
-    threads = max(1, min(torch.get_num_threads(), worth, blocks, MAX_NUMBERS // max(1, numbers)))
-    bounds = [min(T, width() * (blocks * i // threads)) for i in range(threads + 1)]
-    if threads == 1:
+    threads = min(torch.get_num_threads(), worth, MAX_NUMBERS // max(1, numbers))
+    blocks = -(-T // width()) if threads > 1 else 1
+    threads = min(threads, blocks)
+    if threads <= 1:
         run((0, T))
         return
+    bounds = [min(T, width() * (blocks * i // threads)) for i in range(threads + 1)]
     # New threads each time: a pool that is kept would not survive a fork, such as a data loader's.
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(run, pairwise(bounds)))

@@ -44,7 +44,9 @@ class NaiveEngine(ABC):
         count_probs = None if count_probs is None else count_probs.detach()
         return Inference(log_partition.detach(), marginals.detach(), count_probs, shift, log_root, mask)
 
-    def attach(self, inference: Inference, logits_TN: Tensor, potential: Tensor | None) -> Inference:
+    def attach(
+        self, inference: Inference, logits_TN: Tensor, potential: Tensor | None, finite: bool = False
+    ) -> Inference:
         """See :class:`circuitroute.engines.base.Engine`; by computing the moments again, with a graph."""
         log_partition, marginals, count_probs = self.moments(logits_TN, potential)
         return replace(inference, log_partition=log_partition, marginals=marginals, count_probs=count_probs)

@@ -98,7 +98,7 @@ class Sweep(Inference):
 
     Attributes:
         fallback: [T] bool, rows that underflow.
-        uncertain: [T] bool, rows whose sample rounding could have decided.
+        uncertain: [T] bool, rows whose sample rounding could have decided; none if there are no samples.
     """
 
     fallback: Tensor = field(kw_only=True)
@@ -117,7 +117,7 @@ class Sweep(Inference):
             log_root=logits_TN.new_empty(T, dtype=torch.float64),
             mask=torch.empty(T, N, dtype=torch.bool, device=device) if sample else None,
             fallback=torch.zeros(T, dtype=torch.bool, device=device),
-            uncertain=torch.zeros(T, dtype=torch.bool, device=device),
+            uncertain=torch.zeros(T if sample else 0, dtype=torch.bool, device=device),
         )
 
     def fill(self, part: slice, block: Block, key_T: Tensor | None) -> None:
@@ -193,9 +193,11 @@ class SweepEngine(ABC):
         """Who takes rows over, in float64."""
         return self.naive if rows.logits.dtype == torch.float64 else self
 
-    def attach(self, inference: Inference, logits_TN: Tensor, potential: Tensor | None) -> Inference:
+    def attach(
+        self, inference: Inference, logits_TN: Tensor, potential: Tensor | None, finite: bool = False
+    ) -> Inference:
         """See :class:`circuitroute.engines.base.Engine`."""
-        return autograd.attach(self, inference, logits_TN, potential)
+        return autograd.attach(self, inference, logits_TN, potential, finite)
 
     def second_derivative(
         self, logits_TN: Tensor, potential: Tensor | None, inference: Inference, u_TN: Tensor, v_TJ: Tensor | None
@@ -219,4 +221,4 @@ class SweepEngine(ABC):
 
 
 def _marked(flags_T: Tensor) -> Tensor:
-    return flags_T.nonzero().squeeze(1)
+    return flags_T.nonzero().flatten()

@@ -125,15 +125,16 @@ class SubsetDistribution(Distribution):
         with without_autocast(self.logits):
             known = None if self.known is None or key_T is not None else self.known
             functions = None if known is None else known.functions()
-            if known is not None and (functions is not None or not self.rows.needs_grad()):
+            needs_grad = self.rows.needs_grad()
+            if known is not None and (functions is not None or not needs_grad):
                 return known.values() if functions is None else functions  # bad rows are marked there already
             logits, potential = self.rows.inputs()
             engine = engine_of(self.circuit, self.logits.device)
             if self._cached is None or key_T is not None:
                 self._cached = engine.infer(logits.detach(), None if potential is None else potential.detach(), key_T)
             result = self._cached
-            if self.rows.needs_grad():
-                result = engine.attach(result, logits, potential)
+            if needs_grad:
+                result = engine.attach(result, logits, potential, self.rows.finite)
         return self._with_nan(result)
 
     def inference(self) -> Inference:
@@ -582,7 +583,8 @@ def satisfies(circuit: Compiled, selected: Tensor) -> Tensor:
 
 def validating(validate_args: bool | None, *values: object) -> bool:
     """Whether to check values; where they cannot be branched on, rows go unchecked, and bad ones are NaN alone."""
-    if batched() or traced(*(x for x in values if isinstance(x, Tensor))):
+    tensors = [x for x in values if isinstance(x, Tensor)]
+    if batched() or traced(*tensors):
         return False
     return bool(Distribution._validate_args) if validate_args is None else validate_args
 

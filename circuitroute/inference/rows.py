@@ -54,7 +54,7 @@ class Rows:
             count_potential = _as_potential(count_potential, circuit, logits)
             batch_shape = _common_batch(batch_shape, count_potential.shape[:-1])
             logits = logits.expand(*batch_shape, circuit.n)
-        blind = cannot_look(logits) and not validate
+        blind = not validate and cannot_look(logits)
         finite = not blind and certainly_finite(logits)
         rows = Rows(circuit, logits, count_potential, batch_shape, finite, [])
         if finite and count_potential is None:
@@ -98,7 +98,7 @@ class Rows:
 
     def given(self) -> tuple[Tensor, Tensor]:
         """What a fused step is given, NaN in the logits of rows that have any: ([T, N], [J] or [T, J])."""
-        logits = self.logits.reshape(-1, self.circuit.n)
+        logits = self._flat()
         potential = present(self._potential(), "only count constraints, which have a potential, have a fused step")
         if self.count_potential is None or (not cannot_look(logits) and self.nan is None):
             return logits, potential
@@ -112,7 +112,7 @@ class Rows:
         The potential is -inf where the constraint forbids a count, and None for circuits without counts. Rows with NaN
         are replaced, so that they cannot affect others.
         """
-        logits, potential = self.logits.reshape(-1, self.circuit.n), self._potential()
+        logits, potential = self._flat(), self._potential()
         if self.nan is None:
             return logits, potential
         logits = torch.where(self.nan[:, None], 0.0, logits)
@@ -121,6 +121,10 @@ class Rows:
         elif potential is not None:
             potential = torch.where(potential.isnan(), 0.0, potential)
         return logits, potential
+
+    def _flat(self) -> Tensor:
+        """[T, N] the logits."""
+        return self.logits if self.logits.dim() == 2 else self.logits.reshape(-1, self.circuit.n)
 
     def _potential(self) -> Tensor | None:
         """[J] or [T, J] log potentials with -inf where the constraint forbids a count."""
@@ -142,6 +146,8 @@ class Rows:
 
     def as_batch(self, values: Tensor) -> Tensor:
         """[T, ...] as [*batch_shape, ...]."""
+        if len(self.batch_shape) == 1 and values.requires_grad:
+            return values  # a function of its inputs; bare numbers, which are kept, are given away as views alone
         return values.reshape(self.batch_shape + values.shape[1:])
 
 

@@ -164,7 +164,7 @@ def moments_gradient(
     leaves = [logits.requires_grad_(), potential.requires_grad_()]
     engine = engine_of(distribution.circuit, logits.device)
     with torch.enable_grad():
-        found = engine.attach(engine.infer(logits.detach(), potential.detach()), *leaves)
+        found = engine.attach(engine.infer(logits.detach(), potential.detach()), leaves[0], leaves[1])
         outputs = [found.log_partition, found.marginals, found.count_probs]
         upstream = [(zeros if w_T is None else w_T) - score, u_TE, v_TJ]
         pairs = [(x, g) for x, g in zip(outputs, upstream, strict=True) if x is not None and g is not None]

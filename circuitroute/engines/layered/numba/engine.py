@@ -18,7 +18,7 @@ from torch import Tensor
 
 from circuitroute.circuit.counting import split_by_count
 from circuitroute.circuit.graph import Graph, NodeKind
-from circuitroute.engines.compiled import array, in_threads
+from circuitroute.engines.compiled import NO_KEYS, NO_MASKS, array, in_threads
 from circuitroute.engines.layered.flat import Flat, flatten
 from circuitroute.engines.layered.torch import sweep as of_torch
 from circuitroute.engines.layered.torch.engine import TorchLayered
@@ -58,13 +58,13 @@ class NumbaLayered(TorchLayered):
         logits, circuit = _on_cpu(rows.logits), self._moving if key_T is None else self._drawing
         flat, J = circuit.flat, self._max_count + 1 if self.gives_counts else None
         found = Sweep.empty(rows.logits, J, moments, key_T is not None)
-        key = torch.empty(0, dtype=torch.int64, device="cpu") if key_T is None else key_T
-        mask = torch.empty(0, 0, dtype=torch.bool, device="cpu") if found.mask is None else found.mask
-        probs = logits.new_empty(0, 0) if found.count_probs is None else found.count_probs
-        lines = (found.log_partition, found.log_root, found.shift, found.fallback, found.uncertain)
-        outputs = (tuple(map(array, lines)), *map(array, (found.marginals, probs, mask)))
         logits_TN, held = array(logits), (2 if moments else 1) * flat.rows
-        given = (circuit.arrays, flat.counts is not None, logits_TN, circuit.limits(logits.dtype), array(key))
+        key = NO_KEYS if key_T is None else array(key_T)
+        mask = NO_MASKS if found.mask is None else array(found.mask)
+        probs = logits_TN[:0] if found.count_probs is None else array(found.count_probs)
+        lines = (found.log_partition, found.log_root, found.shift, found.fallback, found.uncertain)
+        outputs = (tuple(map(array, lines)), array(found.marginals), probs, mask)
+        given = (circuit.arrays, flat.counts is not None, logits_TN, circuit.limits(logits.dtype), key)
         in_threads(_kernels().forward, logits_TN, held, (*given, *outputs), flat.rows)
         return found
 

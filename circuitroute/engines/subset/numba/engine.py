@@ -23,8 +23,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from circuitroute._validate import present
 from circuitroute.engines.base import given
-from circuitroute.engines.compiled import array, in_threads
+from circuitroute.engines.compiled import NO_KEYS, NO_MASKS, array, in_threads
 from circuitroute.engines.root import NEGLIGIBLE, SMALLEST_COEFFICIENT
 from circuitroute.engines.sampling import MARGIN
 from circuitroute.engines.step import COMBINES, Rule, Slopes, Step, Upstream
@@ -95,12 +96,12 @@ class NumbaSubset(SweepEngine):
     def _swept(self, rows: Inputs, arrays: _Arrays, key_T: Tensor | None, moments: bool) -> Sweep:
         """One sweep; the fallback of a narrow tree are the rows that need a whole one, too."""
         found = Sweep.empty(rows.logits, arrays.phi.shape[1], moments, key_T is not None)
-        key = torch.empty(0, dtype=torch.int64, device="cpu") if key_T is None else key_T
-        mask = torch.empty(0, 0, dtype=torch.bool, device="cpu") if found.mask is None else found.mask
+        key = NO_KEYS if key_T is None else array(key_T)
+        mask = NO_MASKS if found.mask is None else array(found.mask)
+        probs = present(found.count_probs, "the count family has a count posterior")
         lines = (found.log_partition, found.log_root, found.shift, found.fallback, found.uncertain)
-        outputs = (found.marginals, found.count_probs, mask)
-        arguments = (tuple(map(array, lines)), *(array(x) for x in outputs if x is not None))
-        _in_threads(_kernels().forward, arrays, (array(key), *arguments))
+        arguments = (key, tuple(map(array, lines)), array(found.marginals), array(probs), mask)
+        _in_threads(_kernels().forward, arrays, arguments)
         return found
 
     def sweep_again(self, rows: Inputs, key_T: Tensor | None, moments: bool) -> Sweep:

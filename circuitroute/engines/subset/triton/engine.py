@@ -212,9 +212,11 @@ class TritonSubset:
         swept = self._problem(logits_TN, potential).forward(key_T, with_moments=True)
         return Sweep(**swept._asdict())
 
-    def attach(self, inference: Inference, logits_TN: Tensor, potential: Tensor | None) -> Inference:
+    def attach(
+        self, inference: Inference, logits_TN: Tensor, potential: Tensor | None, finite: bool = False
+    ) -> Inference:
         """See :class:`circuitroute.engines.base.Engine`."""
-        return attach(self, inference, logits_TN, given(potential))
+        return attach(self, inference, logits_TN, given(potential), finite)
 
     def second_derivative(
         self, logits_TN: Tensor, potential: Tensor | None, inference: Inference, u_TN: Tensor, v_TJ: Tensor | None
