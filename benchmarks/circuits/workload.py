@@ -32,10 +32,9 @@ MAX_NODES = 10_000_000
 @cache
 def read_circuit(path: Path) -> cr.Circuit:
     """The circuit of a file, by this library's own readers; read once."""
-    limits = {"max_nodes": MAX_NODES, "max_seconds": None}
     if path.suffix == ".nnf":
-        return cr.read_nnf(path, **limits)
-    return cr.read_sdd(path, path.with_suffix(".vtree"), **limits)
+        return cr.read_nnf(path, max_nodes=MAX_NODES, max_seconds=None)
+    return cr.read_sdd(path, path.with_suffix(".vtree"), max_nodes=MAX_NODES, max_seconds=None)
 
 
 @dataclass(frozen=True)
