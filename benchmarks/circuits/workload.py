@@ -25,12 +25,16 @@ from benchmarks.registry import BOTH, FORWARD, Outputs, op
 SUFFIXES = (".sdd", ".nnf")
 # The truth is slow: this many rows of a case are held against it.
 CHECKED_ROWS = 16
+# The largest circuit that is read.
+MAX_NODES = 10_000_000
 
 
 @cache
 def read_circuit(path: Path) -> cr.Circuit:
     """The circuit of a file, by this library's own readers; read once."""
-    return cr.read_nnf(path) if path.suffix == ".nnf" else cr.read_sdd(path, path.with_suffix(".vtree"))
+    if path.suffix == ".nnf":
+        return cr.read_nnf(path, max_nodes=MAX_NODES, max_seconds=None)
+    return cr.read_sdd(path, path.with_suffix(".vtree"), max_nodes=MAX_NODES, max_seconds=None)
 
 
 @dataclass(frozen=True)

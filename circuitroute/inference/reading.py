@@ -105,7 +105,8 @@ def read_sdd(
     """Read a sentential decision diagram and its vtree, as libsdd and PySDD save them.
 
     The circuit is made smooth along the vtree, so that it stays structured, and verified to be decomposable and
-    deterministic.
+    deterministic: by the values of its decisions' primes at a point of a large field, in linear time, where they are
+    partitions, as libsdd's are; else exactly, as :meth:`circuitroute.Circuit.check` does.
 
     Args:
         path: the SDD.

@@ -31,6 +31,7 @@ from circuitroute.deadline import tick
 from circuitroute.errors import CircuitFileError, InfeasibleError
 from circuitroute.interop.building import TRUE, Builder
 from circuitroute.interop.imported import Imported
+from circuitroute.interop.partitions import Partitions
 from circuitroute.interop.text import Line, TextFile
 
 _SDD = "F id, T id, L id vtree literal, or D id vtree count and that many pairs prime sub"
@@ -43,9 +44,9 @@ def read(path: str | os.PathLike[str], vtree: str | os.PathLike[str], max_nodes:
     """The parts of the circuit in an SDD, made smooth and verified; see :func:`circuitroute.read_sdd`."""
     max_nodes = int_at_least("max_nodes", max_nodes, 1)
     file, tree_file = TextFile(path), TextFile(vtree, "vtree")
-    graph, origin = _smooth(file, tree_file, max_nodes, str(file.path))
-    check(graph, lambda i: f"node {origin[i]} of {file.path}")
-    return Parts(graph, Imported("sdd", hashlib.sha256(file.data + tree_file.data).hexdigest()))
+    graph, origin, partitioned = _smooth(file, tree_file, max_nodes, str(file.path))
+    check(graph, lambda i: f"node {origin[i]} of {file.path}", deterministic=partitioned)
+    return Parts(graph, Imported("sdd", _digest(file, tree_file).hex()))
 
 
 def graph(path: str | os.PathLike[str], vtree: str | os.PathLike[str], max_nodes: int, source: str) -> Graph:
@@ -56,12 +57,19 @@ def graph(path: str | os.PathLike[str], vtree: str | os.PathLike[str], max_nodes
     return _smooth(TextFile(path), TextFile(vtree, "vtree"), max_nodes, source)[0]
 
 
-def _smooth(file: TextFile, tree_file: TextFile, max_nodes: int, source: str) -> tuple[Graph, list[int]]:
-    """The graph of an SDD, smooth along its vtree, and the number that each of its nodes has in the file."""
-    reader, value = _read_nodes(file, _read_vtree(tree_file), max_nodes, source)
+def _digest(file: TextFile, tree_file: TextFile) -> bytes:
+    return hashlib.sha256(file.data + tree_file.data).digest()
+
+
+def _smooth(file: TextFile, tree_file: TextFile, max_nodes: int, source: str) -> tuple[Graph, list[int], bool]:
+    """The graph of an SDD, smooth along its vtree, and the number that each of its nodes has in the file.
+
+    At last, whether the primes of all decisions are partitions, which makes the graph deterministic.
+    """
+    reader, value = _read_nodes(file, _read_vtree(tree_file), max_nodes, source, _digest(file, tree_file))
     if value is None:
         raise InfeasibleError(f"{source}: the circuit is false, no subset satisfies it")
-    return reader.builder.finish(reader.lifted(value, reader.tree.root), -1)
+    return *reader.builder.finish(reader.lifted(value, reader.tree.root), -1), reader.partitions.all
 
 
 # ---------------------------------------------------------------------------------------------- the vtree
@@ -162,12 +170,12 @@ def _number_leaves(tree: _Vtree) -> None:
 # ---------------------------------------------------------------------------------------------- the diagram
 
 
-def _read_nodes(file: TextFile, tree: _Vtree, max_nodes: int, source: str) -> tuple[_Reader, _Value]:
+def _read_nodes(file: TextFile, tree: _Vtree, max_nodes: int, source: str, digest: bytes) -> tuple[_Reader, _Value]:
     """The value of the last node, by the numbering of vtree nodes that fits; see the head of this file."""
     positions = tree.in_order()
     refused: list[CircuitFileError] = []
     for numbered in (positions,) if positions == tree else (positions, tree):
-        reader = _Reader(file, numbered, Builder(tree.variables, max_nodes, source))
+        reader = _Reader(file, numbered, Builder(tree.variables, max_nodes, source), Partitions(digest))
         try:
             return reader, reader.read()
         except CircuitFileError as error:
@@ -183,8 +191,9 @@ def _read_nodes(file: TextFile, tree: _Vtree, max_nodes: int, source: str) -> tu
 class _Reader:
     """Reads nodes in the order of the file; every node is made smooth over its place in the vtree."""
 
-    def __init__(self, file: TextFile, tree: _Vtree, builder: Builder) -> None:
+    def __init__(self, file: TextFile, tree: _Vtree, builder: Builder, partitions: Partitions) -> None:
         self.builder = builder
+        self.partitions = partitions
         self._file = file
         self.tree = tree
         self._values: dict[int, _Value] = {}
@@ -204,22 +213,25 @@ class _Reader:
     def _node(self, line: Line) -> tuple[int, _Value]:
         match line.words[0], self._file.numbers(line, _SDD):
             case b"F", [node]:
+                self.partitions.constant(node, False)
                 return node, None
             case b"T", [node]:
+                self.partitions.constant(node, True)
                 return node, (TRUE, None)
             case b"L", [node, place, literal]:
-                return node, self._literal(line, place, literal)
+                return node, self._literal(line, node, place, literal)
             case b"D", [node, place, count, *parts] if count >= 1 and len(parts) == 2 * count:
                 return node, self._decision(line, node, place, parts)
         raise self._file.error(line.number, b" ".join(line.words), _SDD)
 
-    def _literal(self, line: Line, place: int, literal: int) -> _Value:
+    def _literal(self, line: Line, node: int, place: int, literal: int) -> _Value:
         variable = self.tree.variable.get(place)
         if variable != abs(literal) - 1 or literal == 0:
             expected = f"a literal of vtree node {place}" + (
                 f", {variable + 1} or -{variable + 1}" if variable is not None else f", a leaf of {self.tree.path}"
             )
             raise self._file.error(line.number, f"literal {literal}", expected)
+        self.partitions.literal(node, variable, literal > 0)
         return self.builder.literal(variable, literal > 0), place
 
     def _decision(self, line: Line, node: int, place: int, parts: list[int]) -> _Value:
@@ -232,6 +244,7 @@ class _Reader:
             a, b = self._child(line, prime, left), self._child(line, sub, right)
             if a is not None and b is not None:
                 elements.append((self.lifted(a, left), self.lifted(b, right)))
+        self.partitions.decision(node, parts)
         return (self.builder.sum(elements, node), place) if elements else None
 
     def _child(self, line: Line, child: int, half: int) -> _Value:
