@@ -34,7 +34,7 @@ it are what reaches its count posterior.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -131,8 +131,9 @@ def attach(
     else:
         known = (logits_TN, potential, Direct(engine), inference, finite)
         log_partition, marginals, counts = Attached.apply(*known)  # type: ignore[no-untyped-call]
-    shift, log_root, mask, fallback = inference.shift, inference.log_root, inference.mask, inference.fallback
-    return Inference(log_partition, marginals, counts, shift, log_root, mask, fallback)
+    return replace(
+        inference, log_partition=log_partition, marginals=marginals, count_probs=counts
+    )  # an engine's own kind
 
 
 def inference_of(found: Found, sampled: bool) -> Inference:
