@@ -149,6 +149,12 @@ def test_weights_are_exact():
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)
+def test_many_clauses_over_many_variables_contradict_each_other(compiler):
+    with pytest.raises(cr.InfeasibleError, match="no subset of 24 variables satisfies CNF"):
+        cr.compile(cr.CNF(random_clauses(24, 8, 0, 3), 24), compiler=compiler)
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize(("n", "ratio"), [(1, 0), (3, 1.5), (7, 1), (10, 1.5), (10, 3), (12, 2), (12, 4.5)])
 def test_models_are_those_found_by_trying(n, ratio, compiler):
     cnf = cr.CNF(random_clauses(n, ratio, 3, min(3, n)), n, random_weights(n, 5))
