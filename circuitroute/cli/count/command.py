@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import circuitroute as cr
-from circuitroute.deadline import DEFAULT_SECONDS, within
+from circuitroute.cli.limits import add_limits
+from circuitroute.deadline import within
 
-MAX_NODES = 1_000_000
 # Digits of a decimal that stands beside an exact fraction.
 DIGITS = 20
 
@@ -41,16 +41,7 @@ def add_parser(commands: Any) -> None:
         "--compiler", metavar="NAME", help="the name of a compiler, such as sdd (default: the built-in)"
     )
     parser.add_argument("--unweighted", action="store_true", help="leave weights in the file aside")
-    parser.add_argument(
-        "--max-nodes", type=int, default=MAX_NODES, metavar="N", help=f"the largest circuit (default {MAX_NODES})"
-    )
-    parser.add_argument(
-        "--max-seconds",
-        type=float,
-        default=DEFAULT_SECONDS,
-        metavar="S",
-        help=f"how long all of it may take, in CPU seconds; inf for no limit (default {DEFAULT_SECONDS:g})",
-    )
+    add_limits(parser)
     parser.set_defaults(run=run)
 
 

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import circuitroute as cr
+from circuitroute.cli.limits import add_limits
 from circuitroute.compilation import predict
-from circuitroute.deadline import DEFAULT_SECONDS, within
+from circuitroute.deadline import within
 
 from .facts import Facts, facts_of
 from .table import print_tables
 from .target import constraint_of, importable_from_here
 
 HIDDEN = 4096
-MAX_NODES = 1_000_000
 
 
 def add_parser(commands: Any) -> None:
@@ -39,16 +39,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--hidden", type=int, default=HIDDEN, metavar="N", help=f"hidden size of the router (default {HIDDEN})"
     )
-    parser.add_argument(
-        "--max-nodes", type=int, default=MAX_NODES, metavar="N", help=f"the largest circuit (default {MAX_NODES})"
-    )
-    parser.add_argument(
-        "--max-seconds",
-        type=float,
-        default=DEFAULT_SECONDS,
-        metavar="S",
-        help=f"how long all of it may take, in CPU seconds; inf for no limit (default {DEFAULT_SECONDS:g})",
-    )
+    add_limits(parser)
     parser.add_argument("--json", action="store_true", help="print the same facts as JSON")
     parser.add_argument("--draw", type=Path, metavar="PATH", help="draw the circuit to a .png, .svg or .pdf file")
     parser.set_defaults(run=run)
